@@ -1,0 +1,198 @@
+# qemu-launcher: everything a person or a CI machine does with this tree. `make help` lists it.
+#
+# A fresh Debian 12 or 13 needs nothing but git and make: `make demo` and `make test` install what else they use, with
+# apt (through sudo when you are not root) and with pip into .venv. Nothing else of the machine is changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+# CI runners may start us without HOME, or with an empty one.
+ifeq ($(strip $(HOME)),)
+HOME := $(or $(shell getent passwd "$$(id -u)" | cut -d: -f6),/root)
+endif
+export HOME
+
+# The lab's images are large and slow to build, so they live outside the tree: the next fresh clone finds them again.
+QEMU_LAUNCHER_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qemu-launcher
+export QEMU_LAUNCHER_CACHE
+
+# The distribution's Python and no other (pyenv, conda): its dbus-next, prctl, yaml and rich are what the package uses.
+PYTHON := /usr/bin/python3
+VENV := .venv/bin
+# mke2fs and debugfs are in sbin, which an ordinary user's PATH lacks.
+export PATH := $(CURDIR)/$(VENV):$(PATH):/usr/sbin:/sbin
+
+# What the tools, the tests and the lab need, by its Debian name. The package's own dependencies are in debian/control.
+APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbus polkitd qemu-system-x86
+APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
+APT_TEST := python3-venv ca-certificates git strace procps util-linux
+APT_LAB := mmdebstrap debian-archive-keyring e2fsprogs qemu-utils openssh-client uidmap
+APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB)
+
+DEB := build/qemu-launcher_$(VERSION)_all.deb
+DEB_SOURCES := $(shell find launcher helper dbus polkit debian -type f -not -path '*/__pycache__/*') \
+	Makefile pyproject.toml LICENSE README.md CHANGELOG.md
+
+# Where `make install` puts things. The bus, polkit, systemd and sysusers read fixed folders under /usr: files for them
+# go there whatever PREFIX says.
+DESTDIR ?=
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+LIBEXECDIR ?= $(PREFIX)/libexec
+PYTHONDIR ?= $(PREFIX)/lib/qemu-launcher
+MANDIR ?= $(PREFIX)/share/man
+DOCDIR ?= $(PREFIX)/share/doc/qemu-launcher
+UNITDIR := /usr/lib/systemd/system
+SYSUSERSDIR := /usr/lib/sysusers.d
+DBUSDIR := /usr/share/dbus-1
+POLKITDIR := /usr/share/polkit-1
+
+MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 \
+	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
+
+.PHONY: help setup apt lint unit test demo shell deb deb-path man install uninstall bench clean
+
+help: ## show this list
+	@echo "qemu-launcher $(VERSION): make TARGET"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r t d; do printf '  %-10s %s\n' "$$t" "$$d"; done
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+setup: apt .venv/stamp ## install the Debian packages that are missing, and the Python tools into .venv
+
+apt:
+	@have=" $$(dpkg-query -W -f '$${Package}=$${db:Status-Status} ' $(APT_PACKAGES) 2>/dev/null || true) "; missing=; \
+	for p in $(APT_PACKAGES); do [[ $$have == *" $$p=installed "* ]] || missing+=" $$p"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "make setup needs Debian's apt-get; missing:$$missing" >&2; exit 1; }; \
+	sudo=; [ "$$(id -u)" = 0 ] || { sudo=sudo; command -v sudo >/dev/null || \
+		{ echo "run as root, or install sudo first: apt-get install$$missing" >&2; exit 1; }; }; \
+	echo "Installing Debian packages:$$missing"; mkdir -p build; \
+	{ $$sudo apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 update && \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 \
+		-o Dpkg::Use-Pty=0 --no-install-recommends install $$missing; } </dev/null >build/apt.log 2>&1 || \
+	{ cat build/apt.log >&2; echo "apt-get could not install:$$missing" >&2; exit 1; }
+
+# The development tools are listed once, in pyproject's `dev` extra. pip runs only when that list has changed.
+.venv/stamp: pyproject.toml | apt
+	@[ -x $(VENV)/pip ] || { echo "Making .venv"; rm -rf .venv; $(PYTHON) -m venv --system-site-packages .venv; }
+	@$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["optional-dependencies"]["dev"], sep="\n")' > .venv/dev.new
+	@cmp -s .venv/dev.new .venv/dev.txt || { echo "Installing Python tools into .venv"; \
+		$(VENV)/python -m pip install --quiet --disable-pip-version-check --retries 5 -r .venv/dev.new \
+		&& mv .venv/dev.new .venv/dev.txt; }
+	@rm -f .venv/dev.new; touch $@
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+PYTEST := $(VENV)/python -m pytest
+
+lint: setup ## ruff, mypy --strict and the import rules
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	PYTHONPATH=launcher:helper $(VENV)/lint-imports --no-logo
+
+unit: setup ## the tests that take seconds and touch nothing
+	$(PYTEST) -q tests/unit tests/contract
+
+test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
+	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/packaging tests/bus tests/qemu tests/system
+
+demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real-time, started by an ordinary user
+	$(VENV)/python tests/lab/demo.py
+
+shell: setup deb ## a console in the lab, with the package installed
+	tests/lab/shell
+
+bench: setup ## what a start costs, as ratios and counts
+	$(VENV)/python tests/packaging/bench.py
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+deb: $(DEB) ## build the Debian package into build/
+
+deb-path: ## print where `make deb` puts the package
+	@echo $(DEB)
+
+# Built in a copy, so that nothing of debhelper's stays in the tree, and with a bare environment, so that the result
+# depends on the sources alone. The stable name build/qemu-launcher.deb is for scripts.
+$(DEB): $(DEB_SOURCES) | apt
+	@echo "Building $@"
+	@rm -rf build/deb build/qemu-launcher_*.deb && mkdir -p build/deb/qemu-launcher-$(VERSION)
+	@tar -c --exclude=__pycache__ --exclude=.mypy_cache --exclude=.ruff_cache launcher helper dbus polkit debian Makefile pyproject.toml LICENSE \
+		README.md CHANGELOG.md | tar -x -C build/deb/qemu-launcher-$(VERSION)
+	@cd build/deb/qemu-launcher-$(VERSION) && \
+		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/nonexistent LC_ALL=C.UTF-8 \
+		dpkg-buildpackage --build=binary --no-sign >../build.log 2>&1 || { cat ../build.log >&2; exit 1; }
+	@mv build/deb/*.deb build/ && rm -rf build/deb/qemu-launcher-$(VERSION)
+	@ln -sf $(notdir $@) build/qemu-launcher.deb
+	@test -f $@ && touch $@
+
+man: $(MAN_PAGES) ## build the manual pages
+
+build/man/%: launcher/man/%.md
+	@mkdir -p $(@D)
+	go-md2man -in $< -out $@
+
+build/man/%: helper/man/%.md
+	@mkdir -p $(@D)
+	go-md2man -in $< -out $@
+
+# --- installation -----------------------------------------------------------------------------------------------------
+
+# Entry scripts and the two files that start the helper carry paths; everything else is installed as it stands.
+place = sed -e 's|/usr/lib/python3/dist-packages|$(PYTHONDIR)|g' -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' $(1) > $(2) && chmod $(3) $(2)
+
+install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
+	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(LIBEXECDIR) $(UNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
+		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
+		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples)
+	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
+	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
+	@$(call place,helper/qemu-launcher-helper.service,$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service,644)
+	@$(call place,dbus/org.qemulauncher.Helper1.service,$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service,644)
+	@(cd launcher && find qemu_launcher -name '*.py' -o -name py.typed) | while read -r f; do \
+		install -D -m 644 launcher/$$f $(DESTDIR)$(PYTHONDIR)/$$f; done
+	@(cd helper && find qemu_launcher_helper -name '*.py' -o -name py.typed) | while read -r f; do \
+		install -D -m 644 helper/$$f $(DESTDIR)$(PYTHONDIR)/$$f; done
+	@install -m 644 helper/qemu-launcher.sysusers.conf $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf
+	@install -m 644 dbus/org.qemulauncher.Helper1.conf $(DESTDIR)$(DBUSDIR)/system.d/
+	@install -m 644 dbus/org.qemulauncher.Helper1.xml $(DESTDIR)$(DBUSDIR)/interfaces/
+	@install -m 644 polkit/org.qemulauncher.policy $(DESTDIR)$(POLKITDIR)/actions/
+	@install -m 644 polkit/50-qemu-launcher.rules $(DESTDIR)$(POLKITDIR)/rules.d/
+	@install -m 644 build/man/*.1 $(DESTDIR)$(MANDIR)/man1/
+	@install -m 644 build/man/*.5 $(DESTDIR)$(MANDIR)/man5/
+	@install -m 644 build/man/*.8 $(DESTDIR)$(MANDIR)/man8/
+	@install -m 644 launcher/examples/* helper/examples/* $(DESTDIR)$(DOCDIR)/examples/
+	@[ -n "$(DESTDIR)" ] || { $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
+		systemd-sysusers qemu-launcher.conf; $(reload); \
+		echo 'Installed. Who may use it: sudo usermod -aG qemu-launcher NAME, then log out and in.'; }
+
+# The group first: a bus that meets an unknown group in the policy drops that rule.
+reload = if [ -d /run/systemd/system ]; then systemctl daemon-reload; \
+	systemctl stop qemu-launcher-helper.service 2>/dev/null || true; fi; \
+	if [ -S /run/dbus/system_bus_socket ]; then dbus-send --system --print-reply --type=method_call \
+	--dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig >/dev/null || true; fi
+
+uninstall: ## remove what `make install` with the same variables put there; running VMs keep running
+	@[ -n "$(DESTDIR)" ] || { [ ! -d /run/systemd/system ] || systemctl stop qemu-launcher-helper.service || true; }
+	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
+	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
+		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf \
+		$(DESTDIR)$(DBUSDIR)/system.d/org.qemulauncher.Helper1.conf \
+		$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service \
+		$(DESTDIR)$(DBUSDIR)/interfaces/org.qemulauncher.Helper1.xml \
+		$(DESTDIR)$(POLKITDIR)/actions/org.qemulauncher.policy $(DESTDIR)$(POLKITDIR)/rules.d/50-qemu-launcher.rules \
+		$(DESTDIR)$(MANDIR)/man1/qemu-launcher.1 $(DESTDIR)$(MANDIR)/man5/qemu-launcher.yml.5 \
+		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5
+	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR)) 2>/dev/null || true
+	@[ -n "$(DESTDIR)" ] || { $(reload); }
+
+clean: ## remove what was built and cached in the tree (the lab's images stay in QEMU_LAUNCHER_CACHE)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find launcher helper tests -name __pycache__ -type d -prune -exec rm -rf {} +
