@@ -1,0 +1,66 @@
+"""The three capabilities the helper holds, and the one way to use them: each by name, around one act.
+
+python-prctl's only importer. Guarantees, after `drop()`: permitted and bounding sets hold at most the three; the
+effective, inheritable and ambient sets are empty; no_new_privs is set; the process is not dumpable. So the helper is
+confined the same way on hosts where no systemd does it. capabilities(7).
+
+What this does not do: a process with uid 0 can still ask systemd for anything over the bus. The real defence is that
+little code parses little input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import prctl
+
+from .errors import Failed
+
+# CAP_SYS_NICE: scheduling and affinity of the caller's threads. CAP_SYS_RESOURCE: prlimit(2) on the caller's process.
+# CAP_SYS_ADMIN: one write, enabling a cpuset partition below a delegated scope.
+KEPT = ("sys_nice", "sys_resource", "sys_admin")
+_BITS = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}  # linux/capability.h
+
+
+@contextmanager
+def raised(name: str) -> Iterator[None]:
+    """Hold capability `name`, one of KEPT, for the block, which must not await: the whole process has it meanwhile.
+
+    Raises OSError where the process was started without that capability. It is dropped again whatever happens.
+    """
+    if name not in KEPT:
+        raise ValueError(name)
+    setattr(prctl.cap_effective, name, True)
+    try:
+        yield
+    finally:
+        setattr(prctl.cap_effective, name, False)
+
+
+def drop() -> None:
+    """Give up everything but the three, for good. Raises Failed or OSError where that is not possible."""
+    # The kernel's own number, not the library's: a newer kernel may have capabilities that python-prctl cannot name.
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    for number in set(range(last + 1)) - set(_BITS.values()):
+        if prctl.capbset_read(number):
+            prctl.capbset_drop(number)
+    others = [name for name in prctl.ALL_CAP_NAMES if name not in KEPT]
+    prctl.set_caps(
+        (others, prctl.CAP_PERMITTED, False),
+        (prctl.ALL_CAP_NAMES, [prctl.CAP_EFFECTIVE, prctl.CAP_INHERITABLE], False),
+    )  # an empty inheritable set empties the ambient set
+    prctl.set_no_new_privs(1)
+    prctl.set_dumpable(0)
+    _check()
+
+
+def _check() -> None:
+    """Compare with what the kernel says: a capability that python-prctl cannot name would have stayed."""
+    kept = sum(1 << bit for bit in _BITS.values())
+    allowed = {"CapPrm": kept, "CapBnd": kept, "CapEff": 0, "CapInh": 0, "CapAmb": 0}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in allowed and int(value, 16) & ~allowed[name]:
+            raise Failed(
+                f"{name} is {value.strip()}: start the helper through its systemd unit, or limit its bounding set"
+            )
