@@ -195,4 +195,4 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 
 clean: ## remove what was built and cached in the tree (the lab's images stay in QEMU_LAUNCHER_CACHE)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find launcher helper tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard launcher helper tests) -name __pycache__ -type d -prune -exec rm -rf {} +
