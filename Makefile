@@ -101,7 +101,7 @@ unit: setup ## the tests that take seconds and touch nothing
 	$(PYTEST) -q tests/unit tests/contract
 
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
-	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/packaging tests/bus tests/qemu tests/system
+	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/package tests/bus tests/qemu tests/system
 
 demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real-time, started by an ordinary user
 	$(VENV)/python tests/lab/demo.py
@@ -110,7 +110,7 @@ shell: setup deb ## a console in the lab, with the package installed
 	tests/lab/shell
 
 bench: setup ## what a start costs, as ratios and counts
-	$(VENV)/python tests/packaging/bench.py
+	$(VENV)/python tests/package/bench.py
 
 # --- the package ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,37 @@
+"""What an installation consists of: the list that both the Makefile and the Debian package are held to."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Everything but the Python packages, as the Debian package installs it.
+FILES = {
+    "usr/bin/qemu-launcher": 0o755,
+    "usr/libexec/qemu-launcher-helper": 0o755,
+    "usr/lib/systemd/system/qemu-launcher-helper.service": 0o644,
+    "usr/lib/sysusers.d/qemu-launcher.conf": 0o644,
+    "usr/share/dbus-1/interfaces/org.qemulauncher.Helper1.xml": 0o644,
+    "usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service": 0o644,
+    "usr/share/dbus-1/system.d/org.qemulauncher.Helper1.conf": 0o644,
+    "usr/share/polkit-1/actions/org.qemulauncher.policy": 0o644,
+    "usr/share/polkit-1/rules.d/50-qemu-launcher.rules": 0o644,
+    "usr/share/man/man1/qemu-launcher.1": 0o644,
+    "usr/share/man/man5/qemu-launcher.yml.5": 0o644,
+    "usr/share/man/man5/qemu-launcher-helper.toml.5": 0o644,
+    "usr/share/man/man8/qemu-launcher-helper.8": 0o644,
+    "usr/share/doc/qemu-launcher/examples/first.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/tuned.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/win11.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/helper.toml": 0o644,
+}
+PACKAGES = "usr/lib/python3/dist-packages"
+
+
+def python_files() -> dict[str, int]:
+    """The modules of both packages, as they are in the tree."""
+    found = {}
+    for source in ("launcher/qemu_launcher", "helper/qemu_launcher_helper"):
+        top = ROOT / source
+        for path in top.rglob("*.py"):
+            found[f"{PACKAGES}/{top.name}/{path.relative_to(top)}"] = 0o644
+    return found

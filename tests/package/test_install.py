@@ -1,0 +1,161 @@
+"""`make install`: exactly these files, at the paths where the bus, polkit and systemd read them, and how they start."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from package.contents import FILES, PACKAGES, ROOT, python_files
+
+
+def installed(destination: Path) -> dict[str, int]:
+    """Every file below `destination`, with its mode."""
+    return {
+        str(path.relative_to(destination)): stat.S_IMODE(path.lstat().st_mode)
+        for path in destination.rglob("*")
+        if not path.is_dir()
+    }
+
+
+def make(target: str, *settings: str) -> None:
+    """Run the Makefile in the tree; it writes only below DESTDIR and build/man."""
+    if shutil.which("go-md2man") is None:
+        pytest.skip("go-md2man is not installed: make setup")
+    run = subprocess.run(
+        ["make", "--no-print-directory", target, *settings],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An installation as the Debian package makes it, written under a umask that would hide everything."""
+    destination = tmp_path_factory.mktemp("install")
+    before = os.umask(0o077)
+    try:
+        make("install", f"DESTDIR={destination}", "PREFIX=/usr", f"PYTHONDIR=/{PACKAGES}")
+    finally:
+        os.umask(before)
+    return destination
+
+
+def test_exactly_these_files(tree: Path) -> None:
+    """Nothing more, nothing less, and nothing in /etc."""
+    assert installed(tree) == FILES | python_files()
+
+
+def test_another_prefix_keeps_the_daemons_folders(tmp_path: Path) -> None:
+    """With PREFIX=/opt/ql programs move, what the bus, polkit, systemd and sysusers read does not, and paths follow."""
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
+    files = installed(tmp_path)
+    fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|systemd/system|sysusers", name)]
+    assert len(fixed) == 7
+    assert set(fixed) <= set(files)
+    assert all(name.startswith("opt/ql/") for name in set(files) - set(fixed))
+    unit = (tmp_path / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()
+    assert re.search(r"^ExecStart=/opt/ql/libexec/qemu-launcher-helper$", unit, re.MULTILINE)
+    assert "/usr/libexec" not in unit
+    for entry in ("bin/qemu-launcher", "libexec/qemu-launcher-helper"):
+        assert 'PACKAGES = "/opt/ql/lib/qemu-launcher"' in (tmp_path / "opt/ql" / entry).read_text()
+
+
+def test_uninstall_removes_every_file(tmp_path: Path) -> None:
+    """The same variables, and no file is left."""
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
+    assert installed(tmp_path)
+    make("uninstall", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
+    assert installed(tmp_path) == {}
+
+
+def test_what_starts_the_helper_exists(tree: Path) -> None:
+    """The unit's ExecStart and the activation file's SystemdService name what is installed."""
+    unit = (tree / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()
+    started = re.findall(r"^ExecStart=(\S+)", unit, re.MULTILINE)
+    assert started == ["/usr/libexec/qemu-launcher-helper"]
+    assert str(Path(started[0]).relative_to("/")) in FILES
+    activation = (tree / "usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service").read_text()
+    assert re.findall(r"^SystemdService=(.*)$", activation, re.MULTILINE) == ["qemu-launcher-helper.service"]
+    assert re.findall(r"^Name=(.*)$", activation, re.MULTILINE) == ["org.qemulauncher.Helper1"]
+
+
+def test_the_group_of_the_policy_is_the_group_that_is_made(tree: Path) -> None:
+    """An unknown group voids its rule in the bus policy, so the two names must be one."""
+    policy = (tree / "usr/share/dbus-1/system.d/org.qemulauncher.Helper1.conf").read_text()
+    sysusers = (tree / "usr/lib/sysusers.d/qemu-launcher.conf").read_text()
+    assert set(re.findall(r'group="([^"]+)"', policy)) == {"qemu-launcher"}
+    assert re.findall(r"^g (\S+) ", sysusers, re.MULTILINE) == ["qemu-launcher"]
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("launcher/qemu-launcher", "qemu_launcher"), ("helper/qemu-launcher-helper", "qemu_launcher_helper")],
+)
+def test_entry_script_takes_packages_from_the_distribution_only(script: str, package: str, tmp_path: Path) -> None:
+    """Isolated, and without /usr/local: shown by running the script with a stand-in for the package.
+
+    The positive control is the stand-in itself: it runs, from PACKAGES, and prints the path it was given.
+    """
+    text = (ROOT / script).read_text()
+    assert text.splitlines()[0] == "#!/usr/bin/python3 -I"
+    stand_in = tmp_path / "packages" / package
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in / "__main__.py").write_text(
+        "import sys\n\ndef main():\n    print(sys.flags.isolated, *sys.path, sep='\\n')\n    return 7\n"
+    )
+    planted = tmp_path / "planted"
+    (planted / package).mkdir(parents=True)
+    (planted / package / "__init__.py").write_text("raise SystemExit(99)\n")
+    entry = tmp_path / "entry"
+    entry.write_text(text.replace("/usr/lib/python3/dist-packages", str(tmp_path / "packages")))
+    entry.chmod(0o755)
+    run = subprocess.run(
+        [str(entry)],
+        cwd=planted,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(planted), "HOME": str(planted)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 7
+    isolated, *path = run.stdout.splitlines()
+    assert isolated == "1"
+    assert path[-1] == str(tmp_path / "packages")
+    assert not [folder for folder in path if folder.startswith("/usr/local/")]
+    assert str(planted) not in path
+
+
+def test_usr_local_would_come_first_without_the_entry_script() -> None:
+    """Why the scripts take it out: Debian's isolated Python looks into /usr/local before its own packages."""
+    code = "import sys; print(*sys.path, sep='\\n')"
+    run = subprocess.run(["/usr/bin/python3", "-I", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    path = run.stdout.splitlines()
+    local = [number for number, folder in enumerate(path) if folder.startswith("/usr/local/")]
+    if not local:
+        pytest.skip("optional: this machine has no /usr/local dist-packages folder")
+    assert local[0] < path.index("/usr/lib/python3/dist-packages")
+
+
+@pytest.mark.parametrize("name", ["first.yml", "tuned.yml", "win11.yml"])
+def test_example_definitions_are_accepted(name: str) -> None:
+    """What the documentation shows, the program takes: each example gives a command line."""
+    run = subprocess.run(
+        ["/usr/bin/python3", "-m", "qemu_launcher", "command", f"./{name}"],
+        cwd=ROOT / "launcher/examples",
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "launcher"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("qemu-system-x86_64 ")
