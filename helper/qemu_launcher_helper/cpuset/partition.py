@@ -1,0 +1,185 @@
+"""Shielding with remote cpuset partitions: cgroup v2, Linux 6.7 and newer (cgroup-v2.rst, "Cpuset").
+
+    user.slice/user-1000.slice/qemu-launcher-1000-win11.scope     (slices: the union of what is below)
+        emulator/        all threads that nobody named
+        pinned/TID/      threads pinned to CPUs that others may use too
+        vcpus/           the partition: these CPUs leave every other task of the host, PID 1 included
+            TID/         one thread, its CPUs
+
+Enabling a partition below the top level is the one write that needs CAP_SYS_ADMIN.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from .. import privileges
+from ..cpulist import format_cpulist, parse_cpulist
+from ..errors import Conflict, Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from . import Shield
+
+# New threads may be born while the old ones move; a fork bomb must not keep us here.
+SWEEPS = 100
+
+
+class Partition:
+    """See the module's text; the methods' contracts are Mechanism's."""
+
+    name = "partition"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def settle(self, live: Mapping[str, frozenset[int]]) -> None:
+        wanted: dict[Path, frozenset[int]] = {path: frozenset() for path in self.root.glob("user.slice/user-*.slice")}
+        for scope, cpus in live.items():
+            for path in self._dir(scope).parents:
+                if path == self.root:
+                    break
+                wanted[path] = wanted.get(path, frozenset()) | cpus
+        wanted.setdefault(self.root / "user.slice", frozenset())
+        present = {path: cpus for path, cpus in wanted.items() if (path / "cpuset.cpus.exclusive").exists()}
+        # Shrink from the leaves up, then grow from the top down: no level ever holds less than its children.
+        for path in sorted(present, key=lambda path: -len(path.parts)):
+            current = _read(path / "cpuset.cpus.exclusive")
+            if current - present[path]:
+                _write(path / "cpuset.cpus.exclusive", current & present[path])
+        for path in sorted(present, key=lambda path: len(path.parts)):
+            _exclusive(path, present[path])
+
+    def apply(self, scope: str, shield: Shield) -> None:
+        base = self._dir(scope)
+        emulator = _threaded(base / "emulator")
+        (base / "cgroup.subtree_control").write_text("+cpuset")
+        _write(emulator / "cpuset.cpus", shield.others)
+        places = {pin.tid: base / ("vcpus" if pin.shielded else "pinned") / str(pin.tid) for pin in shield.pins}
+        if self._reserved(base / "vcpus") != shield.reserved:
+            self.withdraw(scope)
+        _exclusive(base, shield.reserved)
+        if shield.reserved:
+            self._enable(_threaded(base / "vcpus"), shield)
+        for pin in shield.pins:
+            place = places[pin.tid]
+            if not pin.shielded:
+                _threaded(place.parent)
+            (place.parent / "cgroup.subtree_control").write_text("+cpuset")
+            _write(_threaded(place) / "cpuset.cpus", pin.cpus)
+            (place / "cgroup.threads").write_text(str(pin.tid))
+        self._sweep(base, places)
+        for pin in shield.pins:
+            effective = _read(places[pin.tid] / "cpuset.cpus.effective")
+            if effective != pin.cpus:
+                raise Failed(f"thread {pin.tid} got CPUs {format_cpulist(effective)}, not {format_cpulist(pin.cpus)}")
+        effective = _read(emulator / "cpuset.cpus.effective")
+        if shield.others and effective != shield.others:
+            raise Failed(f"the emulator threads got CPUs {format_cpulist(effective)}")
+
+    def withdraw(self, scope: str) -> None:
+        base = self._dir(scope)
+        vcpus = base / "vcpus"
+        # The CPUs first: this works also while somebody makes threads faster than they can be moved.
+        if (vcpus / "cpuset.cpus.partition").exists():
+            (vcpus / "cpuset.cpus.partition").write_text("member")
+            _exclusive(vcpus, frozenset())
+        if (base / "cpuset.cpus.exclusive").exists():
+            _exclusive(base, frozenset())
+        for group in (vcpus, base / "pinned"):
+            for place in group.glob("*/"):
+                _drain(place, base / "emulator")
+                place.rmdir()
+            if group.is_dir():
+                group.rmdir()
+
+    def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
+        vcpus = self._dir(scope) / "vcpus"
+        if not self._reserved(vcpus):
+            return None
+        threads: dict[int, frozenset[int]] = {}
+        for place in vcpus.glob("*/"):
+            effective = _read(place / "cpuset.cpus.effective")
+            if effective != _read(place / "cpuset.cpus"):
+                return None  # a CPU went offline, and its thread runs on its neighbours'
+            if place.name in (place / "cgroup.threads").read_text().split():
+                threads[int(place.name)] = effective
+        return threads
+
+    def orphans(self, known: frozenset[str]) -> list[str]:
+        patterns = ("user.slice/user-*.slice/qemu-launcher-*.scope/vcpus", "system.slice/qemu-launcher-*.scope/vcpus")
+        found = (f"/{path.parent.relative_to(self.root)}" for pattern in patterns for path in self.root.glob(pattern))
+        return [scope for scope in found if scope not in known]
+
+    def _dir(self, scope: str) -> Path:
+        return self.root / scope.lstrip("/")
+
+    def _reserved(self, vcpus: Path) -> frozenset[int]:
+        """Return the CPUs of the partition when there is one and it is valid."""
+        try:
+            state = (vcpus / "cpuset.cpus.partition").read_text().strip()
+            return _read(vcpus / "cpuset.cpus.exclusive.effective") if state in ("isolated", "root") else frozenset()
+        except OSError:
+            return frozenset()
+
+    def _enable(self, vcpus: Path, shield: Shield) -> None:
+        _exclusive(vcpus, shield.reserved)
+        # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
+        kind = "isolated" if all(len(pin.cpus) == 1 for pin in shield.pins if pin.shielded) else "root"
+        if (vcpus / "cpuset.cpus.partition").read_text().strip() != kind:
+            with privileges.raised("sys_admin"):
+                (vcpus / "cpuset.cpus.partition").write_text(kind)
+        state = (vcpus / "cpuset.cpus.partition").read_text().strip()
+        if state != kind or self._reserved(vcpus) != shield.reserved:
+            raise Failed(f"the kernel does not make the partition: {state!a}")
+
+    def _sweep(self, base: Path, places: Mapping[int, Path]) -> None:
+        """Move all threads but the named ones into emulator/, those born meanwhile included."""
+        homes = {str(place) for place in places.values()}
+        for group in ("vcpus", "pinned"):
+            for place in (base / group).glob("*/"):
+                _drain(place, base / "emulator", keep=place.name if str(place) in homes else "")
+                if str(place) not in homes:
+                    place.rmdir()
+        _drain(base, base / "emulator")
+
+
+def _drain(source: Path, emulator: Path, keep: str = "") -> None:
+    for _ in range(SWEEPS):
+        tids = [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]
+        if not tids:
+            return
+        for tid in tids:
+            with suppress(ProcessLookupError):
+                (emulator / "cgroup.threads").write_text(tid)
+    raise Failed("threads are born faster than they can be moved")
+
+
+def _threaded(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    if (path / "cgroup.type").read_text().strip() != "threaded":
+        (path / "cgroup.type").write_text("threaded")
+    return path
+
+
+def _read(path: Path) -> frozenset[int]:
+    return parse_cpulist(path.read_text())
+
+
+def _write(path: Path, cpus: Iterable[int]) -> None:
+    # An empty write is no write at all: the newline is what clears the file.
+    path.write_text(format_cpulist(cpus) + "\n")
+
+
+def _exclusive(path: Path, cpus: frozenset[int]) -> None:
+    try:
+        if _read(path / "cpuset.cpus.exclusive") != cpus:
+            _write(path / "cpuset.cpus.exclusive", cpus)
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
+        raise Conflict(f"the kernel refuses CPUs {format_cpulist(cpus)}: another cpuset holds some of them") from err

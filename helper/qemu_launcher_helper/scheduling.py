@@ -1,0 +1,126 @@
+"""Policies and priorities of threads, and the real-time brake that goes with them.
+
+fifo and rr are always set with SCHED_RESET_ON_FORK: the user then can neither raise, pass on nor regain them
+(sched(7)). Every act takes a number, so each captures what it finds, acts, and puts it back when the thread turns
+out to be another one by then.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import privileges
+from .errors import Failed, LimitExceeded, TargetRefused, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .arguments import SchedulerRequest
+    from .limits import Limits
+    from .target import Target
+
+REALTIME = frozenset({"fifo", "rr"})
+POLICY = {
+    "other": os.SCHED_OTHER,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+    "fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK,
+    "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK,
+}
+RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
+# bytes; microseconds of CPU time without a blocking system call: getrlimit(2)
+LIMIT_NAMES = {resource.RLIMIT_MEMLOCK: "Max locked memory", resource.RLIMIT_RTTIME: "Max realtime timeout"}
+UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+def check(request: SchedulerRequest, limits: Limits, shielded: Mapping[int, frozenset[int]]) -> None:
+    """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set.
+
+    `shielded`: the CPUs of each thread of the VM that is pinned inside its shield, as the kernel has them.
+    """
+    if request.policy not in limits.policies:
+        allowed = ", ".join(sorted(limits.policies))
+        raise LimitExceeded(f"policy {request.policy} is not among yours, {allowed} ({limits.source})")
+    if request.policy not in REALTIME:
+        return
+    if request.priority > limits.max_priority:
+        raise LimitExceeded(f"priority {request.priority} is above yours, {limits.max_priority} ({limits.source})")
+    if int(RT_RUNTIME.read_text()) == -1:
+        raise Unsupported(
+            "real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a busy thread"
+        )
+    if limits.realtime == "anywhere":
+        return
+    used: set[int] = set()
+    for tid in request.tids:
+        cpus = shielded.get(tid, frozenset())
+        if len(cpus) != 1:
+            raise TargetRefused(f"real time needs thread {tid} to be pinned to one shielded CPU of its own")
+        if cpus & used:
+            raise TargetRefused(f"real time for two threads on CPU {min(cpus)} would hang the guest")
+        if 0 in cpus:
+            raise LimitExceeded(f'real time on CPU 0 needs realtime = "anywhere" ({limits.source})')
+        used |= cpus
+
+
+def set_policy(target: Target, start_times: Mapping[int, int], policy: str, priority: int) -> None:
+    """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself."""
+    for tid, start_time in start_times.items():
+        if target.task_start_time(tid) != start_time:
+            raise TargetRefused(f"thread {tid} is gone")
+        try:
+            before = os.sched_getscheduler(tid), os.sched_getparam(tid)
+            _set(tid, POLICY[policy], os.sched_param(priority))
+            after = os.sched_getscheduler(tid), os.sched_getparam(tid).sched_priority
+        except ProcessLookupError as err:
+            raise TargetRefused(f"thread {tid} is gone") from err
+        except OSError as err:
+            raise Failed(f"the kernel refuses policy {policy} for thread {tid}: error {err.errno}") from err
+        if target.task_start_time(tid) != start_time:
+            with suppress(ProcessLookupError):
+                _set(tid, *before)
+            raise TargetRefused(f"thread {tid} is gone")
+        if after != (POLICY[policy], priority):
+            raise Failed(f"thread {tid} did not take policy {policy}")
+
+
+def take_realtime(target: Target, keep: Iterable[int] = ()) -> None:
+    """Put every real-time thread of the target, but those in `keep`, back to SCHED_OTHER."""
+    for tid in target.tids() - frozenset(keep):
+        with suppress(ProcessLookupError):
+            if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_FIFO, os.SCHED_RR):
+                start_time = target.task_start_time(tid)
+                if start_time is not None:
+                    with suppress(TargetRefused):
+                        set_policy(target, {tid: start_time}, "other", 0)
+
+
+def read_rlimit(target: Target, which: int) -> tuple[int, int]:
+    """Return one limit of the target, (soft, hard), -1 for infinity; proc_pid_limits(5), so no capability."""
+    line = next(line for line in target.read("limits").splitlines() if line.startswith(LIMIT_NAMES[which]))
+    soft, hard = (
+        -1 if word == "unlimited" else int(word) for word in line.removeprefix(LIMIT_NAMES[which]).split()[:2]
+    )
+    return soft, hard
+
+
+def set_rlimit(target: Target, which: int, limit: tuple[int, int]) -> tuple[int, int]:
+    """Set one limit of the target and return what it was; on another process's number it is put back."""
+    try:
+        with privileges.raised("sys_resource"):
+            before = resource.prlimit(target.pid, which, limit)
+            if not target.is_alive():
+                resource.prlimit(target.pid, which, before)
+                raise TargetRefused(f"process {target.pid} is gone")
+    except ProcessLookupError as err:
+        raise TargetRefused(f"process {target.pid} is gone") from err
+    return before
+
+
+def _set(tid: int, policy: int, param: os.sched_param) -> None:
+    with privileges.raised("sys_nice"):
+        os.sched_setscheduler(tid, policy, param)
