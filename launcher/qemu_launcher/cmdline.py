@@ -1,0 +1,94 @@
+"""A definition -> QEMU's command line, and what it says that matters to the run. Pure: no files, no host.
+
+The only place that writes QEMU options. Text of the user's enters an option as a property's value only through
+`double_commas`; what he wrote as whole option text goes to QEMU as it stands.
+"""
+
+from .definition import VmDefinition
+from .options import Property, QemuOption, has_mem_lock, has_vfio
+
+__all__ = ["double_commas", "guest_ram", "has_mem_lock", "has_option", "has_vfio", "option_argv", "qemu_argv"]
+
+DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
+MOST_RAM = 1 << 63
+SIZE_SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}  # util/cutils.c, qemu_strtosz
+
+
+def qemu_argv(definition: VmDefinition) -> list[str]:
+    """The definition's own command line, binary first, without anything that the launcher adds for itself."""
+    return [definition.binary, *(word for option in definition.options for word in option_argv(option))]
+
+
+def option_argv(option: QemuOption) -> list[str]:
+    """One option as one or two arguments."""
+    if option.value is None:
+        return [f"-{option.name}"]
+    if isinstance(option.value, str):
+        return [f"-{option.name}", option.value]
+    return [f"-{option.name}", ",".join(_element(element) for element in option.value)]
+
+
+def _element(element: str | Property) -> str:
+    return f"{element.name}={double_commas(element.value)}" if isinstance(element, Property) else element
+
+
+def double_commas(value: str) -> str:
+    """`value` as the value of a property: QEMU's option parser ends it at a single comma."""
+    return value.replace(",", ",,")
+
+
+def has_option(definition: VmDefinition, name: str) -> bool:
+    """Whether the option `-name` (given without its dash) is there, in either of QEMU's spellings, `-x` and `--x`."""
+    return any(option.bare_name == name for option in definition.options)
+
+
+def guest_ram(definition: VmDefinition) -> int | None:
+    """The guest's RAM in bytes when it starts, None where the options do not tell in a form we understand.
+
+    As QEMU does: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
+    """
+    sizes = [size for option in definition.options if option.bare_name == "m" for size in _sizes(option)]
+    if sizes:
+        return parse_size(sizes[-1], default_unit="M")
+    backend = _last(definition, "machine", "memory-backend") or _last(definition, "M", "memory-backend")
+    if backend is not None:
+        for option in definition.options:
+            properties = dict(option.properties())
+            if option.bare_name == "object" and properties.get("id") == backend:
+                return parse_size(properties.get("size") or "", default_unit="B")
+        return None
+    return DEFAULT_RAM
+
+
+def _sizes(option: QemuOption) -> list[str]:
+    found = []
+    for position, (name, value) in enumerate(option.properties()):
+        if value is None and position == 0:
+            found.append(name)
+        elif name == "size" and value is not None:
+            found.append(value)
+    return found
+
+
+def _last(definition: VmDefinition, option_name: str, property_name: str) -> str | None:
+    found = [
+        value
+        for option in definition.options
+        if option.bare_name == option_name
+        for name, value in option.properties()
+        if name == property_name
+    ]
+    return found[-1] if found else None
+
+
+def parse_size(text: str, default_unit: str) -> int | None:
+    """A size as QEMU writes them (`2G`, `1.5g`, `4096`) in bytes, None when it is none."""
+    unit = text[-1:].upper()
+    number = text[:-1] if unit in SIZE_SUFFIXES else text
+    shift = SIZE_SUFFIXES[unit if unit in SIZE_SUFFIXES else default_unit]
+    whole, _dot, fraction = number.partition(".")
+    digits = whole + fraction
+    if not whole.isdigit() or not digits.isdigit() or not digits.isascii() or len(digits) > 40:
+        return None
+    size = (int(digits) << shift) // 10 ** len(fraction)
+    return size if size < MOST_RAM else None
