@@ -1,0 +1,221 @@
+"""Every fact of SECURITY S5 by itself: a real process and a real pidfd, with /proc's words changed one at a time."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher_helper import target
+from qemu_launcher_helper.arguments import Caller
+from qemu_launcher_helper.errors import TargetRefused
+from qemu_launcher_helper.target import Target
+
+SCOPE = "qemu-launcher-1000-win11.scope"
+CALLER = Caller(":1.7", 1000, 4242, "alice")
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["/bin/sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+class Facts:
+    """A /proc of our own that tells, of a real process, what the test wants told."""
+
+    def __init__(self, root: Path, pid: int) -> None:
+        self.root, self.pid = root, pid
+        real, mine = Path(f"/proc/{pid}"), root / str(pid)
+        (mine / f"task/{pid}").mkdir(parents=True)
+        (root / "self").mkdir()
+        (mine / f"task/{pid}/stat").write_text((real / f"task/{pid}/stat").read_text())
+        self.status = {
+            "Name": "qemu-system-x86", "State": "S (sleeping)", "Tgid": str(pid), "PPid": "4242",
+            "Uid": "1000\t1000\t1000\t1000", "Gid": "1000\t1000\t1000\t1000", "NSpid": str(pid), "Kthread": "0",
+        }  # fmt: skip
+        self.write("cgroup", "0::/user.slice/user-1000.slice/session-3.scope\n")
+        self.write("uid_map", "         0          0 4294967295\n")
+        self.write("comm", "qemu-system-x86\n")
+        (root / "self/uid_map").write_text("         0          0 4294967295\n")
+        self.say()
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / str(self.pid) / name).write_text(text)
+
+    def say(self, **changes: str) -> None:
+        self.write("status", "".join(f"{key}:\t{value}\n" for key, value in (self.status | changes).items()))
+
+
+@pytest.fixture
+def facts(tmp_path: Path, child: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch) -> Facts:
+    monkeypatch.setattr(target, "PROC", tmp_path)
+    return Facts(tmp_path, child.pid)
+
+
+def verify(facts: Facts, **more: tuple[str, ...]) -> target.Home:
+    with Target(facts.pid) as opened:
+        return opened.verify(CALLER, SCOPE, **more)
+
+
+def test_the_callers_own_child_in_his_session_passes(facts: Facts) -> None:
+    assert verify(facts) == target.Home("/user.slice/user-1000.slice", "session-3.scope")
+    assert verify(facts).slice_unit == "user-1000.slice"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"Tgid": "77"}, "is a thread, not a process"),
+        ({"PPid": "4243"}, "is not a child of yours"),
+        ({"PPid": "42421"}, "is not a child of yours"),
+        ({"Uid": "1001\t1001\t1001\t1001"}, "does not run as you"),
+        ({"Uid": "1000\t0\t1000\t1000"}, "does not run as you"),
+        ({"Uid": "1000\t1000\t0\t1000"}, "does not run as you"),
+        ({"Uid": "1000"}, "does not run as you"),
+        ({"Gid": "1000\t42\t42\t42"}, "runs with mixed group ids"),
+        ({"Gid": ""}, "runs with mixed group ids"),
+        ({"NSpid": "77\t1"}, "is in another PID namespace"),
+        ({"NSpid": ""}, "is in another PID namespace"),
+        ({"State": "Z (zombie)"}, "is dead"),
+        ({"State": "X (dead)"}, "is dead"),
+        ({"Kthread": "1"}, "is not yours to name"),
+    ],
+)
+def test_one_wrong_fact_refuses(facts: Facts, change: dict[str, str], words: str) -> None:
+    facts.say(**change)
+    with pytest.raises(TargetRefused, match=f"process {facts.pid} {words}"):
+        verify(facts)
+
+
+@pytest.mark.parametrize("key", ["Tgid", "PPid", "Uid", "Gid", "NSpid", "State"])
+def test_a_missing_fact_refuses(facts: Facts, key: str) -> None:
+    del facts.status[key]
+    facts.say()
+    with pytest.raises(TargetRefused):
+        verify(facts)
+
+
+def test_another_user_namespace(facts: Facts) -> None:
+    facts.write("uid_map", "         0       1000          1\n")
+    with pytest.raises(TargetRefused, match="is in another user namespace"):
+        verify(facts)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("/user.slice/user-1000.slice/session-c1.scope", "session-c1.scope"),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/app-x.scope", "user@1000.service"),
+        (f"/user.slice/user-1000.slice/{SCOPE}", SCOPE),
+        (f"/user.slice/user-1000.slice/{SCOPE}/emulator", SCOPE),
+    ],
+)
+def test_places_a_target_may_live_in(facts: Facts, cgroup: str, unit: str) -> None:
+    facts.write("cgroup", f"0::{cgroup}\n")
+    assert verify(facts).unit == unit
+
+
+@pytest.mark.parametrize(
+    "cgroup",
+    [
+        "/",
+        "/init.scope",
+        "/system.slice/ssh.service",
+        "/user.slice/user-1000.slice",
+        "/user.slice/user-1001.slice/session-3.scope",
+        "/user.slice/user-1000.slice/user@1001.service/app.slice",
+        "/user.slice/user-1000.slice/qemu-launcher-1000-other.scope",
+        "/user.slice/user-1000.slice/qemu-launcher-1000-win11xscope",
+        "/x/user.slice/user-1000.slice/session-3.scope",
+        "/machine.slice/libpod-1.scope/user.slice/user-1000.slice/session-3.scope",
+        "/user.slice/user-1000.slice/session-3.scope (deleted)",
+        "/../user.slice/user-1000.slice/session-3.scope",
+        f"/system.slice/{SCOPE}",
+    ],
+)
+def test_places_it_may_not(facts: Facts, cgroup: str) -> None:
+    facts.write("cgroup", f"0::{cgroup}\n")
+    with pytest.raises(TargetRefused, match="not in a login session or user service of yours"):
+        verify(facts)
+
+
+def test_a_service_that_the_administrator_named(facts: Facts) -> None:
+    for unit in ("my-vm.service", SCOPE):
+        facts.write("cgroup", f"0::/system.slice/{unit}\n")
+        assert verify(facts, services=("my-vm.service",)).unit == unit
+    facts.write("cgroup", "0::/system.slice/my-vmxservice\n")
+    with pytest.raises(TargetRefused):
+        verify(facts, services=("my-vm.service",))
+
+
+def test_a_process_that_ended_is_refused_although_its_descriptors_are_held(
+    facts: Facts, child: "subprocess.Popen[bytes]"
+) -> None:
+    with Target(facts.pid) as opened:
+        opened.verify(CALLER, SCOPE)
+        child.kill()
+        child.wait()
+        assert not opened.is_alive()
+        with pytest.raises(TargetRefused, match="is dead"):
+            opened.verify(CALLER, SCOPE)
+
+
+def test_no_process_no_target() -> None:
+    with subprocess.Popen(["/bin/true"]) as ended:
+        ended.wait()
+    with pytest.raises(TargetRefused, match="does not exist"):
+        Target(ended.pid)
+
+
+def test_a_thread_is_no_process(child: "subprocess.Popen[bytes]") -> None:
+    code = "import threading as t; x = t.Thread(target=t.Event().wait); x.start(); print(x.native_id, flush=True)"
+    with subprocess.Popen(["/usr/bin/python3", "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        tid = int(process.stdout.readline())
+        with pytest.raises(TargetRefused):
+            Target(tid)
+        with Target(process.pid) as opened:
+            assert opened.tids() == {process.pid, tid}
+            assert set(opened.verify_threads([tid])) == {tid}
+            with pytest.raises(TargetRefused, match=f"{child.pid} is not a thread of process {process.pid}"):
+                opened.verify_threads([tid, child.pid])
+        process.kill()
+
+
+def test_comm_catches_mistakes(facts: Facts) -> None:
+    with Target(facts.pid) as opened:
+        opened.verify_comm(["qemu-system-*"])
+        facts.write("comm", "evil\x1b[2J\n")
+        with pytest.raises(TargetRefused) as caught:
+            opened.verify_comm(["qemu-system-*"])
+    assert str(caught.value).isprintable()
+
+
+def test_find_knows_a_process_by_number_and_start_time(child: "subprocess.Popen[bytes]") -> None:
+    with Target(child.pid) as opened:
+        start_time = opened.start_time
+    assert start_time is not None
+    found = target.find(child.pid, start_time)
+    assert found is not None
+    found.close()
+    assert target.find(child.pid, start_time + 1) is None
+
+
+def test_descriptors_are_closed(child: "subprocess.Popen[bytes]") -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        with Target(child.pid):
+            pass
+        target.find(child.pid, 1)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_facts_cannot_be_swapped_under_an_open_target(facts: Facts, tmp_path: Path) -> None:
+    with Target(facts.pid) as opened:
+        shutil.rmtree(tmp_path / str(facts.pid))
+        with pytest.raises(TargetRefused, match="is gone"):
+            opened.verify(CALLER, SCOPE)
