@@ -5,21 +5,15 @@ one whole core to the host, and stay within the limits of each uid. Refuses with
 naming who holds what and what is free instead.
 """
 
-from __future__ import annotations
-
 import time
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .cpulist import format_cpulist, parse_cpulist
 from .errors import Conflict, InvalidArguments, LimitExceeded
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
-
-    from .limits import Limits
-    from .records import Record
+from .limits import Limits
+from .records import Record
 
 CPU = Path("/sys/devices/system/cpu")
 

@@ -4,22 +4,16 @@ rlimits are per process and inherited, so this bounds each QEMU, and by the reco
 children that QEMU forks are bounded only by MemoryMax= on the user's slice (qemu-launcher-helper(8) says so).
 """
 
-from __future__ import annotations
-
 import os
 import resource
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 from . import scheduling
 from .contract import INFINITY
 from .errors import LimitExceeded
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from .limits import Limits
-    from .records import Record
-    from .target import Target
+from .limits import Limits
+from .records import Record
+from .target import Target
 
 # What always stays unlockable for the host, all users together.
 HOST_BYTES = 2 << 30

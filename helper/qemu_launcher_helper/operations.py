@@ -5,37 +5,26 @@ a step fails after the record was written, all grants of that VM are withdrawn b
 reconcile uses: a VM is tuned as asked or not at all.
 """
 
-from __future__ import annotations
-
 import asyncio
 import pwd
 import resource
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import claims, cpuset, memlock, records, scheduling, systemd
-from .arguments import (
-    LimitsRequest,
-    ListRequest,
-    MemlockRequest,
-    PinRequest,
-    ReleaseRequest,
-    SchedulerRequest,
-    Typed,
-)
+from . import arguments, claims, cpuset, memlock, records, scheduling, systemd
+from .arguments import Caller, Request, Typed
 from .contract import INFINITY, VERSION
 from .cpulist import format_cpulist
+from .cpuset.mechanism import Mechanism, Shield
 from .errors import Conflict, Failed, TargetRefused, Unsupported
+from .limits import Configuration, Limits
 from .reconcile import Reconciler
+from .records import Record
 from .target import Target
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from .arguments import Caller, Request
-    from .limits import Configuration, Limits
-    from .records import Record
+Body = list[Any]  # of a reply, in the contract's order
 
 
 class Operations:
@@ -53,27 +42,27 @@ class Operations:
         async with self._lock:
             await self.reconciler.run()
 
-    async def perform(self, caller: Caller, request: Request) -> list[Any]:
+    async def perform(self, caller: Caller, request: Request) -> Body:
         """Do what the authorised `caller` asks and return the reply's body; Refusal otherwise."""
         async with self._lock:
             live = await self.reconciler.run()
             match request:
-                case MemlockRequest():
+                case arguments.MemlockRequest():
                     return await self._set_memlock(caller, request, live)
-                case PinRequest():
+                case arguments.PinRequest():
                     return await self._pin_threads(caller, request, live)
-                case SchedulerRequest():
+                case arguments.SchedulerRequest():
                     return await self._set_scheduler(caller, request, live)
-                case ReleaseRequest():
+                case arguments.ReleaseRequest():
                     return await self._release(request, live)
-                case ListRequest():
+                case arguments.ListRequest():
                     return [
                         [_row(record, self.mechanism) for record in live if request.all or record.uid == caller.uid]
                     ]
-                case LimitsRequest():
+                case arguments.LimitsRequest():
                     return [self._limits(caller, live)]
 
-    async def _set_memlock(self, caller: Caller, request: MemlockRequest, live: list[Record]) -> list[Any]:
+    async def _set_memlock(self, caller: Caller, request: arguments.MemlockRequest, live: list[Record]) -> Body:
         limits = self.configuration.limits_for(caller.uid)
         with Target(request.pid) as target:
             self._verify(target, caller, request.vm)
@@ -85,7 +74,7 @@ class Operations:
                 self._verify(target, caller, request.vm)
         return [granted]
 
-    async def _pin_threads(self, caller: Caller, request: PinRequest, live: list[Record]) -> list[Any]:
+    async def _pin_threads(self, caller: Caller, request: arguments.PinRequest, live: list[Record]) -> Body:
         if self.mechanism is None:
             raise Unsupported(self.reason)
         limits = self.configuration.limits_for(caller.uid)
@@ -106,13 +95,15 @@ class Operations:
                 scheduling.take_realtime(target, keep)
                 others = [other for other in live if other.key != wanted.key]
                 self.mechanism.settle(self.reconciler.reserved([*others, replace(wanted, scope=scope)]))
-                self.mechanism.apply(scope, cpuset.Shield(request.pins, reserved, request.others))
+                self.mechanism.apply(scope, Shield(request.pins, reserved, request.others))
                 self._verify(target, caller, request.vm)
                 if target.verify_threads(start_times) != start_times:
                     raise TargetRefused("a thread changed while it was pinned")
         return []
 
-    async def _set_scheduler(self, caller: Caller, request: SchedulerRequest, live: list[Record]) -> list[Any]:
+    async def _set_scheduler(
+        self, caller: Caller, request: arguments.SchedulerRequest, live: list[Record]
+    ) -> list[Any]:
         limits = self.configuration.limits_for(caller.uid)
         with Target(request.pid) as target:
             self._verify(target, caller, request.vm)
@@ -133,7 +124,7 @@ class Operations:
                 self._verify(target, caller, request.vm)
         return []
 
-    async def _release(self, request: ReleaseRequest, live: list[Record]) -> list[Any]:
+    async def _release(self, request: arguments.ReleaseRequest, live: list[Record]) -> Body:
         record = next((record for record in live if record.key == (request.uid, request.vm)), None)
         if record is not None:
             await self.reconciler.withdraw(record, stray=False)
@@ -196,7 +187,7 @@ class Operations:
             raise
 
 
-def _row(record: Record, mechanism: cpuset.Mechanism | None) -> list[Any]:
+def _row(record: Record, mechanism: Mechanism | None) -> list[Any]:
     cpus = format_cpulist(record.shielded | record.pinned)
     name = mechanism.name if mechanism and cpus else "none"
     return [record.vm, record.uid, _user_name(record.uid), record.pid, record.start_time, cpus, name]

@@ -6,22 +6,16 @@ is no longer valid, keeps no real time and no raised limit. Real time always end
 fails for one VM is logged and does not keep the others from being served.
 """
 
-from __future__ import annotations
-
 import logging
 import resource
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from . import records, scheduling, systemd, target
+from .cpuset.mechanism import Mechanism
 from .errors import Refusal
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    from .cpuset import Mechanism
-    from .records import Record
-    from .target import Target
+from .records import Record
+from .target import Target
 
 log = logging.getLogger(__name__)
 

@@ -5,20 +5,16 @@ leaves at worst a record of something that did not happen; reconcile takes that 
 the process with that PID and that start time lives. Nothing here acts on a process.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from .cpulist import format_cpulist, parse_cpulist
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 GRANTS = Path("/run/qemu-launcher/grants")
 log = logging.getLogger(__name__)
@@ -54,7 +50,7 @@ class Record:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Record:
+    def from_json(cls, text: str) -> Self:
         """Read a record; ValueError when it is not one."""
         try:
             raw: dict[str, Any] = json.loads(text)
@@ -64,7 +60,7 @@ class Record:
         except (TypeError, KeyError) as err:
             raise ValueError(f"not a record: {err}") from err
 
-    def without_grants(self, *, stray: bool) -> Record:
+    def without_grants(self, *, stray: bool) -> "Record":
         """Return what is left of a live VM's record when its grants were taken back: what still counts."""
         kept = replace(self, memlock_before=None, rttime_before=None, realtime=(), stray=stray)
         return kept if stray else replace(kept, shielded=frozenset(), pinned=frozenset())

@@ -5,23 +5,17 @@ fifo and rr are always set with SCHED_RESET_ON_FORK: the user then can neither r
 out to be another one by then.
 """
 
-from __future__ import annotations
-
 import os
 import resource
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import privileges
+from .arguments import SchedulerRequest
 from .errors import Failed, LimitExceeded, TargetRefused, Unsupported
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from .arguments import SchedulerRequest
-    from .limits import Limits
-    from .target import Target
+from .limits import Limits
+from .target import Target
 
 REALTIME = frozenset({"fifo", "rr"})
 POLICY = {

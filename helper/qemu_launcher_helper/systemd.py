@@ -4,19 +4,13 @@ systemd answers StartTransientUnit before it has moved the process, so start_sco
 then verifies the target again. Nothing of what is sent comes from a user but the PID and the validated VM name.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from .arguments import Typed
-from .cpuset import CGROUP
+from .arguments import Caller, Typed
+from .cpuset.mechanism import CGROUP
 from .errors import CallFailed, Conflict, Failed, TargetRefused
-from .target import Target
-
-if TYPE_CHECKING:
-    from .arguments import Caller
-    from .target import Home
+from .target import Home, Target
 
 HELPER_UNIT = "qemu-launcher-helper.service"
 DESTINATION = "org.freedesktop.systemd1"

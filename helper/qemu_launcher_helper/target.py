@@ -8,24 +8,19 @@ Refuses (TargetRefused) whatever is not plainly the caller's own child; reads no
 The executable is not looked at: an unprivileged user can make /proc/PID/exe anything (SECURITY S7).
 """
 
-from __future__ import annotations
-
 import fnmatch
 import os
 import re
 import select
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from types import TracebackType
+from typing import Self
 
+from .arguments import Caller
 from .errors import TargetRefused
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-    from types import TracebackType
-
-    from .arguments import Caller
 
 PROC = Path("/proc")
 # proc_pid_stat(5): field 22, counted behind the last ")" because a comm may contain anything.

@@ -9,21 +9,15 @@
 Enabling a partition below the top level is the one write that needs CAP_SYS_ADMIN.
 """
 
-from __future__ import annotations
-
 import errno
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from .. import privileges
 from ..cpulist import format_cpulist, parse_cpulist
 from ..errors import Conflict, Failed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from . import Shield
+from .mechanism import Shield
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here.
 SWEEPS = 100
