@@ -92,3 +92,11 @@ def parse_size(text: str, default_unit: str) -> int | None:
         return None
     size = (int(digits) << shift) // 10 ** len(fraction)
     return size if size < MOST_RAM else None
+
+
+def shell_command(definition: VmDefinition, *, wrapped: bool) -> str:
+    """The command line for a POSIX shell, quoted where it must be; `wrapped`: one option a line, for people."""
+    from shlex import join  # noqa: PLC0415  only this form needs it
+
+    words = [[definition.binary], *(option_argv(option) for option in definition.options)]
+    return (" \\\n    " if wrapped else " ").join(join(group) for group in words)

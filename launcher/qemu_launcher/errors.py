@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 PROGRAM = "qemu-launcher"
-MOST_PROBLEMS_SHOWN = 10  # more than a screenful hides the first one, which is usually the cause of the others
+LONGEST_QUOTE = 60  # characters of a wrong value that a message repeats
+MOST_PROBLEMS = 10  # more than a screenful hides the first one, which is usually the cause of the others
 
 
 class Mark(NamedTuple):
@@ -152,11 +153,24 @@ def render(error: LauncherError) -> str:
     """The whole message for stderr, ending in a line break: `qemu-launcher: what`, and the hint indented below it."""
     problems: Sequence[LauncherError] = error.problems if isinstance(error, DefinitionError) else (error,)
     lines: list[str] = []
-    for problem in problems[:MOST_PROBLEMS_SHOWN]:
+    for problem in problems[:MOST_PROBLEMS]:
         mark = problem.mark if isinstance(problem, DefinitionError) else None
         lines.append(f"{PROGRAM}: {problem.message if mark is None else f'{mark}: {problem.message}'}")
         if problem.hint is not None:
             lines.extend(f"    {line}" for line in problem.hint.splitlines())
-    if len(problems) > MOST_PROBLEMS_SHOWN:
-        lines.append(f"{PROGRAM}: and {len(problems) - MOST_PROBLEMS_SHOWN} more")
+    if len(problems) > MOST_PROBLEMS:
+        lines.append(f"{PROGRAM}: and more")
     return printable("\n".join(lines)) + "\n"
+
+
+def shortened(text: str) -> str:
+    """`text`, or its beginning where it would drown the message."""
+    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str | None:
+    """A hint that names the nearest of `choices`, None when none is near."""
+    import difflib  # noqa: PLC0415  only needed when something is wrong already
+
+    close = difflib.get_close_matches(word[:LONGEST_QUOTE].lower(), choices, n=1)
+    return f"did you mean {close[0]}?" if close else None

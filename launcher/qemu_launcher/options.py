@@ -7,7 +7,12 @@ launcher itself must act. Reading only: `cmdline` is the one place that writes Q
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .errors import Mark
+from . import yamlnode
+from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
+from .yamlnode import Map, Node, Scalar, describe, fail
+
+MAX_ARGUMENT_BYTES = (128 << 10) - 1  # MAX_ARG_STRLEN of execve(2), less the final NUL
+MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quarter of the stack limit, 2 MiB by default
 
 
 class Property(NamedTuple):
@@ -86,3 +91,69 @@ def has_mem_lock(options: Iterable[QemuOption]) -> bool:
         if option.bare_name == "overcommit"
         for name, value in option.properties()
     )
+
+
+def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOption, ...]:
+    options: list[QemuOption] = []
+    room = MAX_OPTIONS_BYTES
+    try:
+        for item in yamlnode.items(node, "the section qemu"):
+            if len(problems) >= MOST_PROBLEMS:
+                break
+            try:
+                option = _option(item)
+            except DefinitionError as err:
+                problems.append(err)
+                continue
+            size = option.size()
+            if size > MAX_ARGUMENT_BYTES:
+                fail(
+                    item,
+                    f"-{shortened(option.name)} has a value longer than {MAX_ARGUMENT_BYTES} bytes, the kernel's limit",
+                )
+            room -= size  # aliases make much out of little, so the file's own size is no bound
+            if room < 0:
+                fail(item, f"up to here the qemu section comes to more than {MAX_OPTIONS_BYTES >> 20} MiB")
+            options.append(option)
+    except DefinitionError as err:
+        problems.append(err)
+    return tuple(options)
+
+
+def _option(item: Node) -> QemuOption:
+    if isinstance(item, Scalar):
+        return QemuOption(yamlnode.string(item, "an option"), None, item.mark)
+    if not isinstance(item, Map):
+        fail(item, f"an option must be a flag or name: value, not {describe(item)}")
+    key, value = _single(item, "an option")
+    name = yamlnode.string(key, "an option's name")
+    if isinstance(value, Scalar):
+        return QemuOption(name, yamlnode.verbatim(value, f"the value of {name}"), key.mark)
+    if isinstance(value, Map):
+        fail(
+            value,
+            f"the value of {name} must be text or a list, not {describe(value)}",
+            f"write {name}: [name: value, ...]",
+        )
+    if not value.items:
+        fail(value, f"the value of {name} is an empty list", f"for an option without a value write just: - {name}")
+    return QemuOption(name, tuple(_element(element, name) for element in value.items), key.mark)
+
+
+def _element(node: Node, option: str) -> str | Property:
+    if isinstance(node, Map):
+        key, value = _single(node, f"an element of {option}")
+        name = yamlnode.string(key, f"a name in {option}")
+        return Property(name, yamlnode.verbatim(value, f"{option}: {name}"))
+    return yamlnode.verbatim(node, f"an element of {option}")
+
+
+def _single(node: Map, what: str) -> tuple[Scalar, Node]:
+    if len(node.pairs) != 1:
+        second = node.pairs[1][0] if node.pairs else node
+        fail(
+            second,
+            f"{what} is one name: value, not {len(node.pairs)} of them",
+            "begin each with a dash of its own" if node.pairs else None,
+        )
+    return node.pairs[0]

@@ -27,9 +27,8 @@ from yaml.events import (
 )
 from yaml.reader import Reader
 
-from .errors import DefinitionError, Mark
+from .errors import DefinitionError, Mark, did_you_mean, shortened
 
-LONGEST_QUOTE = 60  # characters of a wrong value that a message repeats
 MAX_DEPTH = 32  # a definition needs six levels; deeper is a mistake or an attack on somebody's stack
 
 _TAG = "tag:yaml.org,2002:"
@@ -104,13 +103,11 @@ class _Open:
         else:
             if not isinstance(node, Scalar):
                 fail(node, f"a key must be a single word, not {describe(node)}")
-            first = self.seen.setdefault((node.kind, node.text), node.mark)
-            if first is not node.mark:
-                fail(
-                    node,
-                    f"the key {shortened(node.text)!r} is given twice, first in line {first.line}",
-                    "remove one of them",
-                )
+            identity = (node.kind, str(int(node.text)) if _is_short_int(node) else node.text)
+            if (first := self.seen.get(identity)) is not None:
+                what = f"the key {shortened(node.text)!r} is given twice, first in line {first.line}"
+                fail(node, what, "remove one of them")
+            self.seen[identity] = node.mark
             self.key = node
 
     def close(self) -> Node:
@@ -291,11 +288,6 @@ def describe(node: Node) -> str:
     return node.text if node.kind == "bool" else repr(shortened(node.text))
 
 
-def shortened(text: str) -> str:
-    """`text`, or its beginning where it would drown the message."""
-    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
-
-
 def fail(node: Node, message: str, hint: str | None = None) -> NoReturn:
     raise DefinitionError(message, hint, mark=node.mark)
 
@@ -336,10 +328,14 @@ def integer(node: Node, what: str, least: int, most: int) -> int:
             f"{what} must be a whole number, not {describe(node)}",
             f"write a decimal number, {least} to {most}, without quotes",
         )
-    # Longer than any limit in use, and Python itself refuses to convert more than 4300 digits.
-    if len(node.text) > 20 or not least <= int(node.text) <= most:
+    if not _is_short_int(node) or not least <= int(node.text) <= most:
         fail(node, f"{what} is {shortened(node.text)}, which is out of range ({least}-{most})")
     return int(node.text)
+
+
+def _is_short_int(node: Scalar) -> bool:
+    """Whether int() may be asked: 20 characters hold every limit in use, and beyond 4300 digits Python refuses."""
+    return node.kind == "int" and len(node.text) <= 20
 
 
 def choice(node: Node, what: str, choices: Sequence[str]) -> str:
@@ -361,9 +357,9 @@ def items(node: Node, what: str) -> Sequence[Node]:
     return node.items
 
 
-def did_you_mean(word: str, choices: Sequence[str]) -> str | None:
-    """A hint that names the nearest of `choices`, None when none is near."""
-    import difflib  # noqa: PLC0415  only needed when something is wrong already
-
-    close = difflib.get_close_matches(word[:LONGEST_QUOTE].lower(), choices, n=1)
-    return f"did you mean {close[0]}?" if close else None
+def unknown(key: Scalar, what: str, known: Sequence[str]) -> DefinitionError:
+    if key.text == "<<":
+        hint: str | None = "merge keys (<<) are no part of YAML 1.2; write the keys out, or use an alias for the whole"
+    else:
+        hint = did_you_mean(key.text, known) or f"known are {', '.join(known)}"
+    return DefinitionError(f"unknown {what} {shortened(key.text)!r}", hint, mark=key.mark)

@@ -1,0 +1,118 @@
+"""The program: arguments to an action, LauncherError to a message, a hint and an exit status.
+
+Modules are imported when their action is asked for: `command` and `--help` are to be quick, and only a start needs
+the rest. Whatever happens to the terminal or the pipe behind stdout ends in an exit status, not in a traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from . import cli
+from .errors import PROGRAM, LauncherError, render
+
+SIGNAL_BASE = 128  # of the exit status, as shells report death by a signal: signal(7), bash(1) "EXIT STATUS"
+SIGINT, SIGPIPE = 2, 13  # signal(7); the module signal costs more to import than these are worth
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: this process's arguments). Returns the exit status."""
+    try:
+        status = _act(cli.parse_arguments(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except LauncherError as err:
+        _complain(render(err))
+        return err.exit_status
+    except BrokenPipeError:
+        _abandon_stdout()
+        return SIGNAL_BASE + SIGPIPE  # what reading stopped wants is silence: `qemu-launcher command x | head -c0`
+    except KeyboardInterrupt:
+        return SIGNAL_BASE + SIGINT
+    except OSError as err:
+        _complain(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
+        _abandon_stdout()
+        return 1
+    return status
+
+
+def _act(arguments: cli.Arguments) -> int:
+    match arguments:
+        case cli.Help():
+            _say(cli.HELP)
+        case cli.Version():
+            _say(f"{PROGRAM} {cli.VERSION}\n")
+        case cli.Command():
+            return _command(arguments)
+        case cli.Run():
+            return _run(arguments)
+        case cli.Status() | cli.Stop() | cli.Kill():
+            return _ask(arguments)
+    return 0
+
+
+def _command(arguments: cli.Command) -> int:
+    from . import cmdline, definition, locate  # noqa: PLC0415
+
+    name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+    vm = definition.load(path, name)
+    if arguments.json:
+        import json  # noqa: PLC0415
+
+        _say(json.dumps(cmdline.qemu_argv(vm), ensure_ascii=False) + "\n")
+    else:
+        _say(cmdline.shell_command(vm, wrapped=sys.stdout is not None and sys.stdout.isatty()) + "\n")
+    return 0
+
+
+def _run(arguments: cli.Run) -> int:
+    from . import definition, locate, session  # noqa: PLC0415
+
+    name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+    return session.run(definition.load(path, name), untuned=arguments.untuned, quiet=arguments.quiet)
+
+
+def _ask(arguments: cli.Status | cli.Stop | cli.Kill) -> int:
+    from . import locate, status  # noqa: PLC0415
+
+    # Not the definition: the VM that runs is what counts, even if its file has changed or gone since.
+    name = None if arguments.vm is None else locate.vm_name(arguments.vm)
+    if name is None or isinstance(arguments, cli.Status):
+        return status.show(name)
+    return status.stop(name) if isinstance(arguments, cli.Stop) else status.kill(name)
+
+
+def _say(text: str) -> None:
+    """Write to stdout, as UTF-8 whatever the locale: this is the form in which QEMU gets its arguments."""
+    if sys.stdout is None:
+        raise LauncherError("standard output is closed")
+    try:
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _abandon_stdout()
+        raise LauncherError(f"cannot write to standard output: {err.strerror}") from err
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:  # nobody is left who could be told
+        return
+
+
+def _abandon_stdout() -> None:
+    """Send what Python still holds for stdout to nowhere: it would fail once more, with a traceback, at the exit."""
+    if sys.stdout is None:
+        return
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

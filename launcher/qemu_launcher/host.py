@@ -1,0 +1,64 @@
+"""Facts about the host's CPUs, from /sys, and whether a definition fits them.
+
+Reads only. Everything takes the root of the file system as an argument, so that tests can show it another host.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cpulist import format_cpulist, parse_cpulist
+from .definition import VmDefinition
+from .errors import DefinitionError, LauncherError
+
+CPU_FOLDER = "sys/devices/system/cpu"  # Documentation/admin-guide/cputopology.rst
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The host's CPUs. `possible` may come online, `online` can run a vCPU now.
+
+    `siblings`: for each online CPU the CPUs of its core, itself included.
+    """
+
+    possible: frozenset[int]
+    online: frozenset[int]
+    siblings: Mapping[int, frozenset[int]]
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    """The host as it is now. Raises LauncherError where /sys is missing or makes no sense."""
+    folder = root / CPU_FOLDER
+    online = _cpulist(folder / "online")
+    siblings = {cpu: _siblings(folder, cpu) for cpu in online}
+    return Host(_cpulist(folder / "possible"), online, siblings)
+
+
+def _siblings(folder: Path, cpu: int) -> frozenset[int]:
+    try:
+        return _cpulist(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list")
+    except LauncherError:  # no topology: some virtual machines and architectures. Then each CPU is a core.
+        return frozenset((cpu,))
+
+
+def _cpulist(path: Path) -> frozenset[int]:
+    try:
+        return parse_cpulist(path.read_text("ascii"))
+    except (OSError, ValueError) as err:
+        raise LauncherError(f"cannot read the host's CPUs from {path}: {err}") from err
+
+
+def validate_against_host(definition: VmDefinition, host: Host) -> None:
+    """Raise DefinitionError if the definition names host CPUs that do not exist or are offline."""
+    if definition.pinning is None:
+        return
+    problems = []
+    for cpu, mark in definition.pinning.host_cpus:
+        if cpu not in host.possible:
+            message = f"host CPU {cpu} does not exist; this host has {format_cpulist(host.possible)}"
+            problems.append(DefinitionError(message, mark=mark))
+        elif cpu not in host.online:
+            hint = f"use another, or bring it online: echo 1 | sudo tee /{CPU_FOLDER}/cpu{cpu}/online"
+            problems.append(DefinitionError(f"host CPU {cpu} is offline", hint, mark=mark))
+    if problems:
+        raise DefinitionError.several(problems)

@@ -1,0 +1,94 @@
+"""Where a VM's definition is: by its name in the configuration folders, or by a path.
+
+What is refused: names that could not travel to the helper as a VM name (for a path, the file's name without its
+ending), and names without a definition; the message then says which folders were searched and what is near.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import DefinitionError, did_you_mean
+
+VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # the helper's rule: it becomes part of a unit's name
+SUFFIX = ".yml"
+SUFFIXES = (SUFFIX, ".yaml")
+SYSTEM_FOLDERS = (Path("/etc/qemu-launcher/vms"), Path("/usr/local/etc/qemu-launcher"))
+
+
+def folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """The folders that hold definitions, the first to be searched first."""
+    if own := environ.get("QEMU_LAUNCHER_CONFIG_DIR"):
+        return (Path(own),)
+    config = environ.get("XDG_CONFIG_HOME", "")
+    # The XDG base directory specification: a relative path is to be ignored.
+    base = Path(config) if config.startswith("/") else Path(os.path.expanduser("~/.config"))  # noqa: PTH111
+    return (base / "qemu-launcher", *SYSTEM_FOLDERS)
+
+
+def names(where: Sequence[Path]) -> list[str]:
+    """The names of all VMs that have a definition in one of the folders `where`, sorted."""
+    found: set[str] = set()
+    for folder in where:
+        try:
+            files = os.listdir(folder)
+        except OSError:  # most people have one of the three
+            continue
+        stems = (file.removesuffix(SUFFIX) for file in files if file.endswith(SUFFIX))
+        found.update(stem for stem in stems if VM_NAME.fullmatch(stem))
+    return sorted(found)
+
+
+def is_path(argument: str) -> bool:
+    """Whether `argument` is the path of a definition rather than a name."""
+    return "/" in argument or argument.endswith(SUFFIXES)
+
+
+def vm_name(argument: str) -> str:
+    """The name of the VM meant by `argument`, a name or a path. Raises DefinitionError if it can be none."""
+    name = argument
+    if is_path(argument):
+        name = os.path.basename(argument)  # noqa: PTH119  Path would forget a final slash
+        for suffix in SUFFIXES:
+            name = name.removesuffix(suffix)
+    if VM_NAME.fullmatch(name):
+        return name
+    what = f"{argument!r} gives {name!r}, which" if name != argument else repr(name)
+    raise DefinitionError(
+        f"{what} is no name for a VM", "use letters, digits, - and _, beginning with a letter or digit; at most 48"
+    )
+
+
+def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()) -> tuple[str, Path]:
+    """Name and definition file of the VM meant by `argument`. Raises DefinitionError; the file may still be unreadable.
+
+    `commands`: words that may have been meant if there is no such VM.
+    """
+    name = vm_name(argument)
+    if is_path(argument):
+        return name, Path(argument)
+    where = folders(environ)
+    for folder in where:
+        path = folder / (name + SUFFIX)
+        if _exists(path):
+            return name, path
+    for folder in where:
+        other = folder / (name + SUFFIXES[1])
+        if _exists(other):
+            raise DefinitionError(f"{other} is not called {name}{SUFFIX}", f"rename it, or give its path: {other}")
+    hint = did_you_mean(name, [*names(where), *commands])
+    raise DefinitionError(
+        f"there is no VM {name!r}: no {name}{SUFFIX} in {', '.join(map(str, where))}",
+        hint or "its definition is described in qemu-launcher.yml(5)",
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()  # a dangling link is there: reading it says what is wrong
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as err:
+        raise DefinitionError(f"cannot read {path}: {err.strerror}") from err
+    return True
