@@ -5,7 +5,6 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def make(target: str, *settings: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An installation as the Debian package makes it, written under a umask that would hide everything."""
     destination = tmp_path_factory.mktemp("install")
     before = os.umask(0o077)

@@ -1,0 +1,49 @@
+"""What a start costs, as ratios: printed by `make bench`, and held to its budget by test_bench.py.
+
+Times differ between machines, and between two runs on a busy one; ratios to a bare Python on the same machine at the
+same moment differ little. Both sides are therefore run in turns, and the best of several runs counts: noise only ever adds.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = "/usr/bin/python3"
+ROUNDS = 15
+
+BARE = [PYTHON, "-c", "pass"]
+COMMAND = [PYTHON, "-m", "qemu_launcher", "command", str(ROOT / "launcher/examples/win11.yml")]
+COMMAND_BUDGET = 6.0
+
+
+def command_ratio() -> float:
+    """How many times a bare Python's start `qemu-launcher command` costs, with bytecode cached as when installed."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": cache,
+            "PYTHONPATH": str(ROOT / "launcher"),
+            "PYTHONPYCACHEPREFIX": cache,
+        }
+        subprocess.run(COMMAND, env=environment, stdout=subprocess.DEVNULL, check=True)
+        times: dict[str, list[float]] = {"bare": [], "command": []}
+        for _ in range(ROUNDS):
+            for name, argv in (("bare", BARE), ("command", COMMAND)):
+                start = time.perf_counter()
+                subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, check=True)
+                times[name].append(time.perf_counter() - start)
+    return min(times["command"]) / min(times["bare"])
+
+
+def main() -> int:
+    """Print the figures; 1 if one is over its budget."""
+    ratio = command_ratio()
+    sys.stdout.write(f"qemu-launcher command: {ratio:.1f} times `python3 -c pass` (budget {COMMAND_BUDGET:.0f})\n")
+    return 0 if ratio <= COMMAND_BUDGET else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
