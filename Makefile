@@ -77,15 +77,17 @@ apt:
 		-o Dpkg::Use-Pty=0 --no-install-recommends install $$missing; } </dev/null >build/apt.log 2>&1 || \
 	{ cat build/apt.log >&2; echo "apt-get could not install:$$missing" >&2; exit 1; }
 
-# The development tools are listed once, in pyproject's `dev` extra. pip runs only when that list has changed.
+# The development tools are listed once, in pyproject's `dev` extra; pip runs only when that list has changed. A venv holds
+# absolute paths and belongs to one Python: it is made anew when the tree has moved or the distribution's Python has.
 .venv/stamp: pyproject.toml | apt
-	@[ -x $(VENV)/pip ] || { echo "Making .venv"; rm -rf .venv; $(PYTHON) -m venv --system-site-packages .venv; }
-	@$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*p["optional-dependencies"]["dev"], sep="\n")' > .venv/dev.new
-	@cmp -s .venv/dev.new .venv/dev.txt || { echo "Installing Python tools into .venv"; \
-		$(VENV)/python -m pip install --quiet --disable-pip-version-check --retries 5 -r .venv/dev.new \
-		&& mv .venv/dev.new .venv/dev.txt; }
-	@rm -f .venv/dev.new; touch $@
+	@mark="# $(CURDIR)"; $(VENV)/python -c '' 2>/dev/null && [ "$$(head -n 1 .venv/dev.txt 2>/dev/null)" = "$$mark" ] || \
+		{ echo "Making .venv"; rm -rf .venv; $(PYTHON) -m venv --system-site-packages .venv; echo "$$mark" > .venv/dev.txt; }; \
+	{ echo "$$mark"; $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["optional-dependencies"]["dev"], sep="\n")'; } > .venv/dev.new; \
+	cmp -s .venv/dev.new .venv/dev.txt || { echo "Installing Python tools into .venv"; \
+		$(VENV)/python -m pip install --quiet --disable-pip-version-check --retries 5 -r .venv/dev.new; \
+		mv .venv/dev.new .venv/dev.txt; }; \
+	rm -f .venv/dev.new; touch $@
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What a start costs, as ratios: printed by `make bench`, and held to its budget by test_bench.py.
 
 Times differ between machines, and between two runs on a busy one; ratios to a bare Python on the same machine at the
-same moment differ little. Both sides are therefore run in turns, and the best of several runs counts: noise only ever adds.
+same moment differ little. Both sides are therefore run in turns, and the best of several runs counts: noise only adds.
 """
 
 import subprocess
