@@ -66,10 +66,13 @@ def _command(arguments: cli.Command) -> int:
 
 
 def _run(arguments: cli.Run) -> int:
-    from . import definition, locate, session  # noqa: PLC0415
+    from . import definition, locate  # noqa: PLC0415
 
     name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
-    return session.run(definition.load(path, name), untuned=arguments.untuned, quiet=arguments.quiet)
+    vm = definition.load(path, name)
+    from . import session  # noqa: PLC0415  after all that can be wrong without it
+
+    return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet)
 
 
 def _ask(arguments: cli.Status | cli.Stop | cli.Kill) -> int:

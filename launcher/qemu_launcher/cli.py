@@ -94,6 +94,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, f"{PROGRAM} --help shows what can be said")
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # Made for each option, though never used here; without a width it imports shutil to ask the terminal for it.
+    return argparse.HelpFormatter(prog, width=80)
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The meaning of the arguments after the program's name. Raises UsageError."""
     words = argv[: argv.index("--")] if "--" in argv else argv
@@ -102,14 +107,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if "--version" in words:
         return Version()
     command, rest = _split(argv)
-    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
     if command == "run":
         parser.add_argument("-q", "--quiet", action="store_true")
         parser.add_argument("--untuned", action="store_true")
     elif command == "command":
         parser.add_argument("--json", action="store_true")
-    parser.add_argument("vm", metavar="NAME", nargs="?" if command == "status" else None)
+    parser.add_argument("vm", metavar="NAME", nargs="?")
     found = parser.parse_args(rest)
+    if found.vm is None and command != "status":
+        parser.error("the name of a VM is missing")
     match command:
         case "command":
             return Command(found.vm, found.json)

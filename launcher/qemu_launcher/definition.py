@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
 from .keys import MAX_PRIORITY, MIN_PRIORITY, REALTIME_POLICIES, HostCpu, Memlock, Pinning, read_launcher
-from .options import QemuOption, has_mem_lock, has_vfio, read_options
+from .options import QemuOption, has_mem_lock, has_vfio, read_options, vcpu_limit
 from .yamlnode import Map, Node, describe, fail
 
 __all__ = ["HostCpu", "Memlock", "Pinning", "QemuOption", "VmDefinition", "load", "parse", "read"]
@@ -125,6 +125,7 @@ def _check_together(
     if pinning is not None:
         keys.setdefault("isolation", "shield")
         _check_shared_cpus(pinning, keys.get("scheduler"), problems, warnings)
+        _check_vcpu_count(pinning, vcpu_limit(options), problems)
     elif "isolation" in keys:
         problems.append(
             DefinitionError(
@@ -163,6 +164,12 @@ def _check_priority(keys: dict[str, Any], marks: Mapping[str, Mark], problems: l
         problem = f"priority {priority} is out of range for {scheduler}, which has none but 0"
         hint = "remove it, or use scheduler: fifo or scheduler: rr"
     problems.append(DefinitionError(problem, hint, mark=marks["priority"]))
+
+
+def _check_vcpu_count(pinning: Pinning, limit: int | None, problems: list[DefinitionError]) -> None:
+    if limit is not None and len(pinning.host_cpus) > limit:
+        message = f"vcpu_pinning names {len(pinning.host_cpus)} vCPUs, but -smp gives the guest {limit}"
+        problems.append(DefinitionError(message, mark=pinning.host_cpus[limit].mark))
 
 
 def _check_shared_cpus(

@@ -4,7 +4,8 @@ Only their shape is checked; what an option means is QEMU's business, save for t
 launcher itself must act. Reading only: `cmdline` is the one place that writes QEMU options.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 from . import yamlnode
@@ -91,6 +92,26 @@ def has_mem_lock(options: Iterable[QemuOption]) -> bool:
         if option.bare_name == "overcommit"
         for name, value in option.properties()
     )
+
+
+def vcpu_limit(options: Sequence[QemuOption]) -> int | None:
+    """How many vCPUs the guest can ever have, hot-added ones included; None where the options do not tell.
+
+    As hw/core/machine-smp.c: maxcpus, else cpus, else the product of the topology. Repeated -smp add up, the last wins.
+    """
+    numbers: dict[str, int] = {}
+    for option in options:
+        if option.bare_name == "readconfig":
+            return None  # it may say anything
+        if option.bare_name != "smp":
+            continue
+        for position, (name, value) in enumerate(option.properties()):
+            number = name if value is None else value
+            if not (number.isascii() and number.isdigit()) or len(number) > 9 or (value is None and position > 0):
+                return None
+            numbers["cpus" if value is None else name] = int(number)
+    given = {name: number for name, number in numbers.items() if number > 0}  # QEMU takes 0 for not given
+    return given.get("maxcpus") or given.get("cpus") or (prod(given.values()) if given else None)
 
 
 def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOption, ...]:
