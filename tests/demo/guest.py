@@ -4,7 +4,7 @@ Nested emulation makes booting a real one take minutes. This one is enough to se
 that it can be asked to power down. It writes its greeting to the first serial port, sleeps between timer ticks until
 ACPI reports the power button, and powers the machine off.
 
-Registers: ACPI 6.5, section 4.8.3. SeaBIOS puts the PM block of QEMU's pc and q35 at 0x600; both use sleep type 0 for S5.
+Registers: ACPI 6.5, section 4.8.3. SeaBIOS puts the PM block of QEMU's pc and q35 at 0x600; both use type 0 for S5.
 """
 
 from pathlib import Path
