@@ -8,6 +8,7 @@ reconcile uses: a VM is tuned as asked or not at all.
 import asyncio
 import pwd
 import resource
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,11 +18,10 @@ from . import arguments, claims, cpuset, memlock, records, scheduling, systemd
 from .arguments import Caller, Request, Typed
 from .contract import INFINITY, VERSION
 from .cpulist import format_cpulist
-from .cpuset.mechanism import Mechanism, Shield
+from .cpuset.mechanism import Shield
 from .errors import Conflict, Failed, TargetRefused, Unsupported
 from .limits import Configuration, Limits
 from .reconcile import Reconciler
-from .records import Record
 from .target import Target
 
 Body = list[Any]  # of a reply, in the contract's order
@@ -31,8 +31,7 @@ class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
     def __init__(self, bus: systemd.Bus, configuration: Configuration) -> None:
-        self.bus = bus
-        self.configuration = configuration
+        self.bus, self.configuration = bus, configuration
         self.mechanism, self.reason = cpuset.choose()
         self.reconciler = Reconciler(bus, self.mechanism)
         self._lock = asyncio.Lock()
@@ -47,91 +46,93 @@ class Operations:
         async with self._lock:
             live = await self.reconciler.run()
             match request:
-                case arguments.MemlockRequest():
-                    return await self._set_memlock(caller, request, live)
-                case arguments.PinRequest():
-                    return await self._pin_threads(caller, request, live)
-                case arguments.SchedulerRequest():
-                    return await self._set_scheduler(caller, request, live)
-                case arguments.ReleaseRequest():
-                    return await self._release(request, live)
                 case arguments.ListRequest():
-                    return [
-                        [_row(record, self.mechanism) for record in live if request.all or record.uid == caller.uid]
-                    ]
+                    return [[self._row(record) for record in live if request.all or record.uid == caller.uid]]
                 case arguments.LimitsRequest():
                     return [self._limits(caller, live)]
-
-    async def _set_memlock(self, caller: Caller, request: arguments.MemlockRequest, live: list[Record]) -> Body:
-        limits = self.configuration.limits_for(caller.uid)
-        with Target(request.pid) as target:
-            self._verify(target, caller, request.vm)
-            record = self._record(target, caller, request.vm, limits, live)
-            granted = memlock.grant(request.bytes, record, limits, live, memlock.host_bytes())
-            before = record.memlock_before or scheduling.read_rlimit(target, resource.RLIMIT_MEMLOCK)
-            async with self._granting(replace(record, memlock=granted, memlock_before=before), caller, target):
-                memlock.raise_limit(target, granted)
+                case arguments.ReleaseRequest():
+                    return await self._release(request, live)
+            with Target(request.pid) as target:
                 self._verify(target, caller, request.vm)
+                match request:
+                    case arguments.MemlockRequest():
+                        return await self._set_memlock(caller, request, target, live)
+                    case arguments.PinRequest():
+                        return await self._pin_threads(caller, request, target, live)
+                    case arguments.SchedulerRequest():
+                        return await self._set_scheduler(caller, request, target, live)
+
+    async def _set_memlock(
+        self, caller: Caller, request: arguments.MemlockRequest, target: Target, live: list[records.Record]
+    ) -> Body:
+        limits = self.configuration.limits_for(caller.uid)
+        record = self._record(target, caller, request.vm, limits, live)
+        granted = memlock.grant(request.bytes, record, limits, live, memlock.host_bytes())
+        before = record.memlock_before or scheduling.read_rlimit(target, resource.RLIMIT_MEMLOCK)
+        async with self._granting(replace(record, memlock=granted, memlock_before=before), caller, target):
+            memlock.raise_limit(target, granted)
         return [granted]
 
-    async def _pin_threads(self, caller: Caller, request: arguments.PinRequest, live: list[Record]) -> Body:
+    async def _pin_threads(
+        self, caller: Caller, request: arguments.PinRequest, target: Target, live: list[records.Record]
+    ) -> Body:
         if self.mechanism is None:
             raise Unsupported(self.reason)
+        target.verify_comm(self.configuration.settings.comm)
         limits = self.configuration.limits_for(caller.uid)
-        with Target(request.pid) as target:
-            self._verify(target, caller, request.vm)
-            target.verify_comm(self.configuration.settings.comm)
-            record = self._record(target, caller, request.vm, limits, live)
-            start_times = target.verify_threads(pin.tid for pin in request.pins)
-            shielded = claims.union(pin.cpus for pin in request.pins if pin.shielded)
-            pinned = claims.union(pin.cpus for pin in request.pins if not pin.shielded)
-            claim = claims.Claim(caller.uid, request.vm, shielded, pinned, request.others)
-            reserved = claims.check(claim, limits, claims.read_topology(), live, _user_name)
-            wanted = replace(record, shielded=reserved, pinned=pinned)
-            async with self._granting(wanted, caller, target) as scope:
-                still = self.mechanism.shielded_threads(scope) if reserved == record.shielded else None
-                keep = [pin.tid for pin in request.pins if pin.shielded and (still or {}).get(pin.tid) == pin.cpus]
-                # Whoever leaves a shielded CPU leaves real time first.
-                scheduling.take_realtime(target, keep)
-                others = [other for other in live if other.key != wanted.key]
-                self.mechanism.settle(self.reconciler.reserved([*others, replace(wanted, scope=scope)]))
-                self.mechanism.apply(scope, Shield(request.pins, reserved, request.others))
-                self._verify(target, caller, request.vm)
-                if target.verify_threads(start_times) != start_times:
-                    raise TargetRefused("a thread changed while it was pinned")
+        record = self._record(target, caller, request.vm, limits, live)
+        start_times = target.verify_threads(pin.tid for pin in request.pins)
+        shielded = claims.union(pin.cpus for pin in request.pins if pin.shielded)
+        pinned = claims.union(pin.cpus for pin in request.pins if not pin.shielded)
+        claim = claims.Claim(caller.uid, request.vm, shielded, pinned, request.others)
+        reserved = claims.check(claim, limits, claims.read_topology(), live, user_name)
+        wanted = replace(record, shielded=reserved, pinned=pinned)
+        async with self._granting(wanted, caller, target) as scope:
+            still = self.mechanism.shielded_threads(scope) if reserved == record.shielded else None
+            # Whoever leaves a shielded CPU leaves real time first.
+            scheduling.take_realtime(
+                target, [pin.tid for pin in request.pins if pin.shielded and (still or {}).get(pin.tid) == pin.cpus]
+            )
+            others = [other for other in live if other.key != wanted.key]
+            self.mechanism.settle(self.reconciler.reserved([*others, replace(wanted, scope=scope)]))
+            self.mechanism.apply(scope, Shield(request.pins, reserved, request.others))
+            if target.verify_threads(start_times) != start_times:
+                raise TargetRefused("a thread changed while it was pinned")
         return []
 
     async def _set_scheduler(
-        self, caller: Caller, request: arguments.SchedulerRequest, live: list[Record]
-    ) -> list[Any]:
+        self, caller: Caller, request: arguments.SchedulerRequest, target: Target, live: list[records.Record]
+    ) -> Body:
+        target.verify_comm(self.configuration.settings.comm)
         limits = self.configuration.limits_for(caller.uid)
-        with Target(request.pid) as target:
-            self._verify(target, caller, request.vm)
-            target.verify_comm(self.configuration.settings.comm)
-            record = self._record(target, caller, request.vm, limits, live)
-            start_times = target.verify_threads(request.tids)
-            shielded = self.mechanism.shielded_threads(record.scope) if self.mechanism and record.shielded else None
-            scheduling.check(request, limits, shielded or {})
-            realtime = set(record.realtime) - set(request.tids)
-            if request.policy in scheduling.REALTIME:
-                realtime |= set(request.tids)
-            before = record.rttime_before or scheduling.read_rlimit(target, resource.RLIMIT_RTTIME)
-            wanted = replace(record, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
-            async with self._granting(wanted, caller, target):
-                # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
-                scheduling.set_rlimit(target, resource.RLIMIT_RTTIME, scheduling.UNLIMITED if realtime else before)
-                scheduling.set_policy(target, start_times, request.policy, request.priority)
-                self._verify(target, caller, request.vm)
+        record = self._record(target, caller, request.vm, limits, live)
+        start_times = target.verify_threads(request.tids)
+        shielded = self.mechanism.shielded_threads(record.scope) if self.mechanism and record.shielded else None
+        scheduling.check(request, limits, shielded or {})
+        realtime = set(record.realtime) - set(request.tids)
+        if request.policy in scheduling.REALTIME:
+            realtime |= set(request.tids)
+        before = record.rttime_before or scheduling.read_rlimit(target, resource.RLIMIT_RTTIME)
+        wanted = replace(record, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
+        async with self._granting(wanted, caller, target):
+            # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
+            scheduling.set_rlimit(target, resource.RLIMIT_RTTIME, scheduling.UNLIMITED if realtime else before)
+            scheduling.set_policy(target, start_times, request.policy, request.priority)
         return []
 
-    async def _release(self, request: arguments.ReleaseRequest, live: list[Record]) -> Body:
-        record = next((record for record in live if record.key == (request.uid, request.vm)), None)
-        if record is not None:
-            await self.reconciler.withdraw(record, stray=False)
-            await self.reconciler.run()
+    async def _release(self, request: arguments.ReleaseRequest, live: list[records.Record]) -> Body:
+        for record in live:
+            if record.key == (request.uid, request.vm):
+                await self.reconciler.withdraw(record, stray=False)
+                await self.reconciler.run()
         return []
 
-    def _limits(self, caller: Caller, live: list[Record]) -> dict[str, Typed]:
+    def _row(self, record: records.Record) -> list[Any]:
+        cpus = format_cpulist(record.shielded | record.pinned)
+        name = self.mechanism.name if self.mechanism and cpus else "none"
+        return [record.vm, record.uid, user_name(record.uid), record.pid, record.start_time, cpus, name]
+
+    def _limits(self, caller: Caller, live: list[records.Record]) -> dict[str, Typed]:
         limits = self.configuration.limits_for(caller.uid)
         topology = claims.read_topology()
         cpus = topology.online if limits.cpus is None else limits.cpus
@@ -150,10 +151,12 @@ class Operations:
             "free_cpus": Typed("s", format_cpulist(claims.free_for(limits, topology, live))),
         }
 
-    def _verify(self, target: Target, caller: Caller, vm: str) -> None:
-        target.verify(caller, systemd.scope_name(caller.uid, vm), self.configuration.settings.services)
+    def _verify(self, target: Target, caller: Caller, vm: str) -> tuple[str, str]:
+        return target.verify(caller, systemd.scope_name(caller.uid, vm), self.configuration.settings.services)
 
-    def _record(self, target: Target, caller: Caller, vm: str, limits: Limits, live: list[Record]) -> Record:
+    def _record(
+        self, target: Target, caller: Caller, vm: str, limits: Limits, live: list[records.Record]
+    ) -> records.Record:
         """Return the VM's record, or a new one; Conflict when the name belongs to another live process."""
         for record in live:
             if record.key == (caller.uid, vm):
@@ -163,22 +166,23 @@ class Operations:
                     raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
                 return record
         claims.check_count(caller.uid, limits, live)
-        return records.new(caller.uid, vm, target.pid, target.start_time or 0)
+        return records.Record(caller.uid, vm, target.pid, target.start_time, int(time.time()))
 
     @asynccontextmanager
-    async def _granting(self, record: Record, caller: Caller, target: Target) -> AsyncIterator[str]:
-        """Record, move the target into its scope, verify it, let the caller act; withdraw everything on any failure."""
+    async def _granting(self, record: records.Record, caller: Caller, target: Target) -> AsyncIterator[str]:
+        """Record, move the target into its scope, verify, let the caller act, verify again; or withdraw everything."""
         name = systemd.scope_name(caller.uid, record.vm)
-        home = target.verify(caller, name, self.configuration.settings.services)
-        record = replace(record, scope=f"{home.slice_path}/{name}")
-        records.write(record)
+        slice_path, unit = self._verify(target, caller, record.vm)
+        record = replace(record, scope=f"{slice_path}/{name}")
+        record.write()
         try:
-            if home.unit != name:
-                await systemd.start_scope(self.bus, target, home, caller, record.vm)
+            if unit != name:
+                await systemd.start_scope(self.bus, target, record, unit, caller.user)
             # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
-            if target.verify(caller, name, self.configuration.settings.services).unit != name:
+            if self._verify(target, caller, record.vm)[1] != name:
                 raise Failed(f"systemd did not move process {target.pid} into its scope")
             yield record.scope
+            self._verify(target, caller, record.vm)
         except BaseException as err:
             await self.reconciler.withdraw(record, stray=False)
             await self.reconciler.run()
@@ -187,16 +191,10 @@ class Operations:
             raise
 
 
-def _row(record: Record, mechanism: Mechanism | None) -> list[Any]:
-    cpus = format_cpulist(record.shielded | record.pinned)
-    name = mechanism.name if mechanism and cpus else "none"
-    return [record.vm, record.uid, _user_name(record.uid), record.pid, record.start_time, cpus, name]
-
-
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
     """Return the account's name, or the number when it has none or one that is no plain word."""
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-    return name if name.isascii() and name.replace("-", "").replace("_", "").replace(".", "").isalnum() else str(uid)
+    return name if name.isascii() and name.translate(str.maketrans("", "", "-_.")).isalnum() else str(uid)

@@ -9,11 +9,11 @@ fails for one VM is logged and does not keep the others from being served.
 import logging
 import resource
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from . import records, scheduling, systemd, target
+from . import records, scheduling, systemd
 from .cpuset.mechanism import Mechanism
-from .errors import Refusal
+from .errors import Refusal, TargetRefused
 from .records import Record
 from .target import Target
 
@@ -24,63 +24,62 @@ class Reconciler:
     """Applies the records to the host. Every method is to be called under the operations' lock."""
 
     def __init__(self, bus: systemd.Bus, mechanism: Mechanism | None) -> None:
-        self.bus = bus
-        self.mechanism = mechanism
+        self.bus, self.mechanism = bus, mechanism
 
     async def run(self) -> list[Record]:
         """Clean up, and return the records whose process lives."""
         live: list[Record] = []
-        for record in records.read_all():
-            process = target.find(record.pid, record.start_time)
-            if process is None:
-                await self.withdraw(record, stray=False)
-                continue
-            with process:
-                live.append(
-                    record if record.stray or self._holds(record, process) else await self.withdraw(record, stray=True)
-                )
+        for record in list(records.read_all()):
+            left = record if self._holds(record) else await self.withdraw(record, stray=True)
+            live += [left] if left else []
         if self.mechanism:
             for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
-                log.warning("withdrawing a shield without a record: %s", ascii(scope))
+                log.warning("withdrawing a shield without a record: %a", scope)
                 self._unshield(scope)
             with _logged("giving CPUs back to the slices"):
                 self.mechanism.settle(self.reserved(live))
         return live
 
-    async def withdraw(self, record: Record, *, stray: bool) -> Record:
-        """Take every grant of the VM back; return what is left of its record. Never raises: what fails is logged."""
-        process = target.find(record.pid, record.start_time)
-        if process:
-            with process, _logged("taking real time and limits back"):
+    async def withdraw(self, record: Record, *, stray: bool) -> Record | None:
+        """Take every grant of the VM back; return what is left of its record, None when its process has ended.
+
+        Never raises: what fails is logged.
+        """
+        left = None
+        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+            left = record.without_grants(stray=stray)
+            with _logged("taking real time and limits back"):
                 _strip(record, process)
         if record.scope:
             self._unshield(record.scope)
-        if process is None:
+        if left:
+            left.write()
+            if stray:
+                log.warning("VM %s of uid %d left its scope or lost its shield", record.vm, record.uid)
+        else:
             if record.scope:
                 with _logged("ending a scope"):
                     await systemd.stop_scope(self.bus, record.scope.rpartition("/")[2])
-            records.remove(record)
-            return record
-        left = record.without_grants(stray=stray)
-        records.write(left)
-        if stray:
-            log.warning("VM %s of uid %d left its scope or lost its shield: grants withdrawn", record.vm, record.uid)
+            record.path.unlink(missing_ok=True)
         return left
 
     def reserved(self, live: Collection[Record]) -> dict[str, frozenset[int]]:
         """Return what each live scope shields."""
         return {record.scope: record.shielded for record in live if record.shielded and not record.stray}
 
-    def _holds(self, record: Record, process: Target) -> bool:
-        """Tell whether the VM is still where its grants put it."""
-        inside = record.scope + "/"
-        if record.scope and not (process.cgroup() + "/").startswith(inside):
-            return False
-        if not self.mechanism or not record.shielded:
-            return True
-        shielded = self.mechanism.shielded_threads(record.scope)
-        alive = [tid for tid in record.realtime if process.task_start_time(tid) is not None]
-        return shielded is not None and all(tid in shielded for tid in alive)
+    def _holds(self, record: Record) -> bool:
+        """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
+        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+            if record.stray or not record.scope:
+                return True
+            if not f"{process.cgroup()}/".startswith(f"{record.scope}/"):
+                return False
+            if not self.mechanism or not record.shielded:
+                return True
+            shielded = self.mechanism.shielded_threads(record.scope)
+            alive = process.tids() & frozenset(record.realtime)
+            return shielded is not None and alive <= shielded.keys()
+        return False
 
     def _unshield(self, scope: str) -> None:
         if self.mechanism:
@@ -93,13 +92,15 @@ def _logged(step: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, Refusal) as err:
-        log.warning("%s failed: %s", step, ascii(str(err)))
+        log.warning("%s failed: %a", step, str(err))
 
 
 def _strip(record: Record, process: Target) -> None:
     if record.realtime:
         scheduling.take_realtime(process)
-    if record.rttime_before:
-        scheduling.set_rlimit(process, resource.RLIMIT_RTTIME, record.rttime_before)
-    if record.memlock_before:
-        scheduling.set_rlimit(process, resource.RLIMIT_MEMLOCK, record.memlock_before)
+    for which, before in (
+        (resource.RLIMIT_RTTIME, record.rttime_before),
+        (resource.RLIMIT_MEMLOCK, record.memlock_before),
+    ):
+        if before:
+            scheduling.set_rlimit(process, which, before)

@@ -85,20 +85,16 @@ def set_policy(target: Target, start_times: Mapping[int, int], policy: str, prio
 def take_realtime(target: Target, keep: Iterable[int] = ()) -> None:
     """Put every real-time thread of the target, but those in `keep`, back to SCHED_OTHER."""
     for tid in target.tids() - frozenset(keep):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, TargetRefused):
             if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_FIFO, os.SCHED_RR):
-                start_time = target.task_start_time(tid)
-                if start_time is not None:
-                    with suppress(TargetRefused):
-                        set_policy(target, {tid: start_time}, "other", 0)
+                set_policy(target, target.verify_threads([tid]), "other", 0)
 
 
 def read_rlimit(target: Target, which: int) -> tuple[int, int]:
     """Return one limit of the target, (soft, hard), -1 for infinity; proc_pid_limits(5), so no capability."""
     line = next(line for line in target.read("limits").splitlines() if line.startswith(LIMIT_NAMES[which]))
-    soft, hard = (
-        -1 if word == "unlimited" else int(word) for word in line.removeprefix(LIMIT_NAMES[which]).split()[:2]
-    )
+    words = line.removeprefix(LIMIT_NAMES[which]).split()
+    soft, hard = (-1 if word == "unlimited" else int(word) for word in words[:2])
     return soft, hard
 
 

@@ -7,13 +7,14 @@ then verifies the target again. Nothing of what is sent comes from a user but th
 from contextlib import suppress
 from typing import Any, Protocol
 
-from .arguments import Caller, Typed
+from .arguments import Typed
 from .cpuset.mechanism import CGROUP
 from .errors import CallFailed, Conflict, Failed, TargetRefused
-from .target import Home, Target
+from .records import Record
+from .target import Target
 
 HELPER_UNIT = "qemu-launcher-helper.service"
-DESTINATION = "org.freedesktop.systemd1"
+MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
 
 
 class Bus(Protocol):
@@ -33,51 +34,46 @@ def scope_name(uid: int, vm: str) -> str:
     return f"qemu-launcher-{uid}-{vm}.scope"
 
 
-async def start_scope(bus: Bus, target: Target, home: Home, caller: Caller, vm: str) -> None:
-    """Move the target into a new scope beside the unit it lives in; Conflict or Failed when systemd does not."""
-    properties = {
-        "Description": Typed("s", f"Virtual machine {vm} of {caller.user}"),
-        "PIDs": Typed("au", [target.pid]),
-        "Slice": Typed("s", home.slice_unit),
-        "DelegateControllers": Typed("as", ["cpuset"]),
+async def start_scope(bus: Bus, target: Target, record: Record, unit: str, user: str) -> None:
+    """Move the target into record.scope, beside the `unit` it lives in; Conflict or Failed when systemd does not."""
+    slice_path, _, name = record.scope.rpartition("/")
+    properties = [
+        ["Description", Typed("s", f"Virtual machine {record.vm} of {user}")],
+        ["PIDs", Typed("au", [target.pid])],
+        ["Slice", Typed("s", slice_path.rpartition("/")[2])],
+        ["DelegateControllers", Typed("as", ["cpuset"])],
         # Without it a scope that failed (SIGKILL of QEMU) stays loaded and blocks the VM's next start.
-        "CollectMode": Typed("s", "inactive-or-failed"),
+        ["CollectMode", Typed("s", "inactive-or-failed")],
         # The helper is not resident: systemd starts it to reconcile when the scope ends.
-        "OnSuccess": Typed("as", [HELPER_UNIT]),
-        "OnFailure": Typed("as", [HELPER_UNIT]),
+        ["OnSuccess", Typed("as", [HELPER_UNIT])],
+        ["OnFailure", Typed("as", [HELPER_UNIT])],
         # Stopping runs in the opposite order: at logout and shutdown the launcher has its time to power the guest down.
-        "Before": Typed("as", [home.unit]),
-    }
-    name = scope_name(caller.uid, vm)
+        ["Before", Typed("as", [unit])],
+    ]
     try:
-        result = await bus.systemd_job(
-            "StartTransientUnit", "ssa(sv)a(sa(sv))", [name, "fail", [list(item) for item in properties.items()], []]
-        )
+        result = await bus.systemd_job("StartTransientUnit", "ssa(sv)a(sa(sv))", [name, "fail", properties, []])
     except CallFailed as err:
         if err.name == "org.freedesktop.systemd1.UnitExists":
-            raise Conflict(f"the scope of an earlier {vm} is still ending; try again") from err
-        raise Failed(f"systemd does not make a scope for {vm}") from err
+            raise Conflict(f"the scope of an earlier {record.vm} is still ending; try again") from err
+        raise Failed(f"systemd does not make a scope for {record.vm}") from err
     if not target.is_alive():
         _give_back(target.pid, name)
     if result != "done":
-        raise Failed(f"systemd could not make a scope for {vm}")
+        raise Failed(f"systemd could not make a scope for {record.vm}")
 
 
 def _give_back(pid: int, scope: str) -> None:
     """Put a process that inherited the target's number, and was moved in its place, back beside its parent."""
     with suppress(OSError, TargetRefused), Target(pid) as stranger:
-        parent = dict(line.split(":\t", 1) for line in stranger.read("status").splitlines() if ":\t" in line)["PPid"]
         if stranger.cgroup().endswith(f"/{scope}"):
-            with Target(int(parent)) as former:
-                (CGROUP / former.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))
+            with Target(int(stranger.status()["PPid"])) as parent:
+                (CGROUP / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))
 
 
 async def stop_scope(bus: Bus, name: str) -> None:
     """Ask systemd to end what is left of a scope, without waiting: a child that ignores SIGTERM must not hold us up."""
     try:
-        await bus.call(
-            DESTINATION, "/org/freedesktop/systemd1", f"{DESTINATION}.Manager", "StopUnit", "ss", [name, "fail"]
-        )
+        await bus.call(*MANAGER, "StopUnit", "ss", [name, "fail"])
     except CallFailed as err:
         if err.name != "org.freedesktop.systemd1.NoSuchUnit":
             raise Failed("systemd does not stop a scope whose VM has ended") from err

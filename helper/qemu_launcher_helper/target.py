@@ -13,11 +13,8 @@ import os
 import re
 import select
 from collections.abc import Collection, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from .arguments import Caller
 from .errors import TargetRefused
@@ -27,50 +24,28 @@ PROC = Path("/proc")
 START_TIME = 22 - 3
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
-    """The cgroup that a target lives in, split where its slice ends."""
+class Target(ExitStack):
+    """One process, held by descriptors that leaving the context closes.
 
-    slice_path: str  # "/user.slice/user-1000.slice"
-    unit: str  # "session-3.scope"
+    Opening refuses (TargetRefused) a process that does not exist, or that started at another time than `start_time`.
+    """
 
-    @property
-    def slice_unit(self) -> str:
-        """The slice's unit name, as systemd wants it in Slice=."""
-        return self.slice_path.rpartition("/")[2]
-
-
-class Target:
-    """One process, held by descriptors; a context manager. Opening refuses a process that does not exist."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, start_time: int | None = None) -> None:
+        super().__init__()
+        self.pid, self.start_time = pid, -1
         try:
             self.pidfd = os.pidfd_open(pid)
-        except OSError as err:
-            raise TargetRefused(f"process {pid} does not exist") from err
-        try:
+            self.callback(os.close, self.pidfd)
             self.dirfd = os.open(PROC / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.callback(os.close, self.dirfd)
             # Alive now, so the number was not free between the two opens: both name one process.
-            self.start_time = self.task_start_time(pid) if self.is_alive() else None
+            if self.is_alive():
+                self.start_time = self.task_start_time(pid)
         except OSError:
-            self.start_time = None
-        if self.start_time is None:
+            self.start_time = -1
+        if self.start_time == -1 or start_time not in (None, self.start_time):
             self.close()
             raise TargetRefused(f"process {pid} does not exist")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close both descriptors; harmless twice."""
-        for name in ("pidfd", "dirfd"):
-            with suppress(OSError):
-                os.close(getattr(self, name, -1))
-            setattr(self, name, -1)
 
     def is_alive(self) -> bool:
         """Tell whether the process has not exited (pidfd_open(2): readable once it has)."""
@@ -80,76 +55,66 @@ class Target:
 
     def read(self, name: str) -> str:
         """Return the text of /proc/PID/`name`; OSError once the process is gone."""
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.dirfd)
-        with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return Path(f"/proc/self/fd/{self.dirfd}/{name}").read_text(errors="surrogateescape")
 
-    def task_start_time(self, tid: int) -> int | None:
-        """Return thread `tid`'s start time in clock ticks since boot; None when it is no thread of this process."""
+    def status(self) -> dict[str, str]:
+        """Return the lines of proc_pid_status(5) by name; OSError once the process is gone."""
+        return dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
+
+    def task_start_time(self, tid: int) -> int:
+        """Return thread `tid`'s start time in clock ticks since boot; -1 when it is no thread of this process."""
         try:
             return int(self.read(f"task/{tid}/stat").rpartition(")")[2].split()[START_TIME])
-        except (OSError, IndexError, ValueError):
-            return None
+        except OSError:
+            return -1
 
     def tids(self) -> frozenset[int]:
-        """Return the TIDs of all threads, as the kernel lists them."""
+        """Return the TIDs of all threads, as the kernel lists them; none once the process is gone."""
         try:
-            fd = os.open("task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfd)
+            return frozenset(int(name) for name in os.listdir(f"/proc/self/fd/{self.dirfd}/task"))
         except OSError:
             return frozenset()
-        try:
-            return frozenset(int(name) for name in os.listdir(fd))
-        finally:
-            os.close(fd)
 
-    def cgroup(self, tid: int | None = None) -> str:
-        """Return the cgroup v2 path of the process or of one thread; "" once it is gone."""
+    def cgroup(self) -> str:
+        """Return the process's cgroup v2 path; "" once it is gone."""
         try:
-            text = self.read("cgroup" if tid is None else f"task/{tid}/cgroup")
+            return next((line[3:] for line in self.read("cgroup").splitlines() if line.startswith("0::")), "")
         except OSError:
             return ""
-        return next((line[3:] for line in text.splitlines() if line.startswith("0::")), "")
 
-    def verify(self, caller: Caller, scope: str, services: Collection[str] = ()) -> Home:
-        """Check every fact of SECURITY S5 and return where the process lives.
+    def verify(self, caller: Caller, scope: str, services: Collection[str] = ()) -> tuple[str, str]:
+        """Check every fact of SECURITY S5; return the path of the slice and the name of the unit it lives in.
 
         `scope` is the name of the VM's own scope, where an earlier call may have put it. TargetRefused otherwise.
         """
         try:
-            status = dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
-            uid_map = self.read("uid_map")
+            status, uid_map = self.status(), self.read("uid_map")
         except OSError as err:
             raise TargetRefused(f"process {self.pid} is gone") from err
-        own_map = (PROC / "self/uid_map").read_text()
-        uid = str(caller.uid)
+        uids, gids = status.get("Uid", "").split(), status.get("Gid", "").split()
         facts = {
             "is a thread, not a process": status.get("Tgid") == str(self.pid),
             "is not a child of yours": status.get("PPid") == str(caller.pid),
-            "does not run as you": status.get("Uid", "").split() == [uid] * 4,
-            "runs with mixed group ids": len(status.get("Gid", "").split()) == 4
-            and len(set(status["Gid"].split())) == 1,
+            "does not run as you": uids == [str(caller.uid)] * 4,
+            "runs with mixed group ids": len(gids) == 4 and len(set(gids)) == 1,
             "is in another PID namespace": len(status.get("NSpid", "").split()) == 1,
-            "is in another user namespace": uid_map == own_map,
+            "is in another user namespace": uid_map == (PROC / "self/uid_map").read_text(),
             "is dead": status.get("State", "Z")[0] not in "ZX" and self.is_alive(),
             "is not yours to name": self.pid not in (1, os.getpid()) and status.get("Kthread", "0") == "0",
         }
         for wrong, holds in facts.items():
             if not holds:
                 raise TargetRefused(f"process {self.pid} {wrong}")
-        return self._home(caller.uid, scope, services)
-
-    def _home(self, uid: int, scope: str, services: Collection[str]) -> Home:
-        cgroup = self.cgroup()
-        own = rf"/user\.slice/user-{uid}\.slice"
-        named = "|".join(re.escape(name) for name in services)
+        own, named = rf"/user\.slice/user-{caller.uid}\.slice", "|".join(map(re.escape, services))
         patterns = [
             rf"({own})/(session-[^/]+\.scope|{re.escape(scope)})(?:/.*)?",
-            rf"({own})/(user@{uid}\.service)/.*",
-            rf"(/system\.slice)/({named}|{re.escape(scope)})(?:/.*)?" if named else r"(?!)()()",
+            rf"({own})/(user@{caller.uid}\.service)/.*",
+            rf"(/system\.slice)/({named}|{re.escape(scope)})(?:/.*)?" if named else "(?!)",
         ]
+        cgroup = self.cgroup()
         for pattern in patterns:
             if (match := re.fullmatch(pattern, cgroup)) and not cgroup.endswith(" (deleted)"):
-                return Home(match[1], match[2])
+                return match[1], match[2]
         raise TargetRefused(
             f"process {self.pid} is not in a login session or user service of yours; "
             "helper.toml would have to name the service it belongs to"
@@ -157,32 +122,14 @@ class Target:
 
     def verify_threads(self, tids: Iterable[int]) -> dict[int, int]:
         """Return the start time of each thread in `tids`; TargetRefused when one is not a thread of this process."""
-        times: dict[int, int] = {}
-        for tid in tids:
-            start = self.task_start_time(tid)
-            if start is None:
+        times = {tid: self.task_start_time(tid) for tid in tids}
+        for tid, start_time in times.items():
+            if start_time == -1:
                 raise TargetRefused(f"{tid} is not a thread of process {self.pid}")
-            times[tid] = start
         return times
 
     def verify_comm(self, patterns: Iterable[str]) -> None:
         """Catch the mistake of naming something that is not QEMU. No boundary: anybody may call himself QEMU."""
-        try:
-            comm = self.read("comm").rstrip("\n")
-        except OSError as err:
-            raise TargetRefused(f"process {self.pid} is gone") from err
+        comm = self.status().get("Name", "")
         if not any(fnmatch.fnmatchcase(comm, pattern) for pattern in patterns):
             raise TargetRefused(f"process {self.pid} is not a QEMU by its name, {comm!a}")
-
-
-def find(pid: int, start_time: int) -> Target | None:
-    """Open the recorded process (`pid`, `start_time`), or None when it has ended, also if its number lives on."""
-    try:
-        target = Target(pid)
-    except TargetRefused:
-        return None
-    # A zombie leader with live threads still counts as alive: the pidfd tells, not the state letter.
-    if target.start_time != start_time:
-        target.close()
-        return None
-    return target

@@ -1,7 +1,7 @@
 """Records survive whole or not at all, and nothing that is no record is believed."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +31,8 @@ FULL = Record(
 
 
 def test_what_is_written_is_read_back() -> None:
-    records.write(FULL)
-    records.write(replace(FULL, vm="other", stray=True))
+    FULL.write()
+    replace(FULL, vm="other", stray=True).write()
     assert sorted(records.read_all(), key=lambda record: record.vm) == [
         replace(FULL, vm="other", stray=True),
         FULL,
@@ -44,15 +44,21 @@ def test_no_records_before_the_first() -> None:
 
 
 def test_only_root_reads_them(grants: Path) -> None:
-    records.write(FULL)
+    FULL.write()
     assert grants.stat().st_mode & 0o077 == 0
 
 
-def test_removed_is_gone_and_removing_twice_is_harmless() -> None:
-    records.write(FULL)
-    records.remove(FULL)
-    records.remove(FULL)
+def test_removed_is_gone() -> None:
+    FULL.write()
+    FULL.path.unlink()
     assert list(records.read_all()) == []
+
+
+FULL_TEXT = json.dumps(asdict(FULL) | {"shielded": "4-5", "pinned": "1"})
+
+
+def test_the_format_is_what_the_tests_below_break() -> None:
+    assert Record.from_json(FULL_TEXT) == FULL
 
 
 @pytest.mark.parametrize(
@@ -65,14 +71,14 @@ def test_removed_is_gone_and_removing_twice_is_harmless() -> None:
         "null",
         "7",
         json.dumps({"uid": 1}),
-        FULL.to_json().replace('"4-5"', '"x"'),
-        FULL.to_json()[:-1],
+        FULL_TEXT.replace('"4-5"', '"x"'),
+        FULL_TEXT[:-1],
     ],
 )
 def test_what_is_no_record_is_removed_with_a_word_in_the_journal(
     grants: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    records.write(FULL)
+    FULL.write()
     (grants / "1000-broken").write_text(text)
     assert list(records.read_all()) == [FULL]
     assert "1000-broken" in caplog.text
@@ -80,13 +86,13 @@ def test_what_is_no_record_is_removed_with_a_word_in_the_journal(
 
 
 def test_a_record_counts_only_under_its_own_name(grants: Path) -> None:
-    records.write(FULL)
+    FULL.write()
     (grants / "1000-win11").rename(grants / "1001-win11")
     assert list(records.read_all()) == []
 
 
 def test_a_half_written_record_is_removed(grants: Path) -> None:
-    records.write(FULL)
+    FULL.write()
     (grants / "1000-win11").rename(grants / "1000-win11.new")
     assert list(records.read_all()) == []
     assert list(grants.iterdir()) == []
