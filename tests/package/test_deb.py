@@ -88,12 +88,15 @@ def test_dependencies(deb: Path) -> None:
     assert fields["Architecture"] == "all"
 
 
-def test_version_is_written_once(deb: Path) -> None:
-    """The changelog's version is pyproject's."""
+def test_versions_agree(deb: Path) -> None:
+    """pyproject's version is the package's, and what both programs say of themselves."""
     metadata = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"$', metadata, re.MULTILINE)
     assert version is not None
     assert run("dpkg-deb", "--field", deb, "Version").strip() == version[1]
+    for module in ("launcher/qemu_launcher/cli.py", "helper/qemu_launcher_helper/contract.py"):
+        assert f'\nVERSION = "{version[1]}"\n' in (ROOT / module).read_text(), module
+    assert f"\n## {version[1]} " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_build_is_reproducible_and_leaves_no_junk(deb: Path, tmp_path: Path) -> None:
