@@ -5,9 +5,9 @@ one whole core to the host, and stay within the limits of each uid. Refuses with
 naming who holds what and what is free instead.
 """
 
+import pwd
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from .cpulist import format_cpulist, parse_cpulist
@@ -18,82 +18,31 @@ from .records import Record
 CPU = Path("/sys/devices/system/cpu")
 
 
+# The host's cores, lowest first; each is the set of its online SMT siblings.
+Cores = Sequence[frozenset[int]]
+
+
 def union(sets: Iterable[frozenset[int]]) -> frozenset[int]:
     """Return the union of `sets`."""
     return frozenset[int]().union(*sets)
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """The online CPUs, by core: each core is the set of its online SMT siblings."""
-
-    cores: tuple[frozenset[int], ...]
-
-    @property
-    def online(self) -> frozenset[int]:
-        """All online CPUs."""
-        return union(self.cores)
-
-    def whole_cores(self, cpus: Collection[int]) -> frozenset[int]:
-        """Return `cpus` with all their online SMT siblings."""
-        return union(core for core in self.cores if core & frozenset(cpus))
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What one VM asks for: CPUs for itself alone (before rounding up to whole cores) and CPUs it shares."""
-
-    uid: int
-    vm: str
-    shielded: frozenset[int]
-    pinned: frozenset[int]
-    others: frozenset[int]
-
-
-def read_topology() -> Topology:
-    """Read the host's topology from /sys (sysfs-devices-system-cpu)."""
+def read_cores() -> Cores:
+    """Read the host's online cores from /sys (sysfs-devices-system-cpu)."""
     online = parse_cpulist((CPU / "online").read_text())
     siblings = {parse_cpulist((CPU / f"cpu{n}/topology/thread_siblings_list").read_text()) & online for n in online}
-    return Topology(tuple(sorted(siblings, key=min)))
+    return sorted(siblings, key=min)
 
 
-def free_for(limits: Limits, topology: Topology, records: Iterable[Record]) -> frozenset[int]:
+def free_for(limits: Limits, cores: Cores, records: Iterable[Record]) -> frozenset[int]:
     """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
     live = [record for record in records if not record.stray]
     shielded = union(record.shielded for record in live)
-    taken = shielded | union(record.pinned for record in live)
-    allowed = topology.online if limits.cpus is None else limits.cpus
-    free = [core for core in topology.cores if core.isdisjoint(taken) and core <= allowed]
-    if not any(core.isdisjoint(shielded) for core in topology.cores if core not in free):
+    taken = shielded.union(*(record.pinned for record in live))
+    free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
+    if not any(core.isdisjoint(shielded) for core in cores if core not in free):
         free = free[1:]
     return union(free)
-
-
-def check(
-    claim: Claim, limits: Limits, topology: Topology, records: Collection[Record], name_of: Callable[[int], str]
-) -> frozenset[int]:
-    """Return the CPUs to shield, whole cores; Conflict, LimitExceeded or InvalidArguments when it may not be."""
-    others = [record for record in records if record.key != (claim.uid, claim.vm)]
-    wanted = claim.shielded | claim.pinned | claim.others
-    if missing := wanted - topology.online:
-        raise InvalidArguments(f"CPUs {format_cpulist(missing)} do not exist or are offline")
-    shield = topology.whole_cores(claim.shielded)
-    if overlap := shield & (claim.pinned | claim.others):
-        raise InvalidArguments(f"CPUs {format_cpulist(overlap)} are asked for both shielded and shared")
-    free = format_cpulist(free_for(limits, topology, others)) or "none"
-    _check_limits(claim, shield, limits, others, free)
-    for record in others:
-        held = record.shielded if not record.stray else frozenset()
-        if overlap := (shield & (held | record.pinned)) | ((claim.pinned | claim.others) & held):
-            since = time.strftime("%H:%M", time.localtime(record.since))
-            raise Conflict(
-                f"CPUs {format_cpulist(overlap)} are held by VM {record.vm} of {name_of(record.uid)} since {since}; "
-                f"free for you: {free}"
-            )
-    gone = shield | union(record.shielded for record in others if not record.stray)
-    if shield and not any(core.isdisjoint(gone) for core in topology.cores):
-        raise LimitExceeded(f"at least one whole core must stay with the host; free for you: {free}")
-    return shield
 
 
 def check_count(uid: int, limits: Limits, records: Iterable[Record]) -> None:
@@ -103,17 +52,46 @@ def check_count(uid: int, limits: Limits, records: Iterable[Record]) -> None:
         raise LimitExceeded(f"you have {count} VMs, and may have {limits.max_vms} ({limits.source})")
 
 
-def _check_limits(claim: Claim, shield: frozenset[int], limits: Limits, others: Iterable[Record], free: str) -> None:
+def check(
+    claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores, records: Collection[Record]
+) -> frozenset[int]:
+    """Return what to shield for a VM that asks for claim.shielded, claim.pinned, and `emulator` for its other threads.
+
+    That is claim.shielded in whole cores. Raises InvalidArguments, LimitExceeded or Conflict when it may not be.
+    """
+    others = [record for record in records if record.key != claim.key]
+    shared = claim.pinned | emulator
+    shield = union(core for core in cores if core & claim.shielded)
+    if missing := (claim.shielded | shared) - union(cores):
+        raise InvalidArguments(f"CPUs {format_cpulist(missing)} do not exist or are offline")
+    if overlap := shield & shared:
+        raise InvalidArguments(f"CPUs {format_cpulist(overlap)} are asked for both shielded and shared")
+    free = f"free for you: {format_cpulist(free_for(limits, cores, others)) or 'none'}"
+    if limits.cpus is not None and (outside := (shield | shared) - limits.cpus):
+        own = f"{format_cpulist(limits.cpus)} ({limits.source})"
+        raise LimitExceeded(f"CPUs {format_cpulist(outside)} are not among yours, {own}; {free}")
     asked = shield | claim.pinned
-    if limits.cpus is not None and (outside := (asked | claim.others) - limits.cpus):
-        raise LimitExceeded(
-            f"CPUs {format_cpulist(outside)} are not among yours, {format_cpulist(limits.cpus)} ({limits.source}); "
-            f"free for you: {free}"
-        )
     held = union(record.shielded | record.pinned for record in others if record.uid == claim.uid)
     if limits.max_cpus is not None and len(asked | held) > limits.max_cpus:
         with_held = f" with {format_cpulist(held)} that you hold already" if held else ""
-        raise LimitExceeded(
-            f"CPUs {format_cpulist(asked)}{with_held} are {len(asked | held)}, "
-            f"and you may have {limits.max_cpus} at once ({limits.source})"
-        )
+        count = f"{len(asked | held)}, and you may have {limits.max_cpus} at once ({limits.source})"
+        raise LimitExceeded(f"CPUs {format_cpulist(asked)}{with_held} are {count}")
+    live = [record for record in others if not record.stray]
+    for record in live:
+        if overlap := shield & (record.shielded | record.pinned) | shared & record.shielded:
+            since = time.strftime("%H:%M", time.localtime(record.since))
+            holder = f"VM {record.vm} of {user_name(record.uid)} since {since}"
+            raise Conflict(f"CPUs {format_cpulist(overlap)} are held by {holder}; {free}")
+    gone = shield.union(*(record.shielded for record in live))
+    if shield and not any(core.isdisjoint(gone) for core in cores):
+        raise LimitExceeded(f"at least one whole core must stay with the host; {free}")
+    return shield
+
+
+def user_name(uid: int) -> str:
+    """Return the account's name, or the number when it has none or one that is no plain word."""
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+    return name if name.isascii() and name.translate(str.maketrans("", "", "-_.")).isalnum() else str(uid)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from . import privileges
 from .arguments import SchedulerRequest
+from .contract import REALTIME_POLICIES
 from .errors import Failed, LimitExceeded, TargetRefused, Unsupported
 from .limits import Limits
 from .target import Target
 
-REALTIME = frozenset({"fifo", "rr"})
 POLICY = {
     "other": os.SCHED_OTHER,
     "batch": os.SCHED_BATCH,
@@ -39,14 +39,12 @@ def check(request: SchedulerRequest, limits: Limits, shielded: Mapping[int, froz
     if request.policy not in limits.policies:
         allowed = ", ".join(sorted(limits.policies))
         raise LimitExceeded(f"policy {request.policy} is not among yours, {allowed} ({limits.source})")
-    if request.policy not in REALTIME:
+    if request.policy not in REALTIME_POLICIES:
         return
     if request.priority > limits.max_priority:
         raise LimitExceeded(f"priority {request.priority} is above yours, {limits.max_priority} ({limits.source})")
     if int(RT_RUNTIME.read_text()) == -1:
-        raise Unsupported(
-            "real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a busy thread"
-        )
+        raise Unsupported("real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
     if limits.realtime == "anywhere":
         return
     used: set[int] = set()
@@ -98,8 +96,8 @@ def read_rlimit(target: Target, which: int) -> tuple[int, int]:
     return soft, hard
 
 
-def set_rlimit(target: Target, which: int, limit: tuple[int, int]) -> tuple[int, int]:
-    """Set one limit of the target and return what it was; on another process's number it is put back."""
+def set_rlimit(target: Target, which: int, limit: tuple[int, int]) -> None:
+    """Set one limit of the target; TargetRefused, and put back, when the number is another process's by then."""
     try:
         with privileges.raised("sys_resource"):
             before = resource.prlimit(target.pid, which, limit)
@@ -108,7 +106,6 @@ def set_rlimit(target: Target, which: int, limit: tuple[int, int]) -> tuple[int,
                 raise TargetRefused(f"process {target.pid} is gone")
     except ProcessLookupError as err:
         raise TargetRefused(f"process {target.pid} is gone") from err
-    return before
 
 
 def _set(tid: int, policy: int, param: os.sched_param) -> None:

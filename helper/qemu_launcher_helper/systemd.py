@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from .arguments import Typed
+from .claims import user_name
 from .cpuset.mechanism import CGROUP
 from .errors import CallFailed, Conflict, Failed, TargetRefused
 from .records import Record
@@ -34,11 +35,11 @@ def scope_name(uid: int, vm: str) -> str:
     return f"qemu-launcher-{uid}-{vm}.scope"
 
 
-async def start_scope(bus: Bus, target: Target, record: Record, unit: str, user: str) -> None:
+async def start_scope(bus: Bus, target: Target, record: Record, unit: str) -> None:
     """Move the target into record.scope, beside the `unit` it lives in; Conflict or Failed when systemd does not."""
     slice_path, _, name = record.scope.rpartition("/")
     properties = [
-        ["Description", Typed("s", f"Virtual machine {record.vm} of {user}")],
+        ["Description", Typed("s", f"Virtual machine {record.vm} of {user_name(record.uid)}")],
         ["PIDs", Typed("au", [target.pid])],
         ["Slice", Typed("s", slice_path.rpartition("/")[2])],
         ["DelegateControllers", Typed("as", ["cpuset"])],

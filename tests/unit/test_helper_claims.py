@@ -1,7 +1,7 @@
 """Claims on CPUs: disjoint, whole cores, a core for the host, within each user's limits, in whatever order."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,19 +10,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from qemu_launcher_helper import claims
-from qemu_launcher_helper.claims import Claim, Topology
 from qemu_launcher_helper.cpulist import format_cpulist, parse_cpulist
 from qemu_launcher_helper.errors import Conflict, InvalidArguments, LimitExceeded, Refusal
 from qemu_launcher_helper.limits import Limits
 from qemu_launcher_helper.records import Record
 
 # Eight CPUs, four cores of two SMT siblings each, numbered as the lab's host numbers them.
-TOPOLOGY = Topology(tuple(frozenset({cpu, cpu + 1}) for cpu in range(0, 8, 2)))
+CORES = [frozenset({cpu, cpu + 1}) for cpu in range(0, 8, 2)]
 ALICE, BOB = 1000, 1001
 
 
-def name_of(uid: int) -> str:
-    return {ALICE: "alice", BOB: "bob"}[uid]
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "user_name", {ALICE: "alice", BOB: "bob"}.__getitem__)
+
+
+@dataclass
+class Claim:
+    record: Record
+    others: frozenset[int]
 
 
 def record(uid: int, vm: str, shielded: str = "", pinned: str = "", **facts: Any) -> Record:
@@ -31,11 +37,11 @@ def record(uid: int, vm: str, shielded: str = "", pinned: str = "", **facts: Any
 
 
 def claim(shielded: str = "", pinned: str = "", others: str = "", uid: int = ALICE, vm: str = "win11") -> Claim:
-    return Claim(uid, vm, parse_cpulist(shielded), parse_cpulist(pinned), parse_cpulist(others))
+    return Claim(record(uid, vm, shielded, pinned), parse_cpulist(others))
 
 
-def check(wanted: Claim, *live: Record, limits: Limits | None = None) -> str:
-    return format_cpulist(claims.check(wanted, limits or Limits(), TOPOLOGY, live, name_of))
+def check(wanted: Claim, *live: Record, limits: Limits | None = None, cores: claims.Cores = CORES) -> str:
+    return format_cpulist(claims.check(wanted.record, wanted.others, limits or Limits(), cores, live))
 
 
 def test_a_shield_takes_whole_cores() -> None:
@@ -117,8 +123,7 @@ def test_number_of_vms() -> None:
 
 
 def test_an_offline_sibling_does_not_make_a_core_half() -> None:
-    topology = Topology((frozenset({0, 1}), frozenset({2})))
-    assert claims.check(claim("2"), Limits(), topology, [], name_of) == {2}
+    assert check(claim("2"), cores=[frozenset({0, 1}), frozenset({2})]) == "2"
 
 
 @given(st.frozensets(st.integers(0, 8191), max_size=40))
@@ -130,6 +135,10 @@ def test_cpulist_round_trip(cpus: frozenset[int]) -> None:
 def test_cpulist_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="not a cpulist"):
         parse_cpulist(text)
+
+
+def whole_cores(cpus: frozenset[int]) -> frozenset[int]:
+    return claims.union(core for core in CORES if core & cpus)
 
 
 cpus = st.frozensets(st.integers(0, 9), max_size=5)
@@ -147,16 +156,16 @@ class Claims(RuleBasedStateMachine):
 
     @rule(target=vms, uid=st.sampled_from([ALICE, BOB]), vm=st.sampled_from("abc"), shielded=cpus, pinned=cpus)
     def claim(self, uid: int, vm: str, shielded: frozenset[int], pinned: frozenset[int]) -> tuple[int, str]:
-        wanted = Claim(uid, vm, shielded, pinned, frozenset())
-        free = claims.free_for(self.limits[uid], TOPOLOGY, [r for r in self.live.values() if r.key != (uid, vm)])
+        wanted = Record(uid, vm, 2, 1, 0, "", shielded=shielded, pinned=pinned)
+        free = claims.free_for(self.limits[uid], CORES, [r for r in self.live.values() if r.key != (uid, vm)])
         try:
-            shield = claims.check(wanted, self.limits[uid], TOPOLOGY, list(self.live.values()), name_of)
+            shield = claims.check(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
         except Refusal:
             # What was offered as free must really have been: only the count or the shared part can refuse it.
-            whole = TOPOLOGY.whole_cores(shielded)
-            assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - TOPOLOGY.online
+            whole = whole_cores(shielded)
+            assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - claims.union(CORES)
         else:
-            self.live[uid, vm] = Record(uid, vm, 2, 1, 0, "", shielded=shield, pinned=pinned)
+            self.live[uid, vm] = replace(wanted, shielded=shield)
         return uid, vm
 
     @rule(key=consumes(vms))
@@ -168,8 +177,8 @@ class Claims(RuleBasedStateMachine):
         shields = [record.shielded for record in self.live.values()]
         together = claims.union(shields)
         assert sum(map(len, shields)) == len(together)
-        assert together == TOPOLOGY.whole_cores(together)
-        assert any(core.isdisjoint(together) for core in TOPOLOGY.cores)
+        assert together == whole_cores(together)
+        assert any(core.isdisjoint(together) for core in CORES)
         for one in self.live.values():
             assert one.pinned.isdisjoint(together)
 
