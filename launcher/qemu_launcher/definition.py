@@ -63,13 +63,9 @@ def load(path: Path, name: str) -> VmDefinition:
 def read(path: Path) -> bytes:
     """The content of a definition file: a regular file of at most MAX_FILE_BYTES. Raises DefinitionError."""
     try:
-        # Not blocking: a FIFO would keep us waiting for a writer before we can see that it is one.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(descriptor, "rb") as file:  # noqa: PTH123  a descriptor, not a path
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-                raise DefinitionError(f"{path} is {kind}", "a definition is a YAML file")
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DefinitionError(f"{path} is no regular file", "a definition is a YAML file")
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as err:
         raise DefinitionError(f"cannot read {path}: {err.strerror}") from err
@@ -78,6 +74,11 @@ def read(path: Path) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise DefinitionError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", "this can be no definition")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A FIFO would keep us waiting for a writer before we can see that it is one, and a terminal would become ours.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def parse(data: bytes, path: Path, name: str) -> VmDefinition:

@@ -77,7 +77,8 @@ class DefinitionError(LauncherError):
     @classmethod
     def several(cls, problems: Sequence["DefinitionError"]) -> "DefinitionError":
         """One error that tells all of `problems` (at least one), in the order of the file."""
-        flat = [part for problem in problems for part in problem.problems]
+        # An alias brings the same mistake again wherever it is used.
+        flat = list({(part.mark, part.message): part for problem in problems for part in problem.problems}.values())
         flat.sort(key=lambda problem: (0, 0) if problem.mark is None else problem.mark[1:])
         if len(flat) == 1:
             return flat[0]

@@ -159,7 +159,7 @@ def _scheduler(node: Node, what: str) -> str:
 
 def _priority(node: Node, what: str) -> int:
     # Its range depends on the scheduler: `definition` looks at both.
-    return yamlnode.integer(node, what, -MAX_UINT32, MAX_UINT32)
+    return yamlnode.number(node, what)
 
 
 def _memlock(node: Node, what: str) -> Memlock:

@@ -255,7 +255,7 @@ def compose(text: str, file: str) -> Document:
 
 
 def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:
-    mark = getattr(err, "problem_mark", None) or getattr(err, "context_mark", None)
+    mark = getattr(err, "problem_mark", None)
     problem = str(getattr(err, "problem", None) or getattr(err, "reason", None) or "it cannot be read")
     if mark is None:
         return DefinitionError(f"this is not YAML: {problem}", mark=Mark(file, 1, 1))
@@ -264,15 +264,18 @@ def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:
     line = lines[mark.line] if mark.line < len(lines) else ""
     if "\t" in line[: mark.column + 1] and not line[: mark.column].strip():
         return DefinitionError("a tab is no indentation in YAML", "use spaces", mark=here)
+    if context := getattr(err, "context", None):
+        problem = f"{context}, {problem}"
+    begin = getattr(err, "context_mark", None)
     at = line[mark.column : mark.column + 1]
-    if at and at in "@`%":
-        hint: str | None = f"text that begins with {at} must be in quotes"
-    elif ": " in line and "mapping values" in problem:
+    hint = None
+    if "cannot start any token" in problem and at:
+        hint = f"text that begins with {at} must be in quotes"
+    elif "mapping values" in problem:
         hint = "text that contains ': ' must be in quotes; otherwise, is the indentation right?"
-    else:
-        hint = None
-    context = getattr(err, "context", None)
-    return DefinitionError(f"this is not YAML: {f'{context}, ' if context else ''}{problem}", hint, mark=here)
+    elif begin is not None and begin.line != mark.line:
+        hint = f"it begins in line {begin.line + 1}, column {begin.column + 1}"
+    return DefinitionError(f"this is not YAML: {problem}", hint, mark=here)
 
 
 def describe(node: Node) -> str:
@@ -320,17 +323,21 @@ def boolean(node: Node, what: str) -> bool:
     return node.text == "true"
 
 
+def number(node: Node, what: str) -> int:
+    """A decimal whole number."""
+    if not isinstance(node, Scalar) or node.kind != "int":
+        fail(node, f"{what} must be a whole number, not {describe(node)}", "write a decimal number, without quotes")
+    if not _is_short_int(node):
+        fail(node, f"{what} is {shortened(node.text)}, which is out of range")
+    return int(node.text)
+
+
 def integer(node: Node, what: str, least: int, most: int) -> int:
     """A decimal whole number in least..most."""
-    if not isinstance(node, Scalar) or node.kind != "int":
-        fail(
-            node,
-            f"{what} must be a whole number, not {describe(node)}",
-            f"write a decimal number, {least} to {most}, without quotes",
-        )
-    if not _is_short_int(node) or not least <= int(node.text) <= most:
-        fail(node, f"{what} is {shortened(node.text)}, which is out of range ({least}-{most})")
-    return int(node.text)
+    value = number(node, what)
+    if not least <= value <= most:
+        fail(node, f"{what} is {value}, which is out of range ({least}-{most})")
+    return value
 
 
 def _is_short_int(node: Scalar) -> bool:
