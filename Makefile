@@ -106,7 +106,7 @@ test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and t
 	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/package tests/bus tests/qemu tests/system
 
 demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real-time, started by an ordinary user
-	$(VENV)/python tests/lab/demo.py
+	PYTHONPATH=tests $(VENV)/python -m demo
 
 shell: setup deb ## a console in the lab, with the package installed
 	tests/lab/shell
