@@ -5,11 +5,10 @@ own copy, with polkit's actions and with the bus policy.
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 VERSION = "0.1.0"
-BUS_NAME = "org.qemulauncher.Helper1"
-INTERFACE = "org.qemulauncher.Helper1"
+BUS_NAME = INTERFACE = "org.qemulauncher.Helper1"
 OBJECT_PATH = "/org/qemulauncher/Helper1"
 
 SET_MEMLOCK = "org.qemulauncher.set-memlock"
@@ -18,25 +17,23 @@ SET_SCHEDULER = "org.qemulauncher.set-scheduler"
 MANAGE_OTHERS = "org.qemulauncher.manage-others"
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """Signatures of arguments and answer, and the polkit action (None: no authorisation).
+class Method(NamedTuple):
+    """Signatures of arguments and answer, and the polkit action.
 
-    `only_others`: the action is needed only where the request reaches beyond the caller's own VMs.
+    action: None means no authorisation; MANAGE_OTHERS is needed only where a request reaches beyond one's own VMs.
     """
 
     arguments: str
     answer: str
     action: str | None
-    only_others: bool = False
 
 
 METHODS = {
     "SetMemlock": Method("ust", "t", SET_MEMLOCK),
     "PinThreads": Method("usa(uaub)au", "", PIN_THREADS),
     "SetScheduler": Method("usausu", "", SET_SCHEDULER),
-    "Release": Method("us", "", MANAGE_OTHERS, only_others=True),
-    "ListVms": Method("b", "a(susutst)", MANAGE_OTHERS, only_others=True),
+    "Release": Method("us", "", MANAGE_OTHERS),
+    "ListVms": Method("b", "a(susutss)", MANAGE_OTHERS),
     "GetLimits": Method("", "a{sv}", None),
 }
 

@@ -21,40 +21,47 @@ from typing import ClassVar
 
 
 class Refusal(Exception):  # noqa: N818  a refusal is the helper working, not an error of it
-    """The caller does not get what he asked for; nothing has changed."""
+    """The caller does not get what he asked for."""
 
     wire_name: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        cls.wire_name = vars(cls).get("wire_name", f"org.qemulauncher.Error.{cls.__name__}")
+
 
 class NotAuthorized(Refusal):
-    wire_name = "org.qemulauncher.Error.NotAuthorized"
+    """org.qemulauncher.Error.NotAuthorized."""
 
 
 class TargetRefused(Refusal):
-    wire_name = "org.qemulauncher.Error.TargetRefused"
+    """org.qemulauncher.Error.TargetRefused."""
 
 
 class LimitExceeded(Refusal):
-    wire_name = "org.qemulauncher.Error.LimitExceeded"
+    """org.qemulauncher.Error.LimitExceeded."""
 
 
 class Conflict(Refusal):
-    wire_name = "org.qemulauncher.Error.Conflict"
+    """org.qemulauncher.Error.Conflict."""
 
 
 class Unsupported(Refusal):
-    wire_name = "org.qemulauncher.Error.Unsupported"
+    """org.qemulauncher.Error.Unsupported."""
 
 
 class Failed(Refusal):
-    wire_name = "org.qemulauncher.Error.Failed"
+    """org.qemulauncher.Error.Failed."""
 
 
 class InvalidArguments(Refusal):
+    """The bus's own name for this, so that every D-Bus tool knows it."""
+
     wire_name = "org.freedesktop.DBus.Error.InvalidArgs"
 
 
 class UnknownMethod(Refusal):
+    """The bus's own name for this."""
+
     wire_name = "org.freedesktop.DBus.Error.UnknownMethod"
 
 
@@ -66,8 +73,7 @@ class CallFailed(Exception):  # noqa: N818  it names what happened to the call
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(f"{name}: {text}")
-        self.name = name
-        self.text = text
+        self.name, self.text = name, text
 
 
 class ConfigurationError(Exception):

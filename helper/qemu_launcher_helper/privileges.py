@@ -16,10 +16,9 @@ import prctl
 
 from .errors import Failed
 
-# CAP_SYS_NICE: scheduling and affinity of the caller's threads. CAP_SYS_RESOURCE: prlimit(2) on the caller's process.
-# CAP_SYS_ADMIN: one write, enabling a cpuset partition below a delegated scope.
-KEPT = ("sys_nice", "sys_resource", "sys_admin")
-_BITS = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}  # linux/capability.h
+# Names and numbers of linux/capability.h. sys_nice: scheduling and affinity of the caller's threads. sys_resource:
+# prlimit(2) on the caller's process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
+KEPT = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}
 
 
 @contextmanager
@@ -28,8 +27,6 @@ def raised(name: str) -> Iterator[None]:
 
     Raises OSError where the process was started without that capability. It is dropped again whatever happens.
     """
-    if name not in KEPT:
-        raise ValueError(name)
     setattr(prctl.cap_effective, name, True)
     try:
         yield
@@ -40,27 +37,18 @@ def raised(name: str) -> Iterator[None]:
 def drop() -> None:
     """Give up everything but the three, for good. Raises Failed or OSError where that is not possible."""
     # The kernel's own number, not the library's: a newer kernel may have capabilities that python-prctl cannot name.
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
-    for number in set(range(last + 1)) - set(_BITS.values()):
-        if prctl.capbset_read(number):
+    for number in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
+        if number not in KEPT.values() and prctl.capbset_read(number):
             prctl.capbset_drop(number)
     others = [name for name in prctl.ALL_CAP_NAMES if name not in KEPT]
-    prctl.set_caps(
-        (others, prctl.CAP_PERMITTED, False),
-        (prctl.ALL_CAP_NAMES, [prctl.CAP_EFFECTIVE, prctl.CAP_INHERITABLE], False),
-    )  # an empty inheritable set empties the ambient set
+    everywhere_but_permitted = [prctl.CAP_EFFECTIVE, prctl.CAP_INHERITABLE]  # no inheritable one: no ambient one
+    prctl.set_caps((others, prctl.CAP_PERMITTED, False), (prctl.ALL_CAP_NAMES, everywhere_but_permitted, False))
     prctl.set_no_new_privs(1)
     prctl.set_dumpable(0)
-    _check()
-
-
-def _check() -> None:
-    """Compare with what the kernel says: a capability that python-prctl cannot name would have stayed."""
-    kept = sum(1 << bit for bit in _BITS.values())
-    allowed = {"CapPrm": kept, "CapBnd": kept, "CapEff": 0, "CapInh": 0, "CapAmb": 0}
+    # See what the kernel says: a capability that python-prctl cannot name has stayed.
+    kept = sum(1 << number for number in KEPT.values())
     for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in allowed and int(value, 16) & ~allowed[name]:
-            raise Failed(
-                f"{name} is {value.strip()}: start the helper through its systemd unit, or limit its bounding set"
-            )
+        name, _, value = line.partition(":\t")
+        allowed = kept if name in ("CapPrm", "CapBnd") else 0
+        if name.startswith("Cap") and int(value, 16) & ~allowed:
+            raise Failed(f"{name} is still {value}: start the helper through its systemd unit")

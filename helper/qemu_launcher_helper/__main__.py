@@ -1,0 +1,67 @@
+"""Start: drop privilege, put things right, join the bus, serve, leave when idle.
+
+Exit status: 0 after a while without calls, or on SIGTERM; 1 when the bus was lost or something failed, so that systemd
+starts the helper again. Nothing is lost by a sudden death: records in /run and `reconcile` see to that.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from . import privileges
+from .bus import DAEMON, SOCKET, SystemBus
+from .contract import BUS_NAME, IDLE_SECONDS
+from .errors import CallFailed, Refusal
+from .limits import PATH, Configuration
+from .operations import Operations
+from .service import Service
+
+# DBUS_NAME_FLAG_DO_NOT_QUEUE and DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER of the D-Bus specification.
+_DO_NOT_QUEUE, _PRIMARY_OWNER = 4, 1
+# How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
+_STOP_SECONDS = 20.0
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECONDS, acting: Any = Operations) -> int:
+    """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
+    bus = await SystemBus.connect(socket)
+    configuration = Configuration(toml)
+    operations = acting(bus, configuration)
+    await operations.reconcile()
+    service = Service(bus, configuration, operations, idle)
+    bus.on_call = service.receive
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.idle.set)
+    if await bus.call(*DAEMON, "RequestName", "su", [BUS_NAME, _DO_NOT_QUEUE]) != [_PRIMARY_OWNER]:
+        _log.error("%s has another owner", BUS_NAME)
+        return 1
+    waiting = asyncio.create_task(service.idle.wait())
+    await asyncio.wait({waiting, bus.reading}, return_when="FIRST_COMPLETED")
+    if not bus.reading.done():
+        # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
+        await bus.daemon("ReleaseName", BUS_NAME)
+        await service.finish(_STOP_SECONDS)
+        await bus.close()
+        return 0
+    _log.error("lost the bus: %s", ascii(str(bus.reading.exception())))
+    return 1
+
+
+def main() -> int:
+    """Run the helper; return its exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    os.umask(0o077)
+    try:
+        privileges.drop()
+        return asyncio.run(serve())
+    except (Refusal, CallFailed, OSError) as err:
+        _log.error("cannot serve: %s", ascii(str(err)))
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
