@@ -109,7 +109,7 @@ demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real
 	PYTHONPATH=tests $(VENV)/python -m demo
 
 shell: setup deb ## a console in the lab, with the package installed
-	tests/lab/shell
+	tests/lab/shell --deb $(DEB)
 
 bench: setup ## what a start costs, as ratios and counts
 	$(VENV)/python tests/package/bench.py
