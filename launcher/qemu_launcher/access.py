@@ -1,0 +1,92 @@
+"""Why the helper said no, in words for the person who has to do something about it.
+
+Why it exists: the three ways of not having access look alike on the bus (AccessDenied, NotAuthorized, ServiceUnknown),
+and each wants another remedy. The bus daemon looks at the groups of our process, polkit at the user database; a user
+who was put into the group after he logged in is a member for one and not for the other.
+Reads the user database; changes nothing.
+"""
+
+import grp
+import os
+import pwd
+
+from .errors import TuningFailed
+
+GROUP = "qemu-launcher"
+ERROR_PREFIX = "org.qemulauncher.Error."
+LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
+HOW_TO_INSTALL = (
+    "qemu-launcher-helper, dbus and polkit must be installed and running on this host: on Debian, sudo apt install "
+    "qemu-launcher; otherwise sudo make install in its sources, then sudo systemctl reload dbus"
+)
+
+_DENIED = {"org.freedesktop.DBus.Error.AccessDenied", f"{ERROR_PREFIX}NotAuthorized"}
+_MISSING = {"org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner"}
+_FAILED_TO_START = "org.freedesktop.DBus.Error.Spawn."
+_HINTS = {
+    "org.freedesktop.DBus.Error.NoReply": LOOK_AT_JOURNAL,
+    "org.freedesktop.DBus.Error.TimedOut": LOOK_AT_JOURNAL,
+    f"{ERROR_PREFIX}Failed": LOOK_AT_JOURNAL,
+}
+
+
+def explained(error_name: str, text: str) -> TuningFailed:
+    """The error for the user, from the D-Bus error name and the text of the answer."""
+    if error_name in _DENIED:
+        message, hint = denied(text)
+        return TuningFailed(message, hint, wire_name=error_name)
+    if error_name in _MISSING:
+        return TuningFailed("qemu-launcher-helper is not installed", HOW_TO_INSTALL, wire_name=error_name)
+    if error_name.startswith(_FAILED_TO_START):
+        return TuningFailed(f"qemu-launcher-helper cannot be started: {text}", LOOK_AT_JOURNAL, wire_name=error_name)
+    if error_name == "org.freedesktop.DBus.Error.NoReply":
+        text = "qemu-launcher-helper ended without an answer"
+    return TuningFailed(
+        text or f"qemu-launcher-helper failed: {error_name}", _HINTS.get(error_name), wire_name=error_name
+    )
+
+
+def denied(text: str) -> tuple[str, str]:
+    """Message and hint for a caller who was not let in."""
+    user = user_name()
+    gid = _group_gid()
+    if gid is None:
+        return f"there is no group {GROUP} on this host, so nobody may use qemu-launcher-helper", HOW_TO_INSTALL
+    if not _is_member(gid):
+        return (
+            f"{user} is not a member of the group {GROUP}",
+            f"sudo usermod -aG {GROUP} {user}\nthen log out and in again",
+        )
+    if gid not in {os.getegid(), *os.getgroups()}:
+        return (
+            f"{user} is a member of the group {GROUP}, but not yet in this login",
+            "log out and in again (closing a terminal is not enough; the whole session counts)",
+        )
+    return (
+        text or f"{user} is not authorised",
+        "an administrator's polkit rule decides this, or the question for a password was dismissed",
+    )
+
+
+def user_name() -> str:
+    """Name of the user we are, his number if he has none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _group_gid() -> int | None:
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except KeyError:
+        return None
+
+
+def _is_member(gid: int) -> bool:
+    """By the user database: what the next login would have."""
+    try:
+        user = pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return gid in os.getgrouplist(user.pw_name, user.pw_gid)

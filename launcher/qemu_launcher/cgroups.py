@@ -1,0 +1,71 @@
+"""What the cgroup v2 tree says of a VM: its scope, whether anything lives in it, whether its partition is valid.
+
+Why it exists: the helper's word is not taken for it; `status` and the end of a run read the tree themselves.
+Kernel: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files". Without cgroup v2 there is nothing to tell,
+and every answer is empty.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .procfs import PROC
+
+ROOT = Path("/sys/fs/cgroup")
+
+# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)".
+_VALID = {"isolated", "root"}
+_SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
+
+
+def scopes(uid: int) -> Iterator[tuple[str, Path]]:
+    """(VM name, directory) of every scope that the helper has made for a VM of this user."""
+    for directory in (ROOT / f"user.slice/user-{uid}.slice").glob(f"**/qemu-launcher-{uid}-*.scope"):
+        found = _SCOPE.fullmatch(directory.name)
+        if found is not None:
+            yield found[2], directory
+
+
+def members(scope: Path) -> list[int]:
+    """PIDs in a scope and below it."""
+    return [int(word) for word in _read(scope / "cgroup.procs").split() if word.isdigit()]
+
+
+def is_populated(scope: Path) -> bool:
+    """Whether any process is left in a scope or below it."""
+    return "populated 1" in _read(scope / "cgroup.events").splitlines()
+
+
+def scope_of(pid: int) -> str | None:
+    """Name of the VM's scope that `pid` is in, None if it is in none."""
+    found = _SCOPE.search(_path(f"{pid}/cgroup"))
+    return None if found is None else found[0]
+
+
+def partition_of(pid: int, tid: int) -> str | None:
+    """State of the partition of ours that the thread is in: `isolated`, `isolated invalid (why)`; None outside."""
+    path = _path(f"{pid}/task/{tid}/cgroup")
+    while _SCOPE.search(path):
+        state = _read(ROOT / path.lstrip("/") / "cpuset.cpus.partition").strip()
+        if state not in ("", "member"):
+            return state
+        path = os.path.dirname(path)  # noqa: PTH120 (a cgroup's name, not a file's)
+    return None
+
+
+def is_shielded(pid: int, tid: int) -> bool:
+    """Whether the thread is in a partition of ours that the kernel holds for valid."""
+    return partition_of(pid, tid) in _VALID
+
+
+def _path(relative: str) -> str:
+    found = re.search(r"^0::(.*)$", _read(PROC / relative), re.MULTILINE)
+    return "" if found is None else found[1]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""

@@ -1,0 +1,191 @@
+"""The helper, as six typed methods. The launcher's only importer of dbus_next.
+
+Why it exists: D-Bus, its library and its error names end here; what leaves this module are values and TuningFailed.
+It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start.
+
+An answer of another shape than the contract's is refused like an error. After any TuningFailed from here the helper
+has said no, or is gone: nothing is known of what it did, and the caller undoes through `release`.
+The contract is dbus/org.qemulauncher.Helper1.xml; METHODS restates it, and a test compares the two.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+from dbus_next import BusType, Message, MessageFlag, MessageType
+from dbus_next.aio import MessageBus
+
+from . import access
+from .errors import TuningFailed
+from .procfs import INFINITY
+
+BUS_NAME = "org.qemulauncher.Helper1"
+INTERFACE = "org.qemulauncher.Helper1"
+OBJECT_PATH = "/org/qemulauncher/Helper1"
+
+# member: (signature of what goes in, signature of what comes out)
+METHODS = {
+    "SetMemlock": ("ust", "t"),
+    "PinThreads": ("usa(uaub)au", ""),
+    "SetScheduler": ("usausu", ""),
+    "Release": ("us", ""),
+    "ListVms": ("b", "a(susutss)"),
+    "GetLimits": ("", "a{sv}"),
+}
+
+DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification, "System message bus"
+
+# dbus-daemon gives up on an activation after 25 s and answers itself. What is left is a helper that hangs, and a
+# person in front of polkit's dialog, who may be looking for the administrator.
+CONNECT_TIMEOUT = 30.0  # seconds
+CALL_TIMEOUT = 60.0
+DIALOG_TIMEOUT = 600.0
+
+
+class GrantedVm(NamedTuple):
+    """One VM that holds a grant, as ListVms tells it. `start_time`: clock ticks since boot."""
+
+    vm: str
+    uid: int
+    user: str
+    pid: int
+    start_time: int
+    cpulist: str
+    mechanism: str
+
+
+class Helper:
+    """A connection to the helper. Made by `connected`, ended by `close`."""
+
+    def __init__(self, bus: Any, *, interactive: bool) -> None:
+        self._bus = bus
+        self._interactive = interactive
+        self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
+
+    @classmethod
+    async def connected(cls, *, interactive: bool) -> Self:
+        """Join the system bus. `interactive`: polkit may ask the person in front of this terminal or display."""
+        address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
+        try:
+            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM)
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await bus.connect()
+        except Exception as err:  # the library raises anything from OSError to bare Exception
+            raise TuningFailed(
+                f"there is no system bus at {address}: {err or type(err).__name__}", access.HOW_TO_INSTALL
+            ) from err
+        return cls(bus, interactive=interactive)
+
+    def wake(self) -> None:
+        """Have the helper started while we do something else. Whether that worked, the first call will tell."""
+        message = Message(
+            destination="org.freedesktop.DBus",
+            path="/org/freedesktop/DBus",
+            interface="org.freedesktop.DBus",
+            member="StartServiceByName",
+            signature="su",
+            body=[BUS_NAME, 0],
+            flags=MessageFlag.NO_REPLY_EXPECTED,
+        )
+        self._bus.send(message).add_done_callback(_retrieved)
+
+    async def set_memlock(self, pid: int, vm: str, size: int) -> int:
+        """Let `pid` lock `size` bytes, INFINITY for as much as this user may. Returns what was granted, in bytes."""
+        (granted,) = await self._call("SetMemlock", pid, vm, size)
+        if not isinstance(granted, int) or not 0 <= granted <= INFINITY:
+            raise _nonsense("SetMemlock")
+        return granted
+
+    async def pin_threads(
+        self, pid: int, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], others: frozenset[int] = frozenset()
+    ) -> None:
+        """Pin threads, each (TID, CPUs, shielded); the whole map, every time. `others`: CPUs of all other threads."""
+        wire_pins = [[tid, sorted(cpus), shielded] for tid, cpus, shielded in pins]
+        await self._call("PinThreads", pid, vm, wire_pins, sorted(others))
+
+    async def set_scheduler(self, pid: int, vm: str, tids: Sequence[int], policy: str, priority: int) -> None:
+        """Set policy and priority of `tids`."""
+        await self._call("SetScheduler", pid, vm, list(tids), policy, priority)
+
+    async def release(self, uid: int, vm: str) -> None:
+        """Give back all that a VM was granted."""
+        await self._call("Release", uid, vm)
+
+    async def list_vms(self, *, everybodys: bool = False) -> list[GrantedVm]:
+        """The VMs that hold a grant: one's own, or everybody's."""
+        (rows,) = await self._call("ListVms", everybodys)
+        try:
+            return [GrantedVm(*row) for row in rows]
+        except TypeError as err:
+            raise _nonsense("ListVms") from err
+
+    async def get_limits(self) -> dict[str, Any]:
+        """What this user may have, by the names that the contract gives."""
+        (limits,) = await self._call("GetLimits")
+        return {key: variant.value for key, variant in limits.items()}
+
+    async def close(self) -> None:
+        """Leave the bus. A call that is still under way is given up; the helper notices."""
+        self._bus.disconnect()
+        self._lost.cancel()
+        await asyncio.wait([self._lost])
+
+    async def _call(self, member: str, *body: Any) -> list[Any]:
+        wanted, answered = METHODS[member]
+        message = Message(
+            destination=BUS_NAME,
+            path=OBJECT_PATH,
+            interface=INTERFACE,
+            member=member,
+            signature=wanted,
+            body=list(body),
+            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if self._interactive else MessageFlag.NONE,
+        )
+        reply = await self._reply(member, message)
+        if reply.message_type is MessageType.ERROR:
+            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
+            raise access.explained(reply.error_name or "", text)
+        if reply.signature != answered:
+            raise _nonsense(member)
+        body_out: list[Any] = reply.body
+        return body_out
+
+    async def _reply(self, member: str, message: Any) -> Any:
+        """The answer to a call; the library itself waits for ever, also on a connection that is lost."""
+        call = asyncio.ensure_future(self._bus.call(message))
+        try:
+            done, _ = await asyncio.wait(
+                [call, self._lost],
+                timeout=DIALOG_TIMEOUT if self._interactive else CALL_TIMEOUT,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if call in done:
+                return call.result()
+        except OSError as err:
+            raise _bus_lost(member) from err
+        finally:
+            call.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await call
+        if self._lost in done:
+            raise _bus_lost(member)
+        raise TuningFailed(f"qemu-launcher-helper did not answer {member}", access.LOOK_AT_JOURNAL)
+
+
+def _bus_lost(member: str) -> TuningFailed:
+    return TuningFailed(f"the system bus closed the connection while {member} was under way", access.LOOK_AT_JOURNAL)
+
+
+def _nonsense(member: str) -> TuningFailed:
+    return TuningFailed(
+        f"qemu-launcher-helper answered {member} with something that the contract does not know",
+        "launcher and helper may be of different versions: reinstall the package",
+    )
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Look at the outcome, so that the loop does not complain about one that nobody looked at."""
+    if not future.cancelled():
+        future.exception()

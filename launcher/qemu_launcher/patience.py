@@ -1,0 +1,26 @@
+"""Waiting for something that has no fixed limit, with a word to the user when it takes long."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# A start takes a tenth of a second; nobody wonders before three have passed, and nobody wants a line every second.
+FIRST_WORD = 3.0  # seconds
+NEXT_WORD = 10.0
+
+
+async def patiently(work: Coroutine[Any, Any, T], tell: Callable[[], None]) -> T:
+    """The result of `work`; `tell` is called after 3 s and then every 10 s. Cancelled, it cancels `work`."""
+    task = asyncio.ensure_future(work)
+    pause = FIRST_WORD
+    try:
+        while not (await asyncio.wait([task], timeout=pause))[0]:
+            tell()
+            pause = NEXT_WORD
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])

@@ -1,0 +1,170 @@
+"""From what the definition wants to what has to be done: pure, no /proc, no bus, no QEMU.
+
+Why it exists: the launch has two moments at which it must know what to ask for, before QEMU exists (memory lock) and
+when its threads are known (pins, scheduling). Both decisions are made here, from values, so that they can be tested
+without any of the parties. What the kernel lets a user do with his own processes is never asked of the helper.
+
+TuningFailed is raised for a wish that this QEMU, or this user's limits, cannot meet. Nothing has been done then.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from . import cmdline
+from .definition import VmDefinition
+from .errors import Mark, TuningFailed
+from .procfs import INFINITY
+from .threads import Threads, Vcpu
+from .voice import format_size
+
+# Guest RAM is not all that VFIO and mem-lock=on lock: QEMU's own heap, video memory, firmware, device queues.
+MEMLOCK_OVERHEAD = 1 << 30  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemlockNeed:
+    """How much memory QEMU must be able to lock.
+
+    `wanted`: bytes, INFINITY for as much as I may. `least`: bytes; less than that is a refusal.
+    `unaided`: the hard limit allows it already, the child raises its own soft limit.
+    """
+
+    wanted: int
+    least: int
+    unaided: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One thread and the host CPUs it belongs on."""
+
+    tid: int
+    cpus: frozenset[int]
+    vcpus: tuple[int, ...]  # the vCPUs that the thread runs; several only under TCG's thread=single
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPlan:
+    """What the threads of one QEMU shall be given. Empty `pins`: no pinning; `policy` None: scheduling stays."""
+
+    pins: tuple[Pin, ...]
+    isolation: Literal["shield", "cpuset", "affinity"] | None
+    scheduled: tuple[int, ...]  # TIDs
+    policy: str | None
+    priority: int
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """All CPUs that threads are pinned to."""
+        return frozenset[int]().union(*(pin.cpus for pin in self.pins))
+
+
+def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -> MemlockNeed | None:
+    """None when nothing must be lockable. Bytes: `hard_limit` is our own RLIMIT_MEMLOCK, `memory_total` the host's."""
+    kind = definition.memlock.kind
+    if kind == "none":
+        return None
+    ram = cmdline.guest_ram(definition)
+    if kind == "auto" and ram is None:
+        raise TuningFailed(
+            "rlimit_memlock: auto cannot tell the guest's RAM from its options",
+            "write rlimit_memlock: true, or a size such as 16G",
+        )
+    if kind == "auto":
+        wanted = least = (ram or 0) + MEMLOCK_OVERHEAD
+    elif kind == "size":
+        wanted = definition.memlock.bytes or 0
+        least = max(wanted, ram or 0)
+    else:
+        wanted, least = INFINITY, ram or 0
+    # `true` asks for all there is; a limit at or above the host's memory is all there is.
+    enough = max(memory_total, least) if wanted == INFINITY else wanted
+    need = MemlockNeed(wanted, least, unaided=hard_limit >= enough)
+    if kind == "size":
+        check_granted(need, wanted, definition.memlock.mark)
+    return need
+
+
+def check_granted(need: MemlockNeed, granted: int, mark: Mark | None = None) -> None:
+    """TuningFailed when `granted` bytes of lockable memory do not do, with both numbers."""
+    if granted >= need.least:
+        return
+    if granted >= need.wanted:
+        what = f"rlimit_memlock: {format_size(granted)} is less than the guest's RAM, {format_size(need.least)}"
+        place = f"{mark}: " if mark else ""
+        raise TuningFailed(f"{place}{what}", "write rlimit_memlock: auto, or a larger size")
+    raise TuningFailed(
+        f"QEMU must be able to lock {format_size(need.least)}, but only {format_size(granted)} was granted",
+        "give the guest less memory, or ask the administrator for a higher memlock in /etc/qemu-launcher/helper.toml",
+    )
+
+
+def is_tuned(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
+    """Whether there is anything to do before the guest may run."""
+    return memlock is not None or definition.pinning is not None or definition.scheduler is not None
+
+
+def needs_helper(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
+    """Whether any of it takes more rights than the user has."""
+    return (
+        (memlock is not None and not memlock.unaided)
+        or definition.isolation in ("shield", "cpuset")
+        or definition.is_realtime
+    )
+
+
+def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
+    """What to do with the threads of this QEMU. TuningFailed when its vCPUs are not those of the definition."""
+    return ThreadPlan(
+        pins=_pins(definition, threads.vcpus),
+        isolation=definition.isolation if definition.pinning else None,  # type: ignore[arg-type]  # one of ISOLATIONS
+        scheduled=tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus)) if definition.scheduler else (),
+        policy=definition.scheduler,
+        priority=definition.priority,
+    )
+
+
+def _pins(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> tuple[Pin, ...]:
+    wanted: dict[int, tuple[frozenset[int], list[Vcpu]]] = {}  # by TID
+    for vcpu, cpu in _assigned(definition, vcpus):
+        cpus = frozenset({cpu})
+        known, members = wanted.setdefault(vcpu.tid, (cpus, []))
+        if known != cpus:
+            raise TuningFailed(
+                f"{members[0]} and {vcpu} are one thread of QEMU's (TID {vcpu.tid}), "
+                f"which cannot be on CPU {min(known)} and CPU {cpu} at once",
+                "QEMU runs all vCPUs in one thread (TCG thread=single): use KVM, or TCG with thread=multi",
+            )
+        members.append(vcpu)
+    return tuple(Pin(tid, cpus, tuple(vcpu.index for vcpu in members)) for tid, (cpus, members) in wanted.items())
+
+
+def _assigned(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> list[tuple[Vcpu, int]]:
+    """Every pinned vCPU with its host CPU; a vCPU that the definition leaves out stays an emulator thread's equal."""
+    if definition.pinning is None:
+        return []
+    if definition.pinning.topology is not None:
+        by_place = {vcpu.place: vcpu for vcpu in vcpus}
+        if len(by_place) < len(vcpus):
+            raise TuningFailed(
+                "this machine's vCPUs cannot be told apart by socket, core and thread",
+                "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
+            )
+        for place, host_cpu in definition.pinning.topology.items():
+            if place not in by_place:
+                socket, core, thread = place
+                raise _unknown(f"socket {socket}, core {core}, thread {thread}", host_cpu.mark, vcpus)
+        return [(by_place[place], host_cpu.cpu) for place, host_cpu in definition.pinning.topology.items()]
+    by_index = {vcpu.index: vcpu for vcpu in vcpus}
+    pairs = []
+    for index, host_cpu in enumerate(definition.pinning.by_index or ()):
+        if index not in by_index:
+            raise _unknown(str(index), host_cpu.mark, vcpus)
+        pairs.append((by_index[index], host_cpu.cpu))
+    return pairs
+
+
+def _unknown(which: str, mark: Mark, vcpus: tuple[Vcpu, ...]) -> TuningFailed:
+    shown = "; ".join(str(vcpu) for vcpu in vcpus[:4])
+    more = f"; {len(vcpus) - 4} more" if len(vcpus) > 4 else ""
+    return TuningFailed(f"{mark}: QEMU has no vCPU {which}", f"it has {shown}{more}" if vcpus else "it has none at all")

@@ -1,0 +1,371 @@
+"""Which VMs of this user run: one lock file and one control socket for each, and how to find a VM without them.
+
+`$XDG_RUNTIME_DIR/qemu-launcher/NAME.lock` is locked with flock(2) by the launcher, and QEMU inherits the open file:
+it stays locked as long as one of the two lives, so a lock can never be stale. Its content says who they are, by PID
+and start time, and whether the guest was ever let run:
+
+    starting   QEMU may exist, but has been given no `cont`: without its launcher it will never run
+    running    written before `cont` is sent, so that a guest which ran is never taken for one which did not
+
+When the user logs out, $XDG_RUNTIME_DIR goes and the VM may stay. Then it is found by the open file in QEMU itself
+(/proc/PID/fd), and by its scope in the cgroup tree; a second start is refused all the same.
+
+Refused: a directory that is not ours alone (NotOurs). A failing claim leaves no lock and no socket behind.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import cgroups, procfs
+from .errors import AlreadyRunning, LauncherError
+from .procfs import Process
+
+DIRECTORY = "qemu-launcher"
+STARTING, RUNNING = "starting", "running"
+# A QEMU that never ran has written nothing, so it need not be waited for as one that did (process.QUIT_GRACE).
+NEVER_STARTED_GRACE = 2.0  # seconds
+
+_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
+# The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
+_LOCK_LINK = re.compile(rf"/{DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The content of a lock file."""
+
+    launcher: Process | None = None
+    qemu: Process | None = None
+    state: str = STARTING
+    definition: str = ""
+    vcpus: Mapping[int, int] = field(default_factory=dict)  # vCPU index -> TID
+
+    def encode(self) -> bytes:
+        """As one line of JSON."""
+
+        def pair(process: Process | None) -> list[int] | None:
+            return None if process is None else [process.pid, process.start_time]
+
+        value = {
+            "launcher": pair(self.launcher),
+            "qemu": pair(self.qemu),
+            "state": self.state,
+            "definition": self.definition,
+            "vcpus": sorted(self.vcpus.items()),
+        }
+        return json.dumps(value).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Record | None":
+        """None for what is no record: an empty file, or one that is being written at this moment."""
+
+        def process(pair: Any) -> Process | None:
+            return None if pair is None else Process(int(pair[0]), int(pair[1]))
+
+        try:
+            value = json.loads(data)
+            return cls(
+                launcher=process(value["launcher"]),
+                qemu=process(value["qemu"]),
+                state=str(value["state"]),
+                definition=str(value["definition"]),
+                vcpus={int(index): int(tid) for index, tid in value["vcpus"]},
+            )
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A VM of this user that has a QEMU, or is about to have one."""
+
+    name: str
+    record: Record
+    socket: Path | None  # None when its directory is gone
+
+    @property
+    def qemu(self) -> Process | None:
+        """QEMU if it is alive."""
+        return self.record.qemu if self.record.qemu and self.record.qemu.is_alive() else None
+
+    @property
+    def launcher(self) -> Process | None:
+        """Its launcher if it is alive."""
+        return self.record.launcher if self.record.launcher and self.record.launcher.is_alive() else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anybody is there."""
+        return self.qemu is not None or self.launcher is not None
+
+    @property
+    def never_started(self) -> bool:
+        """QEMU is there, its guest has not run, and nobody is left who would let it."""
+        return self.qemu is not None and self.launcher is None and self.record.state == STARTING
+
+
+class Claim:
+    """The lock of one VM, held. Made by `claimed`."""
+
+    def __init__(self, name: str, directory: Path, lock_fd: int, record: Record) -> None:
+        self.name = name
+        self.lock_fd = lock_fd
+        self.record = record
+        self._socket = directory / f"{name}.sock"
+        self._written = 0
+        self.update()
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record and write it."""
+        self.record = replace(self.record, **changes)
+        data = self.record.encode()
+        # Written over in one go and never shortened: a reader sees the old line or the new one, blanks after it.
+        self._written = max(self._written, len(data))
+        os.pwrite(self.lock_fd, data[:-1].ljust(self._written - 1) + b"\n", 0)
+
+    def listening_socket(self) -> socket.socket:
+        """The control socket, bound and listening; QEMU inherits it and accepts one client at a time."""
+        self._socket.unlink(missing_ok=True)  # ours to remove: we hold the lock
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _short_path(self._socket) as path:
+                control.bind(path)
+            control.listen(1)
+        except OSError as err:
+            control.close()
+            raise LauncherError(f"cannot make the control socket {self._socket}: {err.strerror}") from err
+        return control
+
+    def clear(self) -> None:
+        """Nothing runs any more. The file stays: taking it away would let two starts lock two files of one name."""
+        self._socket.unlink(missing_ok=True)
+        os.ftruncate(self.lock_fd, 0)
+
+
+@contextlib.contextmanager
+def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None]]:
+    """Lock the VM for this process and its QEMU. AlreadyRunning if it runs; LauncherError if there is no place for it.
+
+    A QEMU that its dead launcher never let run is ended first, and handed back for the user to be told.
+    When the context ends and QEMU is gone the record is cleared; a QEMU that lives on keeps lock and record.
+    """
+    place = _made(_candidates())
+    fd = os.open(place / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        discarded = _lock(fd, name) or _refuse_lost(name)
+        record = Record(launcher=Process.of(os.getpid()), definition=os.path.abspath(definition))
+        claim = Claim(name, place, fd, record)
+        try:
+            yield claim, discarded
+        finally:
+            if not (claim.record.qemu and claim.record.qemu.is_alive()):
+                claim.clear()
+    finally:
+        os.close(fd)
+
+
+def find(name: str) -> Found | None:
+    """The running VM of this name, wherever its files are."""
+    return next((vm for vm in find_all() if vm.name == name), None)
+
+
+def find_all() -> list[Found]:
+    """All running VMs of this user, by name."""
+    found: dict[str, Found] = {}
+    for source in (_in_directories, _in_processes, _in_scopes):
+        for vm in source():
+            if vm.is_alive:
+                found.setdefault(vm.name, vm)
+    return sorted(found.values(), key=lambda vm: vm.name)
+
+
+@contextlib.contextmanager
+def connected(path: Path) -> Iterator[socket.socket]:
+    """A client of the control socket. OSError if nobody listens; BlockingIOError, or no greeting, if it is busy."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.setblocking(False)  # with a full queue connect would wait for the client before us, for ever
+    with client, _short_path(path) as short:
+        client.connect(short)
+        yield client
+
+
+def _lock(fd: int, name: str) -> Process | None:
+    """Take the lock; return the QEMU that had to go for it, None if there was none."""
+    discarded = None
+    if not _try_lock(fd):
+        discarded = _discard_or_refuse(_holder(fd, name))
+        if not _try_lock(fd):
+            others = ", ".join(f"{pid} ({procfs.comm(pid)})" for pid, _ in _open_in_processes(name))
+            raise AlreadyRunning(
+                f"{name} has ended, but processes it left behind still hold its lock: {others or 'not visible to you'}",
+                "end them, then start it again",
+            )
+    return discarded
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int, name: str) -> Found | None:
+    record = _read_record(fd)
+    return None if record is None else Found(name, record, None)
+
+
+def _refuse_lost(name: str) -> Process | None:
+    """We hold the lock; but a VM of this name may live on with the lock file of an earlier login."""
+    for source in (_in_processes, _in_scopes):
+        for vm in source():
+            if vm.name == name and vm.is_alive:
+                return _discard_or_refuse(vm)
+    return None
+
+
+def _discard_or_refuse(vm: Found | None) -> Process | None:
+    if vm is None or not vm.is_alive:
+        return None
+    if vm.qemu is not None and vm.never_started:
+        procfs.end(vm.qemu, grace=NEVER_STARTED_GRACE)
+        return vm.qemu
+    who = f"PID {vm.qemu.pid}" if vm.qemu is not None else "it is being started"
+    raise AlreadyRunning(
+        f"{vm.name} is already running ({who})",
+        f"see it with: qemu-launcher status {vm.name}\n"
+        f"power it down with: qemu-launcher stop {vm.name}\n"
+        f"cut its power with: qemu-launcher kill {vm.name}",
+    )
+
+
+# Places
+
+
+def _candidates() -> list[Path]:
+    """Where this user's runtime files may be, best first."""
+    uid = os.geteuid()
+    places = [Path(f"/run/user/{uid}") / DIRECTORY]
+    if (given := os.environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
+        places.insert(0, Path(given) / DIRECTORY)
+    # Neither logind nor anything like it (cron without a session, containers): sticky /tmp and our own checks.
+    places.append(Path(f"/tmp/{DIRECTORY}-{uid}"))  # noqa: S108 (checked by _is_ours_alone)
+    return list(dict.fromkeys(places))
+
+
+def _made(places: list[Path]) -> Path:
+    """The first place whose parent is ours (or /tmp), made if need be."""
+    refused = ""
+    for place in places:
+        if place.parent != Path("/tmp") and not _is_owned(place.parent):  # noqa: S108
+            continue
+        try:
+            place.mkdir(mode=0o700, exist_ok=True)
+        except OSError as err:
+            refused = f"cannot make {place}: {err.strerror}"
+            continue
+        if _is_ours_alone(place):
+            return place
+        refused = f"{place} belongs to somebody else, or others may enter it"
+    raise LauncherError(
+        f"there is no place for the runtime files of a VM: {refused}",
+        "set XDG_RUNTIME_DIR to a directory that is yours alone (mode 0700)",
+    )
+
+
+def _is_owned(place: Path) -> bool:
+    try:
+        return place.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _is_ours_alone(place: Path) -> bool:
+    try:
+        about = place.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+
+
+@contextlib.contextmanager
+def _short_path(path: Path) -> Iterator[str]:
+    """A name for `path` that fits into sun_path, 108 bytes (unix(7)), however deep the directory lies."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+# Three ways to find a VM
+
+
+def _in_directories() -> Iterator[Found]:
+    for place in _candidates():
+        if not _is_ours_alone(place):
+            continue
+        for lock in sorted(place.glob("*.lock")):
+            if not re.fullmatch(_NAME, lock.stem):
+                continue
+            with contextlib.suppress(OSError):
+                fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    record = _read_record(fd)
+                finally:
+                    os.close(fd)
+                if record is not None:
+                    yield Found(lock.stem, record, place / f"{lock.stem}.sock")
+
+
+def _in_processes() -> Iterator[Found]:
+    """VMs whose lock file is gone from its directory, by the open file in QEMU or its launcher."""
+    for pid, link in _open_in_processes():
+        with contextlib.suppress(OSError):
+            name = _LOCK_LINK.search(os.fspath(link.readlink()))
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                record = _read_record(fd)
+            finally:
+                os.close(fd)
+            # Only what the process says of itself: a child of QEMU's may have inherited the file too.
+            if name and record and pid in {process.pid for process in (record.qemu, record.launcher) if process}:
+                yield Found(name[1], record, None)
+
+
+def _open_in_processes(name: str | None = None) -> Iterator[tuple[int, Path]]:
+    """(PID, its /proc/PID/fd entry) of every other process of this user that has such a lock file open."""
+    uid = os.geteuid()
+    for process in procfs.PROC.iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid != uid:
+                continue
+            for link in (process / "fd").iterdir():
+                found = _LOCK_LINK.search(os.fspath(link.readlink()))
+                if found and name in (None, found[1]):
+                    yield int(process.name), link
+
+
+def _in_scopes() -> Iterator[Found]:
+    """VMs by their scopes in the cgroup tree: the oldest process of this user in such a scope is QEMU."""
+    uid = os.geteuid()
+    for name, scope in cgroups.scopes(uid):
+        own = [one for pid in cgroups.members(scope) if procfs.owner(pid) == uid and (one := Process.of(pid))]
+        if own:
+            yield Found(name, Record(qemu=min(own, key=lambda one: one.start_time), state=RUNNING), None)
+
+
+def _read_record(fd: int) -> Record | None:
+    return Record.decode(os.pread(fd, 1 << 20, 0))

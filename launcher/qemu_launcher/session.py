@@ -1,0 +1,207 @@
+"""One run of one VM, from its definition to its exit status.
+
+Why it exists: this is the story, and every other module of the launcher is a part of it. Read `_run`, then `_Start`.
+
+Refused before anything is started: a definition that does not fit the host, a user we cannot become, a VM that runs
+already. Until `cont` any failure, any signal and any death ends QEMU, and the guest has not run an instruction. From
+`cont` on the guest comes first: it ends by itself, as its user wishes, or with QEMU, but not because the launcher
+failed. After `cont` nothing is imported any more: the launcher lives as long as its guest, and the files under it may
+be upgraded or removed meanwhile.
+"""
+
+import asyncio
+import os
+import shlex
+import signal
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads
+from .definition import VmDefinition
+from .errors import LauncherError, QemuFailed
+from .monitors import Monitors
+from .patience import patiently
+from .process import QUIT_GRACE, Command, Qemu, forked
+from .qmp import ConnectionLost, Qmp, QmpRefused
+from .runtime import Claim
+from .shutdown import Shutdown, Signals, quit_qemu
+from .threads import Threads
+from .tune import Tuning
+from .voice import Voice, format_size
+
+
+def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
+    """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
+    if not untuned:
+        host.validate_against_host(definition, host.read_host())
+    identity.assume(definition)
+    return asyncio.run(_run(definition, Voice(definition.name, quiet=quiet), untuned=untuned))
+
+
+async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
+    began = time.monotonic()
+    for warning in definition.warnings:
+        voice.warn(warning)
+    async with AsyncExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        claim, discarded = stack.enter_context(runtime.claimed(definition.name, definition.path))
+        if discarded is not None:
+            voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
+        stack.enter_context(terminal.kept())
+        tuning = await stack.enter_async_context(Tuning(definition, voice, untuned=untuned))
+        holds_guest = tuning.wanted
+
+        with monitors.made(claim.listening_socket()) as made:
+            qemu = forked(_command(definition, claim, tuning, made))
+            stack.callback(made.ours.close)
+        await stack.enter_async_context(qemu)
+        claim.update(qemu=qemu.process)
+
+        start = _Start(definition, voice, claim, tuning, qemu, holds_guest=holds_guest)
+        outcome = await _started(start, made, signals)
+        if isinstance(outcome, int):
+            return outcome
+        stack.push_async_callback(outcome.close)
+        voice.note(f"running, {tuning.summary()}, {time.monotonic() - began:.1f} s")
+
+        settling = asyncio.ensure_future(tuning.after_cont(qemu))
+        shutdown = Shutdown(qemu, outcome, voice, definition.shutdown_timeout)
+        status = await shutdown.until_ended(signals)
+        settling.cancel()
+        await asyncio.wait([settling])
+        await tuning.after_end()
+        return status
+
+
+class _Start:
+    """The way of one QEMU from its gate to its running guest."""
+
+    def __init__(
+        self, definition: VmDefinition, voice: Voice, claim: Claim, tuning: Tuning, qemu: Qemu, *, holds_guest: bool
+    ) -> None:
+        self.qemu = qemu
+        self.qmp: Qmp | None = None
+        self.holds_guest = holds_guest
+        self._definition = definition
+        self._voice = voice
+        self._claim = claim
+        self._tuning = tuning
+
+    async def run(self, made: Monitors) -> Qmp:
+        """Returns the monitor when the guest runs; or when it stands still because its user wants it to."""
+        await self._tuning.before_exec(self.qemu)
+        if not self.holds_guest:
+            self._claim.update(state=runtime.RUNNING)
+        await self.qemu.open_gate()
+        await self._tuning.while_starting()
+        self.qmp = qmp = await patiently(Qmp.negotiated(made.ours), self._tell_progress)
+        found = await self._threads(qmp)
+        self._claim.update(vcpus={vcpu.index: vcpu.tid for vcpu in found.vcpus})
+        await self._tuning.before_cont(self.qemu, found)
+        # Written first: a guest that ran must never be taken for one that did not.
+        self._claim.update(state=runtime.RUNNING)
+        if self.holds_guest and not _stands_still(self._definition):
+            await qmp.execute("cont")
+        self.qemu.let_run()
+        return qmp
+
+    async def _threads(self, qmp: Qmp) -> Threads:
+        cpus = await qmp.execute("query-cpus-fast")
+        possible = None
+        if threads.has_inner_levels(cpus):
+            try:
+                possible = await qmp.execute("query-hotpluggable-cpus")
+            except QmpRefused:  # a machine without CPU hotplug: what is there is all there can be
+                possible = None
+        found = threads.read_threads(cpus, possible, await qmp.execute("query-iothreads"))
+        strangers = {vcpu.tid for vcpu in found.vcpus} - set(procfs.tids(self.qemu.pid))
+        if strangers:
+            raise LauncherError(
+                f"QEMU is not the process that was started (PID {self.qemu.pid}), but another one below it",
+                "a wrapper script as binary: must end in exec qemu-system-x86_64, so that QEMU takes its place",
+            )
+        return found
+
+    def _tell_progress(self) -> None:
+        ram, used = cmdline.guest_ram(self._definition), procfs.resident(self.qemu.pid)
+        if ram is not None and used is not None and self.holds_guest:
+            self._voice.note(f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}")
+        else:
+            self._voice.note("QEMU is still starting")
+
+
+async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int:
+    """The monitor of a running guest; the exit status if QEMU has ended, or a signal has ended it, before that."""
+    qemu = start.qemu
+    starting = asyncio.ensure_future(start.run(made))
+    interrupted = asyncio.ensure_future(signals.next())
+    waited: set[asyncio.Future[Any]] = {starting, interrupted, qemu.ended}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not qemu.ended.done() and starting.done() and isinstance(starting.exception(), ConnectionLost):
+            await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)  # its sockets close a moment before it ends
+        if qemu.ended.done():
+            return _early_end(start, starting)
+        if starting.done():
+            if interrupted.done():
+                signals.put_back(interrupted.result())
+            return await _result_or_quit(start, starting)
+        starting.cancel()
+        await asyncio.wait([starting])
+        await quit_qemu(qemu, start.qmp)
+        await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)
+        await qemu.end()
+        return 128 + interrupted.result()
+    finally:
+        for task in (starting, interrupted):
+            task.cancel()
+        await asyncio.wait(waited - {qemu.ended})
+
+
+async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
+    try:
+        return starting.result()
+    except LauncherError:
+        await quit_qemu(start.qemu, start.qmp)
+        await asyncio.wait([start.qemu.ended], timeout=QUIT_GRACE)
+        raise
+
+
+def _early_end(start: _Start, starting: asyncio.Future[Qmp]) -> int:
+    """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
+    if starting.done() and isinstance(starting.exception(), QemuFailed):
+        starting.result()  # it could not be executed at all
+    status = start.qemu.ended.result()
+    if status == 0:
+        return 0  # -version, -device help, a `quit` in the user's own monitor
+    how = f"with exit status {status}"
+    if status > 128:
+        how = f"by signal {status - 128} ({signal.Signals(status - 128).name})"
+    error = QemuFailed(
+        f"QEMU ended {how} before the guest ran",
+        f"its command line: {shlex.join(start.qemu.command.argv)}",
+        status=status,
+        argv=start.qemu.command.argv,
+    )
+    error.exit_status = status
+    raise error
+
+
+def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monitors) -> Command:
+    """QEMU's own options come last: one whose value is missing must not swallow ours."""
+    binary, *options = cmdline.qemu_argv(definition)
+    hold = ("-S",) if tuning.wanted else ()
+    env = {} if definition.clear_env else dict(os.environ)
+    return Command(
+        argv=(binary, *made.arguments, *hold, *options),
+        env={**env, **dict(definition.env)},
+        working_directory=definition.working_directory,
+        inherited=(claim.lock_fd, *made.inherited),
+        soft_memlock=tuning.soft_memlock,
+    )
+
+
+def _stands_still(definition: VmDefinition) -> bool:
+    """Whether the user himself wants QEMU to start paused."""
+    return cmdline.has_option(definition, "S") or cmdline.has_option(definition, "incoming")

@@ -1,0 +1,167 @@
+"""How a VM is brought down: signals to the launcher become a power-down request, and in the end a cut.
+
+    Ctrl-C, SIGHUP    ask the guest to power down, and wait without limit
+    Ctrl-C again      cut the power: `quit`; a third time: SIGKILL
+    SIGTERM           ask the guest; `quit` after shutdown_timeout, SIGKILL if QEMU does not take that either
+
+SIGHUP never cuts: a login that ends sends SIGTERM and SIGHUP in one go (SendSIGHUP= of systemd.kill(5)), and a closing
+terminal may send SIGHUP twice. Signals that were ignored when the launcher was started, as nohup(1) and background
+jobs of sh do, stay ignored.
+The VM always ends through QEMU's own end; nothing here returns before that.
+"""
+
+import asyncio
+import contextlib
+import enum
+import signal
+from types import TracebackType
+from typing import Any, Self
+
+from .errors import QmpError
+from .process import QUIT_GRACE, Qemu
+from .qmp import Event, Qmp
+from .voice import Voice
+
+_HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+# QEMU's monitor answers at once or hangs; only a hanging one is worth going on without it.
+_ANSWER_TIMEOUT = 5.0  # seconds
+# RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button.
+NOT_STARTED = ("prelaunch", "inmigrate", "preconfig")
+
+
+class Signals:
+    """Signals of this process as a queue. A context manager: outside of it they do what they always do."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._handled = [number for number in _HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+
+    def __enter__(self) -> Self:
+        for number in self._handled:
+            asyncio.get_running_loop().add_signal_handler(number, self._queue.put_nowait, number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in self._handled:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    async def next(self) -> signal.Signals:
+        """The next signal."""
+        return await self._queue.get()
+
+    def put_back(self, number: signal.Signals) -> None:
+        """A signal that was taken and not acted on."""
+        self._queue.put_nowait(number)
+
+
+class _Stage(enum.Enum):
+    RUNNING = enum.auto()
+    ASKED = enum.auto()
+    QUITTING = enum.auto()
+    KILLED = enum.auto()
+
+
+class Shutdown:
+    """Brings one running VM down, driven by signals and time."""
+
+    def __init__(self, qemu: Qemu, qmp: Qmp, voice: Voice, timeout: float | None) -> None:
+        self._qemu = qemu
+        self._qmp = qmp
+        self._voice = voice
+        self._timeout = timeout
+        self._stage = _Stage.RUNNING
+        self._deadline: float | None = None
+        self._guest_is_down = asyncio.Event()
+        qmp.listen(self._hear)
+
+    async def until_ended(self, signals: Signals) -> int:
+        """Wait until QEMU has ended, acting on every signal until then. Returns QEMU's exit status."""
+        loop = asyncio.get_running_loop()
+        heard = asyncio.ensure_future(signals.next())
+        down = asyncio.ensure_future(self._guest_is_down.wait())
+        try:
+            while not self._qemu.ended.done():
+                waited: set[asyncio.Future[Any]] = {self._qemu.ended, heard, down}
+                left = None if self._deadline is None else max(0.0, self._deadline - loop.time())
+                await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if heard.done():
+                    number, heard = heard.result(), asyncio.ensure_future(signals.next())
+                    await self._on_signal(number)
+                elif down.done():
+                    down = asyncio.ensure_future(asyncio.Event().wait())
+                    await self._on_guest_down()
+                elif self._deadline is not None and loop.time() >= self._deadline:
+                    await self._on_deadline()
+            return self._qemu.ended.result()
+        finally:
+            for task in (heard, down):
+                task.cancel()
+
+    async def _on_signal(self, number: signal.Signals) -> None:
+        match self._stage, number:
+            case _Stage.RUNNING, _:
+                await self._ask(number)
+            case _Stage.ASKED, signal.SIGINT:
+                await self._quit()
+            case _Stage.ASKED, signal.SIGTERM if self._deadline is None:
+                self._set_deadline(self._timeout)
+            case _Stage.QUITTING, signal.SIGINT:
+                self._kill()
+
+    async def _on_deadline(self) -> None:
+        if self._stage is _Stage.ASKED:
+            self._voice.say(f"the guest did not power down within {self._timeout:g} s: cutting the power")
+            await self._quit()
+        elif self._stage is _Stage.QUITTING:
+            self._kill()
+
+    async def _on_guest_down(self) -> None:
+        """The guest has powered down, but `-no-shutdown` keeps QEMU: whoever asked us wants it to end."""
+        if self._stage is _Stage.ASKED:
+            await self._quit()
+
+    async def _ask(self, number: signal.Signals) -> None:
+        self._stage = _Stage.ASKED
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                state = await self._qmp.execute("query-status")
+                if isinstance(state, dict) and state.get("status") in NOT_STARTED:
+                    await self._quit()  # a power button that nobody can hear would be waited for without end
+                    return
+                await self._qmp.execute("system_powerdown")
+        except (QmpError, TimeoutError) as err:
+            self._voice.say(f"the guest cannot be asked to power down: {err or 'QEMU does not answer'}")
+        else:
+            self._voice.say("asked the guest to power down; Ctrl-C again cuts the power")
+        if number == signal.SIGTERM:
+            self._set_deadline(self._timeout)
+
+    async def _quit(self) -> None:
+        self._stage = _Stage.QUITTING
+        self._set_deadline(QUIT_GRACE)
+        await quit_qemu(self._qemu, self._qmp)
+
+    def _kill(self) -> None:
+        self._stage = _Stage.KILLED
+        self._set_deadline(None)
+        self._voice.say("QEMU does not quit: killing it")
+        self._qemu.send(signal.SIGKILL)
+
+    def _set_deadline(self, seconds: float | None) -> None:
+        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    def _hear(self, event: Event) -> None:
+        if event.get("event") == "SHUTDOWN":
+            self._guest_is_down.set()
+
+
+async def quit_qemu(qemu: Qemu, qmp: Qmp | None) -> None:
+    """Tell QEMU to leave: by `quit`, or by SIGTERM, which it takes for the same but comments on."""
+    if qmp is not None:
+        with contextlib.suppress(QmpError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                await qmp.execute("quit")
+                return
+    qemu.send(signal.SIGTERM)

@@ -1,0 +1,55 @@
+"""The user's terminal, given back as it was found.
+
+Why it exists: with `-nographic` or `-serial mon:stdio` QEMU puts the terminal into raw mode and makes its
+descriptors non-blocking. It undoes that when it leaves in order, and cannot when it is killed.
+Nothing is touched when stdin is no terminal, or when the terminal is in other hands by then: the shell of a
+background job has set it for itself.
+"""
+
+import contextlib
+import fcntl
+import os
+import termios
+from collections.abc import Iterator
+from typing import Any
+
+_STDIO = (0, 1, 2)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Restore terminal modes and the flags of the standard descriptors when the context ends."""
+    modes = _modes(0)
+    flags = {fd: flag for fd in _STDIO if (flag := _flags(fd)) is not None}
+    try:
+        yield
+    finally:
+        for fd, flag in flags.items():
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETFL, flag)
+        if modes is not None and _in_foreground(0) and _modes(0) != modes:
+            # The terminal may have been hung up meanwhile: then there is nothing left to restore.
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+def _modes(fd: int) -> list[Any] | None:
+    try:
+        return termios.tcgetattr(fd)
+    except termios.error:
+        return None
+
+
+def _flags(fd: int) -> int | None:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL)
+    except OSError:
+        return None
+
+
+def _in_foreground(fd: int) -> bool:
+    """tcsetattr from the background would stop us with SIGTTOU (termios(3))."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False

@@ -1,0 +1,251 @@
+"""Tuning one VM: memory lock before QEMU exists, pins and scheduling before its guest runs, all of it read back.
+
+Why it exists: the session says when, this module does it, with the user's own rights where they do and through the
+helper where they do not. dbus_next is imported here, and only when the helper is needed.
+
+When something cannot be had, TuningFailed goes up and the guest does not run; with `on_tuning_failure: continue` the
+user is warned instead, what was done already is undone, and the rest of the tuning is left out: a VM is tuned as
+defined or not at all.
+"""
+
+import contextlib
+import os
+import resource
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from . import cgroups, plan, procfs, readback
+from .cpulist import format_cpulist
+from .definition import VmDefinition
+from .errors import TuningFailed
+from .patience import patiently
+from .plan import MemlockNeed, ThreadPlan
+from .process import Qemu
+from .threads import Threads
+from .voice import Voice, format_size
+
+if TYPE_CHECKING:
+    from .helper_proxy import Helper
+
+T = TypeVar("T")
+
+_UNAIDED_POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
+
+
+class Tuning:
+    """What one VM is given. An async context manager; the steps are called in the order they are written in."""
+
+    def __init__(self, definition: VmDefinition, voice: Voice, *, untuned: bool) -> None:
+        self._definition = definition
+        self._voice = voice
+        self._left_out = untuned
+        self._memlock: MemlockNeed | None = None
+        self._granted: int | None = None
+        self._plan: ThreadPlan | None = None
+        self._helper: Helper | None = None
+        self._by_helper = False  # whether the helper has done, or may have done, something that can be undone
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the guest must be held until something has been done."""
+        return not self._left_out and plan.is_tuned(self._definition, self._memlock)
+
+    @property
+    def soft_memlock(self) -> int | None:
+        """The limit that the child gives itself, in bytes; None when it is to stay as it is."""
+        return self._memlock.wanted if self._memlock and self._memlock.unaided and not self._left_out else None
+
+    async def __aenter__(self) -> Self:
+        await self._attempt(self._look_ahead())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._leave_bus()
+
+    async def before_exec(self, qemu: Qemu) -> None:
+        """QEMU waits at its gate: get its memory lock from the helper, if that is where it must come from."""
+        if self._memlock is not None and not self._memlock.unaided:
+            await self._attempt(self._lift_memlock(self._memlock, qemu), qemu)
+
+    async def while_starting(self) -> None:
+        """QEMU starts: use the time to join the bus and have the helper started."""
+        if not self._left_out and plan.needs_helper(self._definition, self._memlock):
+            await self._attempt(self._wake_helper())
+
+    async def before_cont(self, qemu: Qemu, threads: Threads) -> None:
+        """QEMU is paused and its threads are known: pin, schedule, and read back everything."""
+        await self._attempt(self._tune_threads(qemu, threads), qemu)
+
+    async def after_cont(self, qemu: Qemu) -> None:
+        """Once more the same map: threads born inside a vCPU's cgroup move out. The guest runs: no failure ends it."""
+        if self._plan is not None and self._by_helper and not self._left_out and self._plan.pins:
+            try:
+                await self._pin_by_helper(self._plan, qemu)
+                self._check(readback.thread_differences(qemu.pid, self._plan))
+            except TuningFailed as err:
+                self._voice.warn(f"{err.message}; the guest runs on")
+        await self._leave_bus()
+
+    async def after_end(self) -> None:
+        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back."""
+        if self._by_helper and _outlived(self._definition.name):
+            await self._release()
+
+    def summary(self) -> str:
+        """What the VM has been given: `4 vCPUs on 4-7 (shielded), fifo 1, 25 GiB lockable`."""
+        if self._left_out:
+            return "untuned"
+        words = []
+        if self._plan is not None and self._plan.pins:
+            count = sum(len(pin.vcpus) for pin in self._plan.pins)
+            how = {"shield": "shielded", "cpuset": "confined, not shielded"}.get(
+                self._plan.isolation or "", "nothing is shielded"
+            )
+            words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self._plan.cpus)} ({how})")
+        if self._plan is not None and self._plan.policy is not None:
+            words.append(str(procfs.Scheduling(self._plan.policy, self._plan.priority, reset_on_fork=False)))
+        if self._granted is not None:
+            unlimited = self._granted == procfs.INFINITY
+            words.append("all memory lockable" if unlimited else f"{format_size(self._granted)} lockable")
+        return ", ".join(words) or "untuned"
+
+    # What a failure means
+
+    async def _attempt(self, step: Coroutine[Any, Any, None], qemu: Qemu | None = None) -> None:
+        if self._left_out:
+            step.close()
+            return
+        try:
+            await step
+        except TuningFailed as err:
+            if self._definition.on_tuning_failure != "continue":
+                without = f"start it without tuning: qemu-launcher run --untuned {self._definition.name}"
+                err.hint = f"{err.hint}\n{without}" if err.hint else without
+                raise
+            self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)")
+            self._left_out = True
+            await self._undo(qemu)
+
+    async def _undo(self, qemu: Qemu | None) -> None:
+        """Take back what was done, as far as it can be taken back; a failure here is only worth a warning."""
+        if self._by_helper:
+            await self._release()
+        if self._plan is not None and qemu is not None:
+            for tid in {*self._plan.scheduled, *(pin.tid for pin in self._plan.pins)}:
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+                    os.sched_setaffinity(tid, os.sched_getaffinity(0))
+        await self._leave_bus()
+
+    # The steps
+
+    async def _look_ahead(self) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        hard_limit = procfs.INFINITY if hard == resource.RLIM_INFINITY else hard
+        memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._memlock = plan.memlock_need(self._definition, hard_limit, memory_total)
+        if self._memlock is not None and self._memlock.unaided:
+            self._granted = min(self._memlock.wanted, hard_limit)
+
+    async def _lift_memlock(self, need: MemlockNeed, qemu: Qemu) -> None:
+        helper = await self._join_bus()
+        self._by_helper = True
+        self._granted = await self._patiently(helper.set_memlock(qemu.pid, self._definition.name, need.wanted))
+        plan.check_granted(need, self._granted)
+        self._check(readback.memlock_differences(qemu.pid, self._granted, exactly=True))
+
+    async def _wake_helper(self) -> None:
+        if self._helper is None:
+            (await self._join_bus()).wake()
+
+    async def _tune_threads(self, qemu: Qemu, threads: Threads) -> None:
+        wanted = plan.thread_plan(self._definition, threads)
+        self._plan = wanted
+        if wanted.isolation == "affinity":
+            _pin_unaided(wanted)
+        elif wanted.pins:
+            await self._pin_by_helper(wanted, qemu)
+        if wanted.policy in _UNAIDED_POLICIES:
+            _schedule_unaided(wanted, _UNAIDED_POLICIES[wanted.policy])
+        elif wanted.policy is not None:
+            await self._schedule_by_helper(wanted, wanted.policy, qemu)
+        differences = readback.thread_differences(qemu.pid, wanted)
+        if self._granted is not None and self._memlock is not None:
+            differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
+        self._check(differences)
+
+    async def _pin_by_helper(self, wanted: ThreadPlan, qemu: Qemu) -> None:
+        helper = await self._join_bus()
+        self._by_helper = True
+        pins = [(pin.tid, pin.cpus, wanted.isolation == "shield") for pin in wanted.pins]
+        await self._patiently(helper.pin_threads(qemu.pid, self._definition.name, pins))
+
+    async def _schedule_by_helper(self, wanted: ThreadPlan, policy: str, qemu: Qemu) -> None:
+        helper = await self._join_bus()
+        self._by_helper = True
+        name, tids = self._definition.name, wanted.scheduled
+        await self._patiently(helper.set_scheduler(qemu.pid, name, tids, policy, wanted.priority))
+
+    def _check(self, differences: list[str]) -> None:
+        if differences:
+            more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+            said = "qemu-launcher-helper reported success, but " if self._by_helper else ""
+            raise TuningFailed(f"{said}{differences[0]}{more}")
+
+    # The helper
+
+    async def _join_bus(self) -> "Helper":
+        if self._helper is None:
+            from . import helper_proxy  # noqa: PLC0415  an untuned VM must not pay for dbus_next
+
+            interactive = os.isatty(0) or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+            self._helper = await helper_proxy.Helper.connected(interactive=interactive)
+        return self._helper
+
+    async def _leave_bus(self) -> None:
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            await helper.close()
+
+    async def _release(self) -> None:
+        try:
+            helper = await self._join_bus()
+            await self._patiently(helper.release(os.geteuid(), self._definition.name))
+        except TuningFailed as err:
+            self._voice.warn(f"its CPUs could not be given back: {err.message}")
+        finally:
+            self._by_helper = False
+            await self._leave_bus()
+
+    async def _patiently(self, call: Coroutine[Any, Any, T]) -> T:
+        return await patiently(call, lambda: self._voice.note("waiting for qemu-launcher-helper, or for your answer"))
+
+
+def _pin_unaided(wanted: ThreadPlan) -> None:
+    for pin in wanted.pins:
+        try:
+            os.sched_setaffinity(pin.tid, pin.cpus)
+        except OSError as err:
+            raise TuningFailed(
+                f"{readback.describe(pin)} cannot be put on CPU {format_cpulist(pin.cpus)}: {err.strerror}",
+                f"CPUs you may use: {format_cpulist(os.sched_getaffinity(0))}",
+            ) from err
+
+
+def _schedule_unaided(wanted: ThreadPlan, number: int) -> None:
+    for tid in wanted.scheduled:
+        try:
+            os.sched_setscheduler(tid, number, os.sched_param(0))
+        except OSError as err:
+            raise TuningFailed(f"TID {tid} cannot be scheduled {wanted.policy}: {err.strerror}") from err
+
+
+def _outlived(name: str) -> bool:
+    """Whether the VM's scope still has a process in it. True too where there is no systemd to have made a scope."""
+    if not Path("/run/systemd/system").is_dir():
+        return True
+    return any(cgroups.is_populated(scope) for vm, scope in cgroups.scopes(os.geteuid()) if vm == name)

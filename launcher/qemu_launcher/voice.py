@@ -1,0 +1,43 @@
+"""What the launcher says while a VM runs: lines on stderr, `win11: ...`, next to what QEMU itself prints there.
+
+Why it exists: stderr is shared with QEMU, which may have made the terminal non-blocking, and it may be gone
+(closed window, full disk). A line that cannot be written is lost; saying something never fails and never waits.
+"""
+
+import contextlib
+import os
+import sys
+
+from .errors import printable
+
+_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+class Voice:
+    """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know."""
+
+    def __init__(self, name: str, *, quiet: bool) -> None:
+        self._name = name
+        self._quiet = quiet
+
+    def note(self, text: str) -> None:
+        """Good to know."""
+        if not self._quiet:
+            self.say(text)
+
+    def warn(self, text: str) -> None:
+        """Not as the definition wants it."""
+        self.say(f"warning: {text}")
+
+    def say(self, text: str) -> None:
+        """What the user must know, also with `-q`."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: stderr was closed before we started
+            os.write(sys.stderr.fileno(), printable(f"{self._name}: {text}\n").encode(errors="backslashreplace"))
+
+
+def format_size(size: int) -> str:
+    """Bytes in the largest fitting unit, with one decimal where it is not whole: `25 GiB`, `1.5 MiB`."""
+    for factor, unit in _UNITS:
+        if size >= factor:
+            return f"{round(size / factor, 1):g} {unit}"
+    return f"{size} bytes"
