@@ -249,9 +249,10 @@ def compose(text: str, file: str) -> Document:
             composer.feed(event)
     except yaml.YAMLError as err:
         raise _syntax_error(err, text, file) from err
-    if composer.root is None:
-        raise DefinitionError("the definition is empty", mark=Mark(file, 1, 1))
-    return Document(composer.root, frozenset(composer.aliased))
+    root = composer.root
+    if root is None or (isinstance(root, Scalar) and root.kind == "null"):
+        raise DefinitionError("the definition is empty", mark=Mark(file, 1, 1) if root is None else root.mark)
+    return Document(root, frozenset(composer.aliased))
 
 
 def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:
