@@ -162,7 +162,7 @@ def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None
     fd = os.open(place / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         discarded = _lock(fd, name) or _refuse_lost(name)
-        record = Record(launcher=Process.of(os.getpid()), definition=os.path.abspath(definition))
+        record = Record(launcher=Process.of(os.getpid()), definition=str(definition.absolute()))
         claim = Claim(name, place, fd, record)
         try:
             yield claim, discarded
