@@ -44,7 +44,8 @@ async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECON
     if not bus.reading.done():
         # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
         await bus.daemon("ReleaseName", BUS_NAME)
-        await service.finish(_STOP_SECONDS)
+        if service.tasks:
+            await asyncio.wait(service.tasks, timeout=_STOP_SECONDS)
         await bus.close()
         return 0
     _log.error("lost the bus: %s", ascii(str(bus.reading.exception())))

@@ -1,8 +1,8 @@
 """Wire values become frozen requests here, once; everything further in works on these.
 
-Pure. Refuses wrong shapes and ranges (InvalidArguments) and numbers that can be no thread of a VM (TargetRefused).
-The values come from a bus whose daemon may or may not have checked the body against its signature (dbus-daemon does,
-dbus-broker does not), so nothing is taken for granted, not even their number.
+Pure. Refuses wrong numbers and ranges (InvalidArguments) and numbers that can be no thread of a VM (TargetRefused).
+The types are right already: `bus` has parsed the bytes by the signature in the table, and by no other. Their number
+may not be, as a body can be empty whatever its signature.
 """
 
 from collections.abc import Sequence
@@ -94,63 +94,56 @@ Request = MemlockRequest | PinRequest | SchedulerRequest | ReleaseRequest | List
 
 
 def parse(member: str, body: Sequence[Any]) -> Request:
-    """Return the request of a call of `member`.
+    """Return the request of a call of `member`, whose body was parsed by the signature in contract.METHODS.
 
-    Raises InvalidArguments for a wrong number, type or range, TargetRefused for a PID or TID that no VM can have.
+    Raises InvalidArguments for a wrong number, shape or range, TargetRefused for a PID or TID that no VM can have.
     """
-    match member, body:
-        case "SetMemlock", [pid, vm, wanted]:
-            return MemlockRequest(_task(pid), _vm(vm), _integer(wanted, "number of bytes", 1, INFINITY))
-        case "PinThreads", [pid, vm, [_, *_] as pins, others] if len(pins) <= MAX_TIDS:
-            parsed = tuple(_pin(pin) for pin in pins)
-            _distinct([pin.tid for pin in parsed])
-            return PinRequest(_task(pid), _vm(vm), parsed, _cpus(others))
-        case "SetScheduler", [pid, vm, [_, *_] as tids, policy, priority] if len(tids) <= MAX_TIDS:
-            if policy not in POLICIES:
-                raise InvalidArguments(f"The policy is none of {', '.join(POLICIES)}")
-            lowest, highest = (1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)
-            level = _integer(priority, f"priority of policy {policy}", lowest, highest)
-            return SchedulerRequest(_task(pid), _vm(vm), tuple(_distinct([_task(tid) for tid in tids])), policy, level)
-        case "Release", [uid, vm]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
-            return ReleaseRequest(_integer(uid, "uid", 0, 2**32 - 2), _vm(vm))
-        case "ListVms", [bool() as everybody]:
-            return ListRequest(everybody)
-        case "GetLimits", []:
-            return LimitsRequest()
-    raise InvalidArguments(f"The arguments are not such as {member} takes")
+    try:
+        match member, body:
+            case "SetMemlock", [pid, vm, wanted]:
+                return MemlockRequest(_task(pid), _vm(vm), _within(wanted, "number of bytes", 1, INFINITY))
+            case "PinThreads", [pid, vm, pins, others]:
+                parsed = tuple(Pin(_task(tid), _cpus(cpus), shielded) for tid, cpus, shielded in _some(pins, "pins"))
+                if len({pin.tid for pin in parsed}) < len(parsed) or not all(pin.cpus for pin in parsed):
+                    raise InvalidArguments("A pin has no CPU, or a thread has two pins")
+                return PinRequest(_task(pid), _vm(vm), parsed, _cpus(others))
+            case "SetScheduler", [pid, vm, tids, policy, priority] if policy in POLICIES:
+                lowest, highest = (1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)
+                level = _within(priority, f"priority of policy {policy}", lowest, highest)
+                return SchedulerRequest(_task(pid), _vm(vm), tuple(map(_task, _some(tids, "tids"))), policy, level)
+            case "Release", [uid, vm]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
+                return ReleaseRequest(_within(uid, "uid", 0, 2**32 - 2), _vm(vm))
+            case "ListVms", [bool() as everybody]:
+                return ListRequest(everybody)
+            case "GetLimits", []:
+                return LimitsRequest()
+    except (TypeError, ValueError) as err:
+        raise InvalidArguments(f"The arguments are malformed, {member} does not take such") from err
+    raise InvalidArguments(f"The arguments are not among those that {member} takes")
 
 
-def _pin(value: object) -> Pin:
-    match value:
-        case [tid, [_, *_] as cpus, bool() as shielded]:
-            return Pin(_task(tid), _cpus(cpus), shielded)
-    raise InvalidArguments("A pin is not a thread, at least one CPU, and whether to shield it")
-
-
-def _cpus(value: object) -> frozenset[int]:
-    numbers = value if isinstance(value, list) else [None]
-    return frozenset(_distinct([_integer(cpu, "number of a CPU", 0, MAX_CPUS - 1) for cpu in numbers]))
-
-
-def _distinct(numbers: list[int]) -> list[int]:
-    if len(set(numbers)) != len(numbers):
-        raise InvalidArguments("One of the numbers in a list is there twice")
-    return numbers
-
-
-def _integer(value: object, what: str, lowest: int, highest: int) -> int:
-    if type(value) is not int or not lowest <= value <= highest:  # a bool is an int to isinstance
+def _within(value: int, what: str, lowest: int, highest: int) -> int:
+    if not lowest <= value <= highest:
         raise InvalidArguments(f"The {what} is not from {lowest} to {highest}")
     return value
 
 
-def _task(value: object) -> int:
-    if type(value) is not int or not MIN_PID <= value <= MAX_PID:
+def _task(value: int) -> int:
+    if not MIN_PID <= value <= MAX_PID:
         raise TargetRefused(f"The number of a process or thread is not from {MIN_PID} to {MAX_PID}")
     return value
 
 
-def _vm(value: object) -> str:
-    if not isinstance(value, str) or not VM_NAME.fullmatch(value):
+def _vm(value: str) -> str:
+    if not VM_NAME.fullmatch(value):
         raise InvalidArguments("The VM's name is not 1 to 48 of A-Z a-z 0-9 _ -, beginning with a letter or digit")
     return value
+
+
+def _some(values: list[Any], what: str) -> list[Any]:
+    _within(len(values), f"number of {what}", 1, MAX_TIDS)
+    return values
+
+
+def _cpus(values: list[int]) -> frozenset[int]:
+    return frozenset(_within(cpu, "number of a CPU", 0, MAX_CPUS - 1) for cpu in values)

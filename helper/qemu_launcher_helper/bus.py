@@ -5,7 +5,7 @@ own connection class dies of a full socket buffer, parses messages of any size f
 malformed one into the next, leaks file descriptors and answers with tracebacks; asyncio's streams do none of that.
 
 What it refuses, before anything but the header is parsed:
-- messages over 64 KiB (drained; a call gets an error);
+- messages over 64 KiB (drained, unanswered: no client of ours makes such);
 - everything that is no method call to us, no reply that we wait for, no signal of the bus or of systemd;
 - file descriptors: they are not negotiated, so the bus delivers none, and a plain recv(2) would drop them.
 Each message is parsed alone, from its own bytes, and whatever the parser makes of odd ones hurts that message only.
@@ -18,11 +18,10 @@ from the environment; only tests pass another.
 import asyncio
 import io
 import itertools
-import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.constants import MessageFlag, MessageType
@@ -37,27 +36,20 @@ SOCKET = "/run/dbus/system_bus_socket"
 DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 SYSTEMD = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 _RULE = "type='signal',sender='{}',path='{}',interface='{}',member='{}'"
+INTERACTIVE = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
 _FIXED_HEADER = 16  # bytes up to and including the length of the header fields
 
-_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A method call to us: its parsed header (sender, path, ...), and the whole message, None if that was too large."""
+class Call(NamedTuple):
+    """A method call to us: its header, parsed (sender, path, flags, ...), and the bytes of the whole message."""
 
     header: Message
-    data: bytes | None
+    data: bytes
 
-    @property
-    def interactive(self) -> bool:
-        """Whether the caller is ready to wait for a person."""
-        return bool(self.header.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
-
-    def body(self) -> list[Any] | None:
-        """Parse the body; None for one that is not what its signature says."""
+    def body(self) -> list[Any]:
+        """Parse the body; one that is not what its signature says has no values."""
         message = _parse(self.data)
-        return None if message is None else [_plain(value) for value in message.body]
+        return [] if message is None else message.body
 
 
 class SystemBus:
@@ -165,18 +157,12 @@ class SystemBus:
     def _job(self, path: str) -> "asyncio.Future[str]":
         return self._jobs.setdefault(path, asyncio.get_running_loop().create_future())
 
-    def answer(self, call: Call, signature: str, body: Sequence[Any]) -> None:
-        """Send the result, unless the caller wants none."""
-        self._reply(call, message_type=MessageType.METHOD_RETURN, signature=signature, body=_wire(body))
-
-    def refuse(self, call: Call, name: str, text: str) -> None:
-        """Send an error, unless the caller wants no reply."""
-        self._reply(call, message_type=MessageType.ERROR, error_name=name, signature="s", body=[text])
-
-    def _reply(self, call: Call, **content: Any) -> None:
+    def reply(self, call: Call, signature: str, body: Sequence[Any], error: str | None = None) -> None:
+        """Send the result, or an error of that name; unless the caller wants neither."""
         if not call.header.flags & MessageFlag.NO_REPLY_EXPECTED:
-            serial = next(self._serials)
-            self._send(Message(call.header.sender, reply_serial=call.header.serial, serial=serial, **content))
+            answer = Message.new_error(call.header, error, "") if error else Message.new_method_return(call.header)
+            answer.signature, answer.body, answer.serial = signature, _wire(body), next(self._serials)
+            self._send(answer)
 
     def _send(self, message: Message) -> None:
         self._writer.write(bytes(message._marshall()))  # noqa: SLF001  the library has no public codec
@@ -184,9 +170,9 @@ class SystemBus:
     async def _read_forever(self) -> None:
         try:
             while True:
-                header, data = await self._receive()
-                # With a body of no length, nothing of the body is parsed.
-                message = _parse(header[:4] + bytes(4) + header[8:])
+                data = await self._receive()
+                # With a body of no length, the parser reads the header and nothing of the body.
+                message = _parse(data[:4] + bytes(4) + data[8:])
                 if message is not None and message.sender:
                     self._dispatch(message, data)
                 await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
@@ -195,25 +181,21 @@ class SystemBus:
                 if not future.done():
                     future.set_exception(CallFailed("lost", "the bus is gone"))
 
-    async def _receive(self) -> tuple[bytes, bytes | None]:
-        """The next message: its header, and all of it unless it is too large. Raises OSError or EOFError at the end."""
+    async def _receive(self) -> bytes:
+        """All bytes of the next message; none if it is too large. Raises OSError or EOFError at the end."""
         header = await self._reader.readexactly(_FIXED_HEADER)
         byte_order: Any = {ord("l"): "little", ord("B"): "big"}.get(header[0])
         if byte_order is None:
             raise ConnectionError("the bus has lost step")
         body, fields = (int.from_bytes(header[at : at + 4], byte_order) for at in (4, 12))
-        fields += -fields % 8
-        if fields + body <= MAX_MESSAGE_BYTES:
-            header += await self._reader.readexactly(fields)
-            return header, header + await self._reader.readexactly(body)
-        if fields <= MAX_MESSAGE_BYTES:
-            header += await self._reader.readexactly(fields)
-            fields = 0
-        for start in range(0, fields + body, MAX_MESSAGE_BYTES):
-            await self._reader.readexactly(min(MAX_MESSAGE_BYTES, fields + body - start))
-        return header, None
+        length = fields + -fields % 8 + body
+        if length <= MAX_MESSAGE_BYTES:
+            return header + await self._reader.readexactly(length)
+        for start in range(0, length, MAX_MESSAGE_BYTES):
+            await self._reader.readexactly(min(MAX_MESSAGE_BYTES, length - start))
+        return b""
 
-    def _dispatch(self, message: Message, data: bytes | None) -> None:
+    def _dispatch(self, message: Message, data: bytes) -> None:
         if message.message_type is MessageType.METHOD_CALL:
             self.on_call(Call(message, data))
         elif message.message_type is MessageType.SIGNAL:
@@ -235,13 +217,11 @@ class SystemBus:
                     job.set_result(result)
 
 
-def _parse(data: bytes | None) -> Message | None:
+def _parse(data: bytes) -> Message | None:
     """Parse one message from its own bytes; None if that is not possible, and nobody would know what to do about it."""
-    try:
-        return None if data is None else Unmarshaller(io.BytesIO(data)).unmarshall()
-    except Exception as err:  # noqa: BLE001  the parser raises whatever Python raises on data it did not expect
-        _log.debug("malformed message: %s", type(err).__name__)
-        return None
+    with suppress(Exception):  # the parser raises whatever Python raises on data it did not expect
+        return Unmarshaller(io.BytesIO(data)).unmarshall()
+    return None
 
 
 def _plain(value: Any) -> Any:

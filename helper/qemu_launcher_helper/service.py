@@ -12,14 +12,14 @@ import pwd
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol
 
 from . import errors
 from .arguments import Caller, ListRequest, PinRequest, ReleaseRequest, Request, parse
-from .bus import Call, SystemBus
+from .bus import INTERACTIVE, Call, SystemBus
 from .contract import CALLS_IN_FLIGHT, DIALOG_QUEUE, IDLE_SECONDS, INTERFACE, METHODS, OBJECT_PATH, Method
 from .cpulist import format_cpulist
 from .limits import Configuration
+from .operations import Operations
 from .polkit import Authority
 from .quotas import Quotas
 
@@ -29,22 +29,15 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ,._-]{1,64}")
 _log = logging.getLogger(__name__)
 
 
-class Acting(Protocol):
-    """What the service needs of operations.Operations."""
-
-    async def perform(self, caller: Caller, request: Request) -> list[Any]:
-        """Act, and return the body of the answer; raise a Refusal."""
-
-
 class Service:
-    """Serves calls; `idle` is set when there has been nothing to do for `idle_seconds`."""
+    """Serves calls: `tasks`. `idle` is set when there has been none for `idle_seconds`."""
 
     def __init__(
-        self, bus: SystemBus, configuration: Configuration, operations: Acting, idle_seconds: float = IDLE_SECONDS
+        self, bus: SystemBus, configuration: Configuration, operations: Operations, idle_seconds: float = IDLE_SECONDS
     ) -> None:
         self._bus, self._configuration, self._operations = bus, configuration, operations
         self._authority, self._quotas = Authority(bus), Quotas()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         self._senders: Counter[str] = Counter()
         # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
         self._overflow_uid = int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -56,27 +49,19 @@ class Service:
         sender = call.header.sender
         # Until the bus has said whose connection this is, a flood is counted by connection.
         if self._senders[sender] > CALLS_IN_FLIGHT + DIALOG_QUEUE:
-            self._bus.refuse(call, errors.LimitExceeded.wire_name, "Too many calls of this connection are unanswered")
+            self._refuse(call, errors.LimitExceeded("Too many calls of this connection are unanswered"))
             return
         self._timer.cancel()
         self._senders[sender] += 1
         task = asyncio.create_task(self._serve(call))
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(lambda _: self._finished(task, sender))
 
     def _finished(self, task: "asyncio.Task[None]", sender: str) -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         self._senders -= Counter([sender])
-        if not self._tasks:
+        if not self.tasks:
             self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.idle.set)
-
-    async def finish(self, seconds: float) -> None:
-        """Let the calls that have begun end; after `seconds`, refuse those that still have not."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, call: Call) -> None:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
@@ -86,25 +71,25 @@ class Service:
             caller = await self._identify(call.header.sender)
             with self._quotas.slot(caller.uid):
                 line = f"{call.header.member} uid={caller.uid} pid={caller.pid}"
-                request = parse(call.header.member, call.body() or [])
+                request = parse(call.header.member, call.body())
                 facts = _facts(caller, request)
                 line += "".join(f" {name}={value}" for name, value in facts.items())
                 _ = self._configuration.settings  # a broken helper.toml: no service at all
                 if (action := _action(method, caller, request)) is not None:
                     await self._authorise(call, caller, action, facts)
                 body = await self._operations.perform(caller, request)
-            self._bus.answer(call, method.answer, body)
+            self._bus.reply(call, method.answer, body)
             _log.info("granted %s", line)
         except errors.Refusal as err:
-            self._bus.refuse(call, err.wire_name, str(err))
+            self._refuse(call, err)
             if line:  # what comes before is no denial, but noise that anybody can make
                 _log.warning("refused %s: %s", line, ascii(str(err)))
-        except asyncio.CancelledError:
-            self._bus.refuse(call, errors.Failed.wire_name, "The helper was stopped meanwhile; try again")
-            raise
         except Exception:  # noqa: BLE001  the journal gets all of it, the caller a fixed text
             _log.exception("failed %s", line)
-            self._bus.refuse(call, errors.Failed.wire_name, "The helper failed; its journal says why")
+            self._refuse(call, errors.Failed("The helper failed; its journal says why"))
+
+    def _refuse(self, call: Call, err: errors.Refusal) -> None:
+        self._bus.reply(call, "s", [str(err)], err.wire_name)
 
     async def _identify(self, sender: str) -> Caller:
         """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess."""
@@ -120,7 +105,7 @@ class Service:
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
         granted, challenge = await self._authority.check(caller, action, details)
-        if not granted and challenge and call.interactive:
+        if not granted and challenge and call.header.flags & INTERACTIVE:
             with self._quotas.aside(caller.uid):
                 granted = await self._authority.dialog(caller, action, details)
         # That was the attacker's time: the connection must still be there, and the same one's.
@@ -134,8 +119,6 @@ def _method(call: Call) -> Method:
         raise errors.UnknownMethod("There is no such method")
     if call.header.signature != method.arguments:
         raise errors.InvalidArguments(f"{call.header.member} takes arguments of signature '{method.arguments}'")
-    if call.data is None:
-        raise errors.InvalidArguments("The message is too large")
     return method
 
 
