@@ -7,6 +7,7 @@ the rest. Whatever happens to the terminal or the pipe behind stdout ends in an 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from . import cli
 from .errors import PROGRAM, LauncherError, render
@@ -25,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(render(err))
         return err.exit_status
     except BrokenPipeError:
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return SIGNAL_BASE + SIGPIPE  # what reading stopped wants is silence: `qemu-launcher command x | head -c0`
     except KeyboardInterrupt:
         return SIGNAL_BASE + SIGINT
     except OSError as err:
         _complain(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return 1
     return status
 
@@ -95,7 +96,7 @@ def _say(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as err:
-        _abandon_stdout()
+        _abandon(sys.stdout)
         raise LauncherError(f"cannot write to standard output: {err.strerror}") from err
 
 
@@ -106,15 +107,14 @@ def _complain(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:  # nobody is left who could be told
-        return
+        _abandon(sys.stderr)
 
 
-def _abandon_stdout() -> None:
-    """Send what Python still holds for stdout to nowhere: it would fail once more, with a traceback, at the exit."""
-    if sys.stdout is None:
-        return
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+def _abandon(stream: TextIO | None) -> None:
+    """Send what Python still holds for `stream` to nowhere: it would fail once more at the exit, with status 120."""
+    if stream is not None:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 if __name__ == "__main__":

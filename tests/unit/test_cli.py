@@ -1,0 +1,85 @@
+"""Words on the command line and what they mean."""
+
+import tomllib
+
+import pytest
+
+from qemu_launcher import cli
+from qemu_launcher.errors import UsageError
+from unit.reading import ROOT
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("win11", cli.Run("win11", untuned=False, quiet=False)),
+        ("run win11", cli.Run("win11", untuned=False, quiet=False)),
+        ("-q win11", cli.Run("win11", untuned=False, quiet=True)),
+        ("win11 --quiet", cli.Run("win11", untuned=False, quiet=True)),
+        ("--untuned run win11 -q", cli.Run("win11", untuned=True, quiet=True)),
+        ("./a/win11.yml", cli.Run("./a/win11.yml", untuned=False, quiet=False)),
+        ("run status", cli.Run("status", untuned=False, quiet=False)),
+        ("-- status", cli.Run("status", untuned=False, quiet=False)),
+        ("-q -- status", cli.Run("status", untuned=False, quiet=True)),
+        ("run -- -x", cli.Run("-x", untuned=False, quiet=False)),
+        ("command win11", cli.Command("win11", json=False)),
+        ("command --json win11", cli.Command("win11", json=True)),
+        ("--json command win11", cli.Command("win11", json=True)),
+        ("status", cli.Status(None)),
+        ("status win11", cli.Status("win11")),
+        ("stop win11", cli.Stop("win11")),
+        ("kill kill", cli.Kill("kill")),
+        ("--help", cli.Help()),
+        ("-h", cli.Help()),
+        ("run --help", cli.Help()),
+        ("kill win11 -h", cli.Help()),
+        ("--version", cli.Version()),
+        ("run -- --help", cli.Run("--help", untuned=False, quiet=False)),
+    ],
+)
+def test_meaning(words: str, meaning: cli.Arguments) -> None:
+    found = cli.parse_arguments(words.split())
+    assert type(found) is type(meaning)
+    assert found == meaning
+
+
+def test_odd_words_are_kept() -> None:
+    assert cli.parse_arguments(["a b\udcff\n"]) == cli.Run("a b\udcff\n", untuned=False, quiet=False)
+    assert cli.parse_arguments([""]) == cli.Run("", untuned=False, quiet=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the name of a VM is missing"),
+        ("run", "the name of a VM is missing"),
+        ("command --json", "the name of a VM is missing"),
+        ("-q", "the name of a VM is missing"),
+        ("stop", "the name of a VM is missing"),
+        ("win11 win12", "unrecognized arguments: win12"),
+        ("status a b", "unrecognized arguments: b"),
+        ("--unt win11", "unrecognized arguments: --unt"),
+        ("--foo win11", "unrecognized arguments: --foo"),
+        ("-x win11", "unrecognized arguments: -x"),
+        ("command -q win11", "unrecognized arguments: -q"),
+        ("status --json", "unrecognized arguments: --json"),
+        ("--quiet=yes win11", "argument -q/--quiet: ignored explicit argument 'yes'"),
+    ],
+)
+def test_refused(words: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_arguments(words.split())
+    assert caught.value.message == message
+    assert caught.value.hint == "qemu-launcher --help shows what can be said"
+    assert caught.value.exit_status == 2
+
+
+def test_help_fits_a_terminal_and_names_every_command() -> None:
+    lines = cli.HELP.splitlines()
+    assert max(map(len, lines)) <= 80
+    section = lines[lines.index("Commands:") + 1 : lines.index("Options:") - 1]
+    assert tuple(line.split()[0] for line in section) == cli.COMMANDS
+
+
+def test_version_is_the_distribution_s() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == cli.VERSION

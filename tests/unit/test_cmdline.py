@@ -1,0 +1,192 @@
+"""The qemu section as QEMU's arguments, and what the launcher reads out of it."""
+
+import pytest
+
+from qemu_launcher import cmdline, options
+from qemu_launcher.definition import VmDefinition
+from unit.reading import argv, launcher, read, refusal
+
+
+def vm(items: str) -> VmDefinition:
+    """A definition with these options, a flow sequence without its brackets."""
+    return launcher("", f"[{items}]")
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("- nographic", ["-nographic"]),
+        ("- -nographic", ["--nographic"]),
+        ("- '3': a", ["-3", "a"]),
+        ("- m: 4096", ["-m", "4096"]),
+        ("- a: ''", ["-a", ""]),
+        ("- a: pc,accel=kvm", ["-a", "pc,accel=kvm"]),
+        ("- a: [pc, accel: kvm]", ["-a", "pc,accel=kvm"]),
+        ("- a:\n  - pc\n  - accel: kvm", ["-a", "pc,accel=kvm"]),
+        ("- a: ['x,y', 'f=a,b']", ["-a", "x,y,f=a,b"]),
+        ("- a: [file: 'x,y', id: 'a,,b']", ["-a", "file=x,,y,id=a,,,,b"]),
+        ("- a: ['']", ["-a", ""]),
+        ("- a: [b: '']", ["-a", "b="]),
+        ("- a: [readonly: true, n: 010, x: 0x1F, f: 1.50, e: 1e3, b: on]",
+         ["-a", "readonly=true,n=010,x=0x1F,f=1.50,e=1e3,b=on"]),
+        ("- a: [true, null-ish, -0]", ["-a", "true,null-ish,-0"]),
+        ("- a: |\n    one\n    two", ["-a", "one\ntwo\n"]),
+        ('- a: "t\\tu\\u00fc"', ["-a", "t\tuü"]),
+        ("- a: [x: y=z]", ["-a", "x=y=z"]),
+        ("- device: '{\"driver\": \"e1000\", \"id\": \"n\"}'", ["-device", '{"driver": "e1000", "id": "n"}']),
+        ("- a: b # comment\n# more\n- c", ["-a", "b", "-c"]),
+    ],
+)  # fmt: skip
+def test_argv(items: str, expected: list[str]) -> None:
+    assert argv(items) == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ("- true", '3:3: an option must be text, not true\n    write it in quotes: "true"'),
+        ("- []", "3:3: an option must be a flag or name: value, not an empty list"),
+        ("- {}", "3:3: an option is one name: value, not 0 of them"),
+        ("- a: 1\n  b: 2", "4:3: an option is one name: value, not 2 of them\n    begin each with a dash of its own"),
+        ("- '': a", "3:3: an option's name is empty"),
+        ("- 3: a", "3:3: an option's name must be text, not the number 3\n    write it in quotes: \"3\""),
+        ("- true: a", "3:3: an option's name must be text, not true\n    write it in quotes: \"true\""),
+        ("- a:", "3:5: the value of a must be a single value, not nothing (null)\n    for an empty value write ''"),
+        ("- a: {b: c}", "3:6: the value of a must be text or a list, not a map\n    write a: [name: value, ...]"),
+        ("- a: []", "3:6: the value of a is an empty list\n    for an option without a value write just: - a"),
+        ("- a: [~]", "3:7: an element of a must be a single value, not nothing (null)\n"
+         "    for an empty value write ''"),
+        ("- a: [[b]]", "3:7: an element of a must be a single value, not a list"),
+        ("- a: [b: [c]]", "3:10: a: b must be a single value, not a list"),
+        ("- a: [b: {c: d}]", "3:10: a: b must be a single value, not a map"),
+        ("- a: [{b: 1, c: 2}]", "3:14: an element of a is one name: value, not 2 of them\n"
+         "    begin each with a dash of its own"),
+        ("- a: [3: b]", "3:7: a name in a must be text, not the number 3\n    write it in quotes: \"3\""),
+        ("- a: [~: b]", "3:7: a name in a must be text, not nothing (null)"),
+    ],
+)  # fmt: skip
+def test_refused_options(items: str, message: str) -> None:
+    assert refusal(f"launcher: {{binary: q}}\nqemu:\n{items}\n") == message
+
+
+def test_the_binary_comes_first() -> None:
+    assert cmdline.qemu_argv(read("launcher: {binary: /opt/q}\nqemu: [a]")) == ["/opt/q", "-a"]
+
+
+def test_shell_command() -> None:
+    definition = vm("name: it's me, nographic, a: [x: 'b c']")
+    assert cmdline.shell_command(definition, wrapped=False) == """q -name 'it'"'"'s me' -nographic -a 'x=b c'"""
+    wrapped = cmdline.shell_command(definition, wrapped=True)
+    assert wrapped == """q \\\n    -name 'it'"'"'s me' \\\n    -nographic \\\n    -a 'x=b c'"""
+
+
+def test_properties_are_what_qemu_makes_of_the_value() -> None:
+    option = vm("a: [pc, x: 'b,c=d', 'e=f,,g,h']").options[0]
+    assert list(option.properties()) == [("pc", None), ("x", "b,c=d"), ("e", "f,g"), ("h", None)]
+    assert list(vm("a: b=c").options[0].properties()) == [("b", "c")]
+    assert list(vm("a").options[0].properties()) == []
+
+
+@pytest.mark.parametrize("items", ["S", "-S", "a: b, S", "S: x"])
+def test_has_option(items: str) -> None:
+    assert cmdline.has_option(vm(items), "S")
+
+
+@pytest.mark.parametrize("items", ["", "s", "a: S", "SS"])
+def test_has_not_option(items: str) -> None:
+    assert not cmdline.has_option(vm(items), "S")
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("", 128 << 20),
+        ("m: 2G", 2 << 30),
+        ("m: 2g", 2 << 30),
+        ("-m: 2G", 2 << 30),
+        ("m: 4096", 4 << 30),
+        ("m: 4096M", 4 << 30),
+        ("m: 1.5G", 3 << 29),
+        ("m: 1048576K", 1 << 30),
+        ("m: 1073741824B", 1 << 30),
+        ("m: 'size=2G,slots=2,maxmem=8G'", 2 << 30),
+        ("m: [2G, slots: 2, maxmem: 8G]", 2 << 30),
+        ("m: [slots: 2, maxmem: 8G]", 128 << 20),
+        ("m: [maxmem: 8G, size: 3G]", 3 << 30),
+        ("m: 2G, m: 3G", 3 << 30),
+        ("m: 2G, m: 'maxmem=8G'", 2 << 30),
+        ("m: lots", None),
+        ("m: 0x10", None),
+        ("m: '\u0661G'", None),
+        ("m: ''", None),
+        ("m: 99999999999999999999999T", None),
+        ("m: 2G, object: [memory-backend-memfd, id: mem, size: 4G]", 2 << 30),
+        ("machine: [q35, memory-backend: mem], object: [memory-backend-memfd, id: mem, size: 4G]", 4 << 30),
+        ("M: 'q35,memory-backend=mem', object: 'memory-backend-memfd,id=mem,size=1073741824'", 1 << 30),
+        ("machine: [q35, memory-backend: mem], object: [memory-backend-memfd, id: other, size: 4G]", None),
+    ],
+)
+def test_guest_ram(items: str, expected: int | None) -> None:
+    assert cmdline.guest_ram(vm(items)) == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("device: vfio-pci", True),
+        ("device: 'vfio-pci,host=01:00.0'", True),
+        ("device: [vfio-pci, host: 01:00.0]", True),
+        ("device: [vfio-pci-nohotplug, host: 01:00.0]", True),
+        ("device: [host: 01:00.0, driver: vfio-pci]", True),
+        ("-device: vfio-pci", True),
+        ('device: \'{"driver": "vfio-pci", "host": "01:00.0"}\'', True),
+        ('device: \'{"driver": "e1000"}\'', False),
+        ("device: [virtio-net-pci, id: vfio-pci]", False),
+        ("device: [virtio-net-pci, vfio-pci]", False),
+        ("drive: vfio-pci", False),
+        ("device", False),
+    ],
+)
+def test_has_vfio(items: str, expected: bool) -> None:
+    assert cmdline.has_vfio(vm(items).options) is expected
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("overcommit: mem-lock=on", True),
+        ("overcommit: [mem-lock: on, cpu-pm: on]", True),
+        ("overcommit: [mem-lock: yes]", True),
+        ("overcommit: [mem-lock: true]", True),
+        ("overcommit: mem-lock", True),
+        ("overcommit: mem-lock=on-fault", True),
+        ("overcommit: mem-lock=off", False),
+        ("overcommit: cpu-pm=on", False),
+        ("name: mem-lock=on", False),
+    ],
+)
+def test_has_mem_lock(items: str, expected: bool) -> None:
+    assert cmdline.has_mem_lock(vm(items).options) is expected
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("", None),
+        ("smp: 4", 4),
+        ("smp: cpus=4", 4),
+        ("smp: [4, maxcpus: 8]", 8),
+        ("smp: [sockets: 2, cores: 3, threads: 2]", 12),
+        ("smp: [sockets: 1, dies: 2, cores: 3, threads: 2]", 12),
+        ("smp: [4, sockets: 1, cores: 2, threads: 2]", 4),
+        ("smp: [0, cores: 3]", 3),
+        ("smp: 2, smp: [maxcpus: 6]", 6),
+        ("smp: 2, smp: 3", 3),
+        ("smp: many", None),
+        ("smp: '4,5'", None),
+        ("smp: [cores: x]", None),
+        ("smp: 4, readconfig: file", None),
+    ],
+)
+def test_vcpu_limit(items: str, expected: int | None) -> None:
+    assert options.vcpu_limit(vm(items).options) == expected

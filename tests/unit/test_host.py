@@ -1,0 +1,69 @@
+"""The host's CPUs as /sys tells them, and definitions that do not fit them."""
+
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher import host
+from qemu_launcher.errors import DefinitionError, LauncherError
+from unit.reading import launcher, shown
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A host with CPUs 0-3, of which 3 is offline, two to a core (0 and 2, 1 and 3)."""
+    folder = tmp_path / host.CPU_FOLDER
+    folder.mkdir(parents=True)
+    (folder / "possible").write_text("0-3\n")
+    (folder / "online").write_text("0-2\n")
+    for cpu, siblings in ((0, "0,2"), (1, "1"), (2, "0,2")):
+        topology = folder / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{siblings}\n")
+    return tmp_path
+
+
+def test_read_host(root: Path) -> None:
+    assert host.read_host(root) == host.Host(
+        possible=frozenset({0, 1, 2, 3}),
+        online=frozenset({0, 1, 2}),
+        siblings={0: frozenset({0, 2}), 1: frozenset({1}), 2: frozenset({0, 2})},
+    )
+
+
+def test_without_topology_each_cpu_is_a_core(root: Path) -> None:
+    (root / host.CPU_FOLDER / "cpu2" / "topology" / "thread_siblings_list").unlink()
+    assert host.read_host(root).siblings[2] == frozenset({2})
+
+
+def test_this_host() -> None:
+    here = host.read_host()
+    assert here.online <= here.possible
+    assert here.siblings.keys() == here.online
+
+
+def test_no_sys(tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match=r"^cannot read the host's CPUs from .*/online: "):
+        host.read_host(tmp_path)
+
+
+def test_nonsense_in_sys(root: Path) -> None:
+    (root / host.CPU_FOLDER / "possible").write_text("all\n")
+    with pytest.raises(LauncherError, match=r"^cannot read the host's CPUs from .*/possible: 'all' is no CPU number$"):
+        host.read_host(root)
+
+
+@pytest.mark.parametrize("keys", ["", "vcpu_pinning: [0, 1, 2]", "vcpu_pinning: {0: {0: {0: 2}}}"])
+def test_definitions_that_fit(root: Path, keys: str) -> None:
+    host.validate_against_host(launcher(keys), host.read_host(root))
+
+
+@pytest.mark.parametrize("keys", ["vcpu_pinning: [9, 0, 3]", "vcpu_pinning: {0: {0: {0: 9, 1: 0, 2: 3}}}"])
+def test_definitions_that_do_not_fit(root: Path, keys: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        host.validate_against_host(launcher(keys), host.read_host(root))
+    first, second, hint = shown(caught.value).splitlines()
+    assert first.split(": ", 1)[1] == "host CPU 9 does not exist; this host has 0-3"
+    assert second.split(": ", 1)[1] == "host CPU 3 is offline"
+    assert hint == "    use another, or bring it online: echo 1 | sudo tee /sys/devices/system/cpu/cpu3/online"
+    assert first.startswith("3:")

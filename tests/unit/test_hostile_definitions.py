@@ -1,0 +1,189 @@
+"""Whatever a definition file holds, the answer is a definition or a message; and what it says arrives at QEMU."""
+
+import json
+from pathlib import Path
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qemu_launcher import cmdline, definition, yamlnode
+from qemu_launcher.definition import VmDefinition
+from qemu_launcher.errors import DefinitionError, Mark, printable, render
+from qemu_launcher.options import Property, QemuOption
+from unit.reading import read
+
+HERE = Mark("win11.yml", 1, 1)
+EXAMPLE = """\
+launcher:
+  binary: qemu-system-x86_64
+  env: {QEMU_AUDIO_DRV: pa}
+  vcpu_pinning: {0: {0: {0: 2, 1: 6}, 1: {0: 3, 1: 7}}}
+  scheduler: fifo
+  priority: 1
+  rlimit_memlock: 16G
+  shutdown_timeout: infinity
+qemu:
+- name: &n my machine
+- machine: [ pc, accel: kvm ]
+- nographic
+- smp: [ 4, cores: 2, threads: 2 ]
+- m: 2G
+- drive: [ file: "/var/a,b", readonly, id: *n ]
+"""
+FRAGMENTS = [
+    *(
+        "launcher:",
+        "qemu:",
+        "binary:",
+        "vcpu_pinning:",
+        "scheduler:",
+        "priority:",
+        "rlimit_memlock:",
+        "env:",
+        "fifo",
+        "q",
+    ),
+    *(
+        "\n",
+        "\n  ",
+        "\n- ",
+        "- ",
+        ": ",
+        ", ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "'",
+        '"',
+        "&a ",
+        "*a",
+        "!!str ",
+        "!x ",
+        "? ",
+        "|\n",
+        ">",
+    ),
+    *(
+        "---\n",
+        "...\n",
+        "%YAML 1.2\n",
+        "#",
+        "~",
+        "null",
+        "true",
+        "0",
+        "1",
+        "-1",
+        "1.5",
+        "16G",
+        "\t",
+        "\0",
+        "\\0",
+        "\ufeff",
+    ),
+    *("ä", "\u2028", "\x85", "\r", "\x1b", "<<: ", "\U0001f600"),
+]
+
+
+def check_refusal(err: DefinitionError) -> None:
+    shown = render(err)
+    assert shown.startswith("qemu-launcher: win11.yml:")
+    assert printable(shown) == shown
+    assert len(shown) < 20_000
+    assert all(problem.mark is not None and min(problem.mark[1:]) >= 1 for problem in err.problems)
+
+
+def outcome(data: bytes) -> VmDefinition | None:
+    """The definition, or None after checking that the refusal is fit to be shown."""
+    try:
+        vm = definition.parse(data, Path("win11.yml"), "win11")
+    except DefinitionError as err:
+        check_refusal(err)
+        return None
+    assert all("\0" not in word for word in cmdline.qemu_argv(vm))
+    cmdline.guest_ram(vm)
+    return vm
+
+
+@given(st.binary(max_size=200))
+@example(b"\xef\xbb\xbf")
+@example(b"\xff\xfe")
+def test_bytes(data: bytes) -> None:
+    outcome(data)
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
+@example("&a [*a]")
+@example("launcher: {binary: q}\nqemu: [? , : , {? a}]")
+def test_fragments(text: str) -> None:
+    outcome(text.encode())
+
+
+@given(st.integers(0, len(EXAMPLE)), st.integers(0, 12), st.sampled_from(FRAGMENTS) | st.text(max_size=4))
+def test_a_definition_with_one_change(position: int, removed: int, inserted: str) -> None:
+    changed = EXAMPLE[:position] + inserted + EXAMPLE[position + removed :]
+    outcome(changed.encode("utf-8", "surrogatepass"))
+
+
+def test_the_unchanged_one_is_good() -> None:
+    vm = outcome(EXAMPLE.encode())
+    assert vm is not None
+    assert cmdline.qemu_argv(vm)[-1] == "file=/var/a,,b,readonly,id=my machine"
+
+
+# What stands there arrives
+
+TEXT = st.text(st.characters(blacklist_categories=["Cc", "Cs", "Cn", "Co"], blacklist_characters="\ufeff"), max_size=12)
+NAME = TEXT.filter(bool)
+ELEMENT = TEXT | st.builds(Property, NAME, TEXT)
+OPTION = st.builds(
+    QemuOption, NAME, st.none() | TEXT | st.lists(ELEMENT, min_size=1, max_size=4).map(tuple), st.just(HERE)
+)
+
+
+def quoted(text: str) -> str:
+    """`text` as a double-quoted scalar; JSON's escapes are YAML's too."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def written(option: QemuOption) -> str:
+    if option.value is None:
+        return quoted(option.name)
+    if isinstance(option.value, str):
+        return f"{quoted(option.name)}: {quoted(option.value)}"
+    elements = (
+        f"{quoted(element.name)}: {quoted(element.value)}" if isinstance(element, Property) else quoted(element)
+        for element in option.value
+    )
+    return f"{quoted(option.name)}: [{', '.join(elements)}]"
+
+
+@given(st.lists(OPTION.filter(lambda option: option.bare_name != "daemonize"), max_size=5))
+def test_options_arrive(options: list[QemuOption]) -> None:
+    text = "launcher: {binary: q}\nqemu:" + ("".join(f"\n- {written(option)}" for option in options) or " []")
+    found = [option._replace(mark=HERE) for option in read(text).options]
+    assert found == options
+
+
+@given(TEXT.filter(lambda text: "=" not in text), TEXT)
+def test_a_comma_in_a_value_stays_in_it(name: str, value: str) -> None:
+    """What QEMU's parser takes apart again is what was written, for names that are names."""
+    option = QemuOption("a", (Property(name.replace(",", ""), value), "end"), HERE)
+    flat = QemuOption("a", cmdline.option_argv(option)[1], HERE)
+    assert list(flat.properties()) == [(name.replace(",", ""), value), ("end", None)]
+
+
+PLAIN = st.from_regex(r"[A-Za-z0-9._/+=][A-Za-z0-9._/+=:@%~!*&-]{0,15}", fullmatch=True)
+
+
+@given(PLAIN.filter(lambda text: not text.endswith(":") and text not in ("null", "~")))
+@example("52:54:00:12:34:56")
+@example("010")
+@example("1_000")
+@example("true")
+def test_unquoted_values_arrive_verbatim(value: str) -> None:
+    vm = read(f"launcher: {{binary: q}}\nqemu:\n- a: {value}\n- b:\n  - {value}\n  - c: {value}\n")
+    assert [cmdline.option_argv(option)[1] for option in vm.options] == [value, f"{value},c={value}"]
+    flag = yamlnode.resolve(value) == "str"
+    assert (outcome(f"launcher: {{binary: q}}\nqemu:\n- {value}\n".encode()) is not None) == flag
