@@ -1,0 +1,59 @@
+"""KVM or emulation: decided by booting a kernel under KVM, since a /dev/kvm that exists may still boot none.
+
+The answer is kept until this machine is booted again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from lab.image import Image, say
+
+KVM = "kvm"
+# Not thread=multi: about one boot in seven panicked, code being patched under another CPU's feet.
+TCG = "tcg,thread=single"
+CPU = {
+    KVM: "host",
+    # Without cx16: QEMU 7.2 sometimes leaves wrong flags behind after cmpxchg16b, and the kernel dies of it.
+    TCG: "max,-cx16",
+}
+PROBE_SECONDS = 60.0
+# Without a disk the kernel comes this far and no further; printed by init/do_mounts.c.
+ALIVE = b"VFS: Unable to mount root fs"
+
+
+def choose(picture: Image, cache: Path) -> str:
+    """The accelerator to use on this machine, for QEMU's -accel."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return TCG
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    note = cache / f"kvm-{os.geteuid()}.json"
+    try:
+        known = json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if known.get("boot_id") != boot_id:
+        say("trying whether KVM boots a kernel here")
+        known = {"boot_id": boot_id, "works": kvm_boots(picture)}
+        note.write_text(json.dumps(known))
+    return KVM if known["works"] else TCG
+
+
+def kvm_boots(picture: Image) -> bool:
+    """Whether the image's kernel reaches the end of its own start under KVM within a minute."""
+    command = [
+        "setpriv", "--pdeathsig", "KILL",
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-machine", "q35", "-accel", KVM, "-cpu", CPU[KVM], "-m", "512M",
+        "-kernel", str(picture.kernel), "-append", "console=ttyS0 panic=-1", "-serial", "stdio",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return ALIVE in done.stdout
