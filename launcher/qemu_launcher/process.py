@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import select
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ class Qemu:
         self._pidfd = pidfd
         self._gate = gate
         self._report = report
+        self._reported = b""
         self._ends_with_us = True
 
     @property
@@ -89,15 +91,29 @@ class Qemu:
         """Let the child execute QEMU. QemuFailed when it could not."""
         with contextlib.suppress(BrokenPipeError):  # the child was killed at its gate; `ended` says so
             os.write(self._gate, _GO)
-        failure = await _read_to_end(self._report)
-        if failure:
-            status = await self.ended
-            stage, number = failure[:1], int(failure[1:])
-            raise QemuFailed(
-                f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}: {os.strerror(number)}",
-                status=status,
-                argv=self.command.argv,
-            )
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._report, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._report)
+        if self.failure is not None:
+            raise self.failure
+
+    @property
+    def failure(self) -> QemuFailed | None:
+        """Why the child could not execute QEMU; None as long as it has not failed to."""
+        readable, _, _ = select.select([self._report], [], [], 0)
+        if readable:  # a few bytes in one write; nothing at all when exec closed the pipe, or the child ended
+            self._reported += os.read(self._report, 64)
+        if not self._reported:
+            return None
+        stage, number = self._reported[:1], int(self._reported[1:])
+        return QemuFailed(
+            f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}: {os.strerror(number)}",
+            argv=self.command.argv,
+        )
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to exactly this process; nothing happens when it has ended."""
@@ -187,21 +203,3 @@ def _raise_soft_memlock(wanted: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     soft = hard if wanted == procfs.INFINITY else wanted
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
-
-
-async def _read_to_end(fd: int) -> bytes:
-    """Everything until end of file: the pipe closes itself when exec succeeds, or when the child ends."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    data = b""
-    loop.add_reader(fd, readable.set)
-    try:
-        while True:
-            await readable.wait()
-            readable.clear()
-            chunk = os.read(fd, 64)
-            if not chunk:
-                return data
-            data += chunk
-    finally:
-        loop.remove_reader(fd)

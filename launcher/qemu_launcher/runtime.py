@@ -34,6 +34,7 @@ STARTING, RUNNING = "starting", "running"
 # A QEMU that never ran has written nothing, so it need not be waited for as one that did (process.QUIT_GRACE).
 NEVER_STARTED_GRACE = 2.0  # seconds
 
+_TMP = Path("/tmp")  # noqa: S108 (what we make in it is checked by _is_ours_alone)
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
 _LOCK_LINK = re.compile(rf"/{DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
@@ -237,10 +238,11 @@ def _refuse_lost(name: str) -> Process | None:
 def _discard_or_refuse(vm: Found | None) -> Process | None:
     if vm is None or not vm.is_alive:
         return None
-    if vm.qemu is not None and vm.never_started:
-        procfs.end(vm.qemu, grace=NEVER_STARTED_GRACE)
-        return vm.qemu
-    who = f"PID {vm.qemu.pid}" if vm.qemu is not None else "it is being started"
+    qemu = vm.qemu
+    if qemu is not None and vm.never_started:
+        procfs.end(qemu, grace=NEVER_STARTED_GRACE)
+        return qemu
+    who = f"PID {qemu.pid}" if qemu is not None else "it is being started"
     raise AlreadyRunning(
         f"{vm.name} is already running ({who})",
         f"see it with: qemu-launcher status {vm.name}\n"
@@ -259,28 +261,21 @@ def _candidates() -> list[Path]:
     if (given := os.environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         places.insert(0, Path(given) / DIRECTORY)
     # Neither logind nor anything like it (cron without a session, containers): sticky /tmp and our own checks.
-    places.append(Path(f"/tmp/{DIRECTORY}-{uid}"))  # noqa: S108 (checked by _is_ours_alone)
+    places.append(_TMP / f"{DIRECTORY}-{uid}")
     return list(dict.fromkeys(places))
 
 
 def _made(places: list[Path]) -> Path:
-    """The first place whose parent is ours (or /tmp), made if need be."""
-    refused = ""
-    for place in places:
-        if place.parent != Path("/tmp") and not _is_owned(place.parent):  # noqa: S108
-            continue
-        try:
-            place.mkdir(mode=0o700, exist_ok=True)
-        except OSError as err:
-            refused = f"cannot make {place}: {err.strerror}"
-            continue
-        if _is_ours_alone(place):
-            return place
-        refused = f"{place} belongs to somebody else, or others may enter it"
-    raise LauncherError(
-        f"there is no place for the runtime files of a VM: {refused}",
-        "set XDG_RUNTIME_DIR to a directory that is yours alone (mode 0700)",
-    )
+    """The first place whose parent is ours (or /tmp), made if need be. What is wrong there is not passed over."""
+    place = next(place for place in places if place.parent == _TMP or _is_owned(place.parent))
+    hint = "set XDG_RUNTIME_DIR to a directory that is yours alone (mode 0700)"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+    except OSError as err:
+        raise LauncherError(f"cannot make {place} for the runtime files: {err.strerror}", hint) from err
+    if not _is_ours_alone(place):
+        raise LauncherError(f"{place} is not yours, or others may enter it", f"remove it, or {hint}")
+    return place
 
 
 def _is_owned(place: Path) -> bool:

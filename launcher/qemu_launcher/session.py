@@ -142,7 +142,7 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
         if not qemu.ended.done() and starting.done() and isinstance(starting.exception(), ConnectionLost):
             await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)  # its sockets close a moment before it ends
         if qemu.ended.done():
-            return _early_end(start, starting)
+            return _early_end(qemu)
         if starting.done():
             if interrupted.done():
                 signals.put_back(interrupted.result())
@@ -168,11 +168,11 @@ async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
         raise
 
 
-def _early_end(start: _Start, starting: asyncio.Future[Qmp]) -> int:
+def _early_end(qemu: Qemu) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
-    if starting.done() and isinstance(starting.exception(), QemuFailed):
-        starting.result()  # it could not be executed at all
-    status = start.qemu.ended.result()
+    if qemu.failure is not None:
+        raise qemu.failure
+    status = qemu.ended.result()
     if status == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
     how = f"with exit status {status}"
@@ -180,9 +180,9 @@ def _early_end(start: _Start, starting: asyncio.Future[Qmp]) -> int:
         how = f"by signal {status - 128} ({signal.Signals(status - 128).name})"
     error = QemuFailed(
         f"QEMU ended {how} before the guest ran",
-        f"its command line: {shlex.join(start.qemu.command.argv)}",
+        f"its command line: {shlex.join(qemu.command.argv)}",
         status=status,
-        argv=start.qemu.command.argv,
+        argv=qemu.command.argv,
     )
     error.exit_status = status
     raise error

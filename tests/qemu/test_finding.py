@@ -1,0 +1,230 @@
+"""A VM is found as long as it lives: with its launcher, without it, and without its runtime directory.
+
+The launcher is killed at the moments that matter. A wrapper that waits at a FIFO before it becomes QEMU holds the start
+still, so that the moment is chosen and not hit by luck.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from qemu.launched import Home, Run, is_alive, wait_gone
+
+TUNED: dict[str, Any] = {"scheduler": "batch"}  # tuned without a helper
+
+
+def held_binary(home: Home) -> tuple[Path, Path]:
+    """A `binary:` that says through one FIFO that it is there, and becomes QEMU when another is opened."""
+    here, go = home.configuration / "here", home.configuration / "go"
+    os.mkfifo(here)
+    os.mkfifo(go)
+    wrapper = home.configuration / "held-qemu"
+    wrapper.write_text(f'#!/bin/sh\necho > {here}\nread line < {go}\nexec qemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    return here, go
+
+
+def start_held(home: Home, **launcher: Any) -> tuple[Run, Path]:
+    here, go = held_binary(home)
+    home.define(binary=str(home.configuration / "held-qemu"), **launcher)
+    run = home.start()
+    here.read_bytes()
+    return run, go
+
+
+def never_started(home: Home) -> int:
+    """PID of a QEMU whose launcher was killed before `cont`."""
+    run, go = start_held(home, **TUNED)
+    pid = run.qemu_pid
+    run.process.kill()
+    run.process.wait()
+    go.write_text("go\n")
+    return pid
+
+
+def test_status_of_a_running_vm(home: Home) -> None:
+    home.define(qemu=({"smp": 2},), vcpu_pinning=[0, 0], isolation="affinity", scheduler="batch")
+    run = home.start()
+    run.wait_running()
+    shown = home.ask("status", "vm")
+    assert shown.returncode == 0
+    lines = shown.stdout.splitlines()
+    assert lines[0] == f"vm: running, PID {run.qemu_pid}"
+    assert f"  definition  {home.configuration}/vm.yml" in lines
+    assert f"  launcher    PID {run.process.pid}" in lines
+    table = [line.split() for line in lines[lines.index(next(line for line in lines if "vCPU" in line)) + 1 :]]
+    assert [(row[0], row[2:]) for row in table] == [(str(i), ["0", "no", "batch", "0"]) for i in range(2)]
+    for row in table:
+        assert Path(f"/proc/{run.qemu_pid}/task/{row[1]}").exists()
+    assert home.ask("status").stdout == shown.stdout or "memory" in shown.stdout
+
+
+def test_status_of_nothing(home: Home) -> None:
+    assert home.ask("status").stdout == "no VM of yours is running\n"
+    asked = home.ask("status", "vm")
+    assert (asked.returncode, asked.stdout) == (3, "")
+    assert "vm is not running" in asked.stderr
+    assert home.ask("stop", "vm").returncode == 3
+    assert home.ask("kill", "vm").returncode == 3
+
+
+def test_launcher_killed_before_cont(home: Home) -> None:
+    pid = never_started(home)
+    shown = home.ask("status", "vm")
+    assert "vm: never started (its launcher died; qemu-launcher run vm ends it first)" in shown.stdout
+    refused = home.ask("stop", "vm")
+    assert refused.returncode == 1
+    assert "has never been started" in refused.stderr
+
+    home.define(**TUNED)
+    run = home.start()
+    run.wait_running()
+    assert f"vm: ended a QEMU (PID {pid}) whose guest had never been started" in run.output
+    wait_gone(pid)
+    assert run.qemu_pid != pid
+
+
+def test_guest_of_a_launcher_killed_before_cont_stays_paused(home: Home) -> None:
+    pid = never_started(home)
+    qmp = home.runs[-1].qmp()
+    assert qmp("query-status")["status"] == "prelaunch"
+    qmp.close()
+    assert home.ask("kill", "vm").returncode == 0
+    wait_gone(pid)
+
+
+def test_launcher_killed_at_the_gate_leaves_no_child(home: Home) -> None:
+    """The helper hangs in SetMemlock: the child waits at its gate, and leaves when the launcher dies."""
+    with socket.socket(socket.AF_UNIX) as bus:
+        place = home.runtime / "bus"
+        bus.bind(str(place))
+        bus.listen()
+        home.define(rlimit_memlock="1G")
+        run = home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"})
+        connection, _ = bus.accept()  # nobody ever answers it
+        child = int(home.record()["qemu"][0])
+        assert is_alive(child)
+        assert "starting" in home.ask("status", "vm").stdout
+        run.process.kill()
+        run.process.wait()
+        wait_gone(child)
+        assert home.ask("status", "vm").returncode == 3
+        connection.close()
+
+
+def test_signal_before_cont_ends_it_without_a_run(home: Home) -> None:
+    with socket.socket(socket.AF_UNIX) as bus:
+        place = home.runtime / "bus"
+        bus.bind(str(place))
+        bus.listen()
+        home.define(rlimit_memlock="1G")
+        run = home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"})
+        connection, _ = bus.accept()
+        run.signal(signal.SIGINT)
+        assert run.end() == 128 + signal.SIGINT
+        assert "running" not in run.output
+        assert home.leftovers() == []
+        connection.close()
+
+
+def test_signal_while_qemu_starts(home: Home) -> None:
+    run, _ = start_held(home, **TUNED)
+    run.signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM
+    assert home.leftovers() == []
+
+
+def test_launcher_killed_later_leaves_the_vm_alone(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    pid = run.qemu_pid
+    run.process.kill()
+    run.process.wait()
+    shown = home.ask("status", "vm").stdout
+    assert f"vm: running, PID {pid}" in shown
+    assert "gone; the VM runs without it" in shown
+    qmp = run.qmp()
+    qmp.close()
+    assert home.ask("stop", "vm").returncode == 0
+    again = home.start()
+    assert again.end() == 1
+    assert f"vm is already running (PID {pid})" in again.output
+    assert home.ask("kill", "vm").returncode == 0
+    assert not is_alive(pid)
+
+
+def test_vm_whose_runtime_directory_is_gone(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    pid = run.qemu_pid
+    run.process.kill()
+    run.process.wait()
+    shutil.rmtree(home.runtime / "qemu-launcher")
+    shown = home.ask("status", "vm").stdout
+    assert re.search(rf"^vm: running \(control socket unreachable\), PID {pid}$", shown, re.MULTILINE)
+    assert "  0     " in shown
+    stopped = home.ask("stop", "vm")
+    assert stopped.returncode == 1
+    assert "is gone, with the runtime directory" in stopped.stderr
+    again = home.start()
+    assert again.end() == 1
+    assert f"vm is already running (PID {pid})" in again.output
+    assert home.ask("kill", "vm").returncode == 0
+    assert not is_alive(pid)
+    assert home.ask("status", "vm").returncode == 3
+
+
+def test_never_started_vm_whose_runtime_directory_is_gone_is_ended_by_the_next_start(home: Home) -> None:
+    pid = never_started(home)
+    shutil.rmtree(home.runtime / "qemu-launcher")
+    home.define(**TUNED)
+    run = home.start()
+    run.wait_running()
+    assert not is_alive(pid)
+
+
+def test_busy_control_socket(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    stopped = home.ask("stop", "vm")
+    assert stopped.returncode == 1
+    assert "the control socket of vm is busy" in stopped.stderr
+    assert "qemu-launcher kill vm" in stopped.stderr
+    assert f"vm: running (control socket busy), PID {run.qemu_pid}" in home.ask("status", "vm").stdout
+    qmp.close()
+
+
+def test_kill_of_a_stopped_qemu(home: Home) -> None:
+    """A QEMU that takes no SIGTERM is killed for good."""
+    home.define()
+    run = home.start()
+    run.wait_running()
+    pid = run.qemu_pid
+    os.kill(pid, signal.SIGSTOP)
+    assert home.ask("kill", "vm").returncode == 0
+    assert not is_alive(pid)
+    assert run.end() == 128 + signal.SIGKILL
+
+
+def test_process_that_qemu_left_behind_is_named(home: Home) -> None:
+    """A child that inherited the lock: the VM has ended, and the next start says who is in its way."""
+    wrapper = home.configuration / "leaving"
+    wrapper.write_text('#!/bin/sh\nsleep 1000 &\nexec qemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    home.define(binary=str(wrapper))
+    run = home.start()
+    run.wait_running()
+    home.ask("kill", "vm")
+    run.process.wait()
+    assert home.ask("status", "vm").returncode == 3
+    again = home.start()
+    assert again.end() == 1
+    assert re.search(r"processes it left behind still hold its lock: \d+ \(sleep\)", again.output)

@@ -1,0 +1,268 @@
+"""The ordinary life of a VM: it starts, says so, is seen, is powered down, and its exit status comes back."""
+
+import os
+import re
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from demo import guest
+from qemu.launched import Home, Run, is_alive, wait_gone
+
+TWO_VCPUS = ({"smp": 2},)
+
+
+def with_guest(home: Home) -> tuple[dict[str, str], ...]:
+    """Options of a machine that boots the guest of one sector, which obeys its power button."""
+    disk = home.configuration / "guest.img"
+    guest.write(disk)
+    serial = home.configuration / "serial.log"
+    return ({"drive": f"file={disk},format=raw,if=ide,snapshot=on"}, {"serial": f"file:{serial}"})
+
+
+def wait_guest(run: Run) -> None:
+    """Until the guest itself says that it runs."""
+    qmp = run.qmp()
+    try:
+        while guest.GREETING not in (run.home.configuration / "serial.log").read_bytes():
+            qmp("query-status")  # gives the guest time, and fails when QEMU has ended
+    finally:
+        qmp.close()
+
+
+def test_untuned_vm_runs_and_powers_down_on_ctrl_c(home: Home) -> None:
+    home.define(qemu=with_guest(home))
+    run = home.start()
+    assert re.fullmatch(r"vm: running, untuned, [0-9.]+ s", run.wait_running())
+    wait_guest(run)
+    run.signal(signal.SIGINT)
+    assert run.end() == 0
+    assert "vm: asked the guest to power down; Ctrl-C again cuts the power" in run.output
+    assert guest.FAREWELL in (home.configuration / "serial.log").read_bytes()
+
+
+def test_stop_powers_the_guest_down(home: Home) -> None:
+    home.define(qemu=with_guest(home))
+    run = home.start()
+    run.wait_running()
+    wait_guest(run)
+    asked = home.ask("stop", "vm")
+    assert asked.returncode == 0, asked.stderr
+    assert run.end() == 0
+    assert guest.FAREWELL in (home.configuration / "serial.log").read_bytes()
+
+
+def test_guest_that_powers_down_under_no_shutdown_ends_qemu_when_asked_by_us(home: Home) -> None:
+    home.define(qemu=(*with_guest(home), "no-shutdown"))
+    run = home.start()
+    run.wait_running()
+    wait_guest(run)
+    run.signal(signal.SIGHUP)
+    assert run.end() == 0
+
+
+def test_second_ctrl_c_cuts_the_power(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    run.signal(signal.SIGINT)
+    run.wait_line("asked the guest to power down")
+    assert is_alive(run.qemu_pid)
+    run.signal(signal.SIGINT)
+    assert run.end() == 0
+
+
+def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> None:
+    home.define(shutdown_timeout="infinity")
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    run.signal(signal.SIGTERM)
+    qmp.wait_event("POWERDOWN")
+    # A login that ends sends SIGTERM and SIGHUP in one go; neither may take what is left of the guest's time.
+    run.signal(signal.SIGHUP)
+    run.signal(signal.SIGHUP)
+    run.signal(signal.SIGTERM)
+    assert qmp("query-status")["status"] == "running"
+    qmp("quit")
+    assert run.end() == 0
+    assert "killing" not in run.output
+
+
+def test_sigterm_quits_after_the_timeout(home: Home) -> None:
+    home.define(shutdown_timeout=1)
+    run = home.start()
+    run.wait_running()
+    run.signal(signal.SIGTERM)
+    assert run.end() == 0
+    assert "the guest did not power down within 1 s: cutting the power" in run.output
+
+
+def test_sigint_to_the_whole_group_does_not_reach_qemu(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    os.killpg(run.process.pid, signal.SIGINT)
+    qmp.wait_event("POWERDOWN")
+    assert qmp("query-status")["status"] == "running"
+    qmp("quit")
+    assert run.end() == 0
+
+
+def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
+    home.define(qemu=("S",))
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "prelaunch"
+    qmp.close()
+    refused = home.ask("stop", "vm")
+    assert refused.returncode == 1
+    assert "has not been started yet (prelaunch)" in refused.stderr
+    run.signal(signal.SIGINT)
+    assert run.end() == 0
+
+
+def test_exit_status_of_a_killed_qemu(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    os.kill(run.qemu_pid, signal.SIGKILL)
+    assert run.end() == 128 + signal.SIGKILL
+
+
+def test_quiet_says_nothing(home: Home) -> None:
+    home.define()
+    run = home.start("vm", "-q")
+    record = home.runtime / "qemu-launcher" / "vm.lock"
+    while not (record.exists() and '"running"' in record.read_text()):
+        assert run.process.poll() is None
+        os.sched_yield()
+    home.ask("kill", "vm")
+    assert run.end() == 0
+    assert "running" not in run.output
+
+
+@pytest.mark.parametrize(("options", "status"), [(({"device": "nonsense"},), 1), (("no-such-option",), 1)])
+def test_early_death_is_told_with_status_and_command_line(home: Home, options: tuple[object, ...], status: int) -> None:
+    home.define(qemu=options)
+    run = home.start()
+    assert run.end() == status
+    assert f"QEMU ended with exit status {status} before the guest ran" in run.output
+    assert "its command line: qemu-system-x86_64 -readconfig" in run.output
+
+
+def test_option_without_its_value_swallows_none_of_ours(home: Home) -> None:
+    home.define(qemu=("m",))
+    run = home.start()
+    assert run.end() == 1
+    assert "requires an argument" in run.output
+
+
+def test_qemu_that_only_prints_something_is_no_failure(home: Home) -> None:
+    home.define(qemu=("version",))
+    run = home.start()
+    assert run.end() == 0
+
+
+def test_binary_that_does_not_exist(home: Home) -> None:
+    home.define(binary="qemu-system-nowhere")
+    run = home.start()
+    assert run.end() == 1
+    assert "cannot start 'qemu-system-nowhere': could not execute it: No such file or directory" in run.output
+
+
+def test_working_directory_environment_and_clear_env(home: Home, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    home.define(working_directory=str(place), clear_env=True, env={"COLOUR": "blue", "PATH": os.environ["PATH"]})
+    run = home.start()
+    run.wait_running()
+    environment = Path(f"/proc/{run.qemu_pid}/environ").read_bytes().split(b"\0")
+    assert sorted(filter(None, environment)) == sorted([b"COLOUR=blue", f"PATH={os.environ['PATH']}".encode()])
+    assert Path(f"/proc/{run.qemu_pid}/cwd").resolve() == place
+    home.ask("kill", "vm")
+    assert run.end() == 0
+
+
+def test_working_directory_that_does_not_exist(home: Home) -> None:
+    home.define(working_directory="/nowhere")
+    run = home.start()
+    assert run.end() == 1
+    assert "could not enter its working directory: No such file or directory" in run.output
+
+
+def test_wrapper_that_does_not_become_qemu_is_refused(home: Home) -> None:
+    wrapper = home.configuration / "wrapper"
+    wrapper.write_text('#!/bin/sh\nqemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    home.define(binary=str(wrapper))
+    run = home.start()
+    assert run.end() == 1
+    assert "QEMU is not the process that was started" in run.output
+
+
+def test_second_start_is_refused(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    second = home.start()
+    assert second.end() == 1
+    assert f"vm is already running (PID {run.qemu_pid})" in second.output
+    assert is_alive(run.qemu_pid)
+
+
+def test_nothing_is_left_and_the_name_is_free_again(home: Home) -> None:
+    home.define()
+    for _ in range(2):
+        run = home.start()
+        run.wait_running()
+        pid = run.qemu_pid
+        home.ask("kill", "vm")
+        run.end()
+        wait_gone(pid)
+        assert home.leftovers() == []
+        assert home.ask("status", "vm").returncode == 3
+        assert not (home.runtime / "qemu-launcher" / "vm.sock").exists()
+
+
+def test_descriptors_and_signal_mask_of_qemu(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    proc = Path(f"/proc/{run.qemu_pid}")
+    links = {int(entry.name): str(entry.readlink()) for entry in (proc / "fd").iterdir()}
+    launchers = {str(entry.readlink()) for entry in Path(f"/proc/{run.process.pid}/fd").iterdir()}
+    # Beyond the standard three, it shares only the lock with the launcher: no pipe of the gate, no epoll, no pidfd.
+    shared = {link for fd, link in links.items() if fd > 2 and link in launchers and not link.startswith("anon_inode")}
+    assert shared == {str(home.runtime / "qemu-launcher" / "vm.lock")}
+    status = (proc / "status").read_text()
+    blocked = int(re.search(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]  # always there
+    ignored = int(re.search(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    assert blocked & (1 << signal.SIGINT - 1)
+    assert blocked & (1 << signal.SIGHUP - 1)
+    assert not blocked & (1 << signal.SIGTERM - 1)
+    assert not ignored & (1 << signal.SIGXFSZ - 1)
+
+
+def test_runtime_files_are_private(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    place = home.runtime / "qemu-launcher"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert stat.S_IMODE((place / "vm.lock").stat().st_mode) == 0o600
+
+
+def test_runtime_directory_that_others_may_enter_is_refused(home: Home) -> None:
+    place = home.runtime / "qemu-launcher"
+    place.mkdir(mode=0o755)
+    place.chmod(0o755)
+    home.define()
+    run = home.start()
+    assert run.end() == 1
+    assert f"{place} is not yours, or others may enter it" in run.output
+    assert not list(place.iterdir())
