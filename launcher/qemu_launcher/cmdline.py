@@ -4,6 +4,8 @@ The only place that writes QEMU options. Text of the user's enters an option as 
 `double_commas`; what he wrote as whole option text goes to QEMU as it stands.
 """
 
+from string import hexdigits
+
 from .definition import VmDefinition
 from .options import Property, QemuOption, has_mem_lock, has_vfio
 
@@ -82,7 +84,9 @@ def _last(definition: VmDefinition, option_name: str, property_name: str) -> str
 
 
 def parse_size(text: str, default_unit: str) -> int | None:
-    """A size as QEMU writes them (`2G`, `1.5g`, `4096`) in bytes, None when it is none."""
+    """A size as QEMU takes it (`2G`, `1.5g`, `4096`, `0x1000`) in bytes, None when it is none."""
+    if text[:2].lower() == "0x" and len(text) <= 18 and all(digit in hexdigits for digit in text[2:]) and text[2:]:
+        return int(text, 16) << SIZE_SUFFIXES[default_unit]
     unit = text[-1:].upper()
     number = text[:-1] if unit in SIZE_SUFFIXES else text
     shift = SIZE_SUFFIXES[unit if unit in SIZE_SUFFIXES else default_unit]

@@ -1,0 +1,74 @@
+"""What the launcher reads out of QEMU's options is what QEMU itself makes of them."""
+
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from qemu_launcher import cmdline, options
+from unit.reading import read
+
+QEMU = "qemu-system-x86_64"
+BACKEND = "object: [memory-backend-memfd, id: mem, size: 1G]"
+
+
+def ask(items: str, command: str) -> Any:
+    """QEMU's answer to a QMP command, when it is started with these options."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed")
+    lines = "".join(json.dumps({"execute": name}) + "\n" for name in ("qmp_capabilities", command, "quit"))
+    argv = [*cmdline.qemu_argv(read(definition(items))), "-S", "-display", "none", "-nodefaults", "-qmp", "stdio"]
+    done = subprocess.run(argv, input=lines, capture_output=True, text=True, timeout=120, check=False)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    returns = [answer["return"] for answer in answers if "return" in answer]
+    assert len(returns) == 3, done.stderr
+    return returns[1]
+
+
+def definition(items: str) -> str:
+    return f"launcher: {{binary: {QEMU}}}\nqemu: [{items}]\n"
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        "",
+        "m: 1G",
+        "m: 1000",
+        "m: 1.5g",
+        "m: 0x10",
+        "-m: 1048576K",
+        "m: [1G, size: 2G]",
+        "m: 1G, m: 2G",
+        "m: 1G, m: 'maxmem=2G,slots=1'",
+        "m: [slots: 1, maxmem: 2G]",
+        f"machine: [q35, memory-backend: mem], {BACKEND}",
+        f"M: 'q35,memory-backend=mem', {BACKEND}",
+        f"m: 2G, {BACKEND}",
+    ],
+)
+def test_guest_ram(items: str) -> None:
+    assert cmdline.guest_ram(read(definition(items))) == ask(items, "query-memory-size-summary")["base-memory"]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        "smp: 4",
+        "smp: [2, maxcpus: 4]",
+        "smp: [sockets: 2, cores: 3, threads: 2]",
+        "smp: [sockets: 1, dies: 2, cores: 3]",
+        "smp: [0, cores: 3]",
+        "smp: 2, smp: [maxcpus: 6]",
+        "smp: 4, smp: [sockets: 2]",
+    ],
+)
+def test_vcpu_limit(items: str) -> None:
+    assert options.vcpu_limit(read(definition(items)).options) == len(ask(items, "query-hotpluggable-cpus"))
+
+
+@pytest.mark.parametrize("name", ["a,b", ",", ",,", "a,process=b", "ü ,=x"])
+def test_commas_arrive(name: str) -> None:
+    assert ask(f"name: [guest: {json.dumps(name, ensure_ascii=False)}]", "query-name") == {"name": name}
