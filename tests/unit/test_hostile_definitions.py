@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qemu_launcher import cmdline, definition, yamlnode
@@ -11,6 +11,9 @@ from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, Mark, printable, render
 from qemu_launcher.options import Property, QemuOption
 from unit.reading import read
+
+# No deadlines: the machines that run this are slow and shared.
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 HERE = Mark("win11.yml", 1, 1)
 EXAMPLE = """\
@@ -106,6 +109,7 @@ def outcome(data: bytes) -> VmDefinition | None:
     return vm
 
 
+@calm
 @given(st.binary(max_size=200))
 @example(b"\xef\xbb\xbf")
 @example(b"\xff\xfe")
@@ -113,6 +117,7 @@ def test_bytes(data: bytes) -> None:
     outcome(data)
 
 
+@calm
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
 @example("&a [*a]")
 @example("launcher: {binary: q}\nqemu: [? , : , {? a}]")
@@ -120,6 +125,7 @@ def test_fragments(text: str) -> None:
     outcome(text.encode())
 
 
+@calm
 @given(st.integers(0, len(EXAMPLE)), st.integers(0, 12), st.sampled_from(FRAGMENTS) | st.text(max_size=4))
 def test_a_definition_with_one_change(position: int, removed: int, inserted: str) -> None:
     changed = EXAMPLE[:position] + inserted + EXAMPLE[position + removed :]
@@ -159,6 +165,7 @@ def written(option: QemuOption) -> str:
     return f"{quoted(option.name)}: [{', '.join(elements)}]"
 
 
+@calm
 @given(st.lists(OPTION.filter(lambda option: option.bare_name != "daemonize"), max_size=5))
 def test_options_arrive(options: list[QemuOption]) -> None:
     text = "launcher: {binary: q}\nqemu:" + ("".join(f"\n- {written(option)}" for option in options) or " []")
@@ -166,6 +173,7 @@ def test_options_arrive(options: list[QemuOption]) -> None:
     assert found == options
 
 
+@calm
 @given(TEXT.filter(lambda text: "=" not in text), TEXT)
 def test_a_comma_in_a_value_stays_in_it(name: str, value: str) -> None:
     """What QEMU's parser takes apart again is what was written, for names that are names."""
@@ -177,6 +185,7 @@ def test_a_comma_in_a_value_stays_in_it(name: str, value: str) -> None:
 PLAIN = st.from_regex(r"[A-Za-z0-9._/+=][A-Za-z0-9._/+=:@%~!*&-]{0,15}", fullmatch=True)
 
 
+@calm
 @given(PLAIN.filter(lambda text: not text.endswith(":") and text not in ("null", "~")))
 @example("52:54:00:12:34:56")
 @example("010")
