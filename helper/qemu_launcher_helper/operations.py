@@ -13,11 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import arguments, claims, cpuset, memlock, scheduling, systemd
+from . import arguments, claims, memlock, scheduling, systemd
 from .arguments import Caller, Request, Typed
+from .bus import SystemBus
 from .contract import INFINITY, REALTIME_POLICIES, VERSION
 from .cpulist import format_cpulist
-from .cpuset.mechanism import Shield
+from .cpuset.partition import Partition
 from .errors import Conflict, Failed, TargetRefused, Unsupported
 from .limits import Configuration, Limits
 from .reconcile import Reconciler
@@ -39,9 +40,9 @@ class Work:
 class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
-    def __init__(self, bus: systemd.Bus, configuration: Configuration) -> None:
+    def __init__(self, bus: SystemBus, configuration: Configuration) -> None:
         self.bus, self.configuration = bus, configuration
-        self.mechanism, self.reason = cpuset.choose()
+        self.mechanism = Partition()
         self.reconciler = Reconciler(bus, self.mechanism)
         self._lock = asyncio.Lock()
 
@@ -82,8 +83,8 @@ class Operations:
         return [granted]
 
     async def _pin_threads(self, work: Work, request: arguments.PinRequest) -> list[Any]:
-        if self.mechanism is None:
-            raise Unsupported(self.reason)
+        if lacking := self.mechanism.lacks():
+            raise Unsupported(lacking)
         target = work.target
         target.verify_comm(self.configuration.settings.comm)
         start_times = target.verify_threads(pin.tid for pin in request.pins)
@@ -97,7 +98,7 @@ class Operations:
             scheduling.take_realtime(target, stay)  # whoever leaves a shielded CPU leaves real time first
             others = [record for record in work.live if record.key != granted.key]
             self.mechanism.settle(self.reconciler.reserved([*others, granted]))
-            self.mechanism.apply(granted.scope, Shield(request.pins, reserved, request.others))
+            self.mechanism.apply(granted.scope, request.pins, reserved, request.others)
             if target.verify_threads(start_times) != start_times:
                 raise TargetRefused("a thread changed while it was pinned")
         return []
@@ -106,7 +107,7 @@ class Operations:
         target, record = work.target, work.record
         target.verify_comm(self.configuration.settings.comm)
         start_times = target.verify_threads(request.tids)
-        shielded = self.mechanism.shielded_threads(record.scope) if self.mechanism and record.shielded else None
+        shielded = self.mechanism.shielded_threads(record.scope) if record.shielded else None
         scheduling.check(request, work.limits, shielded or {})
         named = frozenset(request.tids)
         realtime = frozenset(record.realtime) - named | (named if request.policy in REALTIME_POLICIES else frozenset())
@@ -126,7 +127,7 @@ class Operations:
 
     def _row(self, record: Record) -> list[Any]:
         cpus = format_cpulist(record.shielded | record.pinned)
-        name = self.mechanism.name if self.mechanism and cpus else "none"
+        name = self.mechanism.name if cpus else "none"
         return [record.vm, record.uid, claims.user_name(record.uid), record.pid, record.start_time, cpus, name]
 
     def _limits(self, limits: Limits, live: list[Record]) -> dict[str, Typed]:
@@ -134,8 +135,8 @@ class Operations:
         cpus = claims.union(cores) if limits.cpus is None else limits.cpus
         return {
             "version": Typed("s", VERSION),
-            "mechanism": Typed("s", self.mechanism.name if self.mechanism else "none"),
-            "reason": Typed("s", self.reason),
+            "mechanism": Typed("s", "none" if self.mechanism.lacks() else self.mechanism.name),
+            "reason": Typed("s", self.mechanism.lacks() or "the kernel has remote cpuset partitions"),
             "limits_source": Typed("s", limits.source),
             "cpus": Typed("s", format_cpulist(cpus)),
             "max_cpus": Typed("u", len(cpus) if limits.max_cpus is None else limits.max_cpus),

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 from . import records, scheduling, systemd
-from .cpuset.mechanism import Mechanism
+from .bus import SystemBus
+from .cpuset.partition import Partition
 from .errors import Refusal, TargetRefused
 from .records import Record
 from .target import Target
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 class Reconciler:
     """Applies the records to the host. Every method is to be called under the operations' lock."""
 
-    def __init__(self, bus: systemd.Bus, mechanism: Mechanism | None) -> None:
+    def __init__(self, bus: SystemBus, mechanism: Partition) -> None:
         self.bus, self.mechanism = bus, mechanism
 
     async def run(self) -> list[Record]:
@@ -32,12 +33,11 @@ class Reconciler:
         for record in list(records.read_all()):
             left = record if self._holds(record) else await self.withdraw(record, stray=True)
             live += [left] if left else []
-        if self.mechanism:
+        with _logged("giving CPUs back"):
             for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
                 log.warning("withdrawing a shield without a record: %a", scope)
-                self._unshield(scope)
-            with _logged("giving CPUs back to the slices"):
-                self.mechanism.settle(self.reserved(live))
+                self.mechanism.withdraw(scope)
+            self.mechanism.settle(self.reserved(live))
         return live
 
     async def withdraw(self, record: Record, *, stray: bool) -> Record | None:
@@ -51,7 +51,8 @@ class Reconciler:
             with _logged("taking real time and limits back"):
                 _strip(record, process)
         if record.scope:
-            self._unshield(record.scope)
+            with _logged("withdrawing a shield"):
+                self.mechanism.withdraw(record.scope)
         if left:
             left.write()
             if stray:
@@ -74,17 +75,10 @@ class Reconciler:
                 return True
             if not f"{process.cgroup()}/".startswith(f"{record.scope}/"):
                 return False
-            if not self.mechanism or not record.shielded:
-                return True
-            shielded = self.mechanism.shielded_threads(record.scope)
-            alive = process.tids() & frozenset(record.realtime)
-            return shielded is not None and alive <= shielded.keys()
+            shielded = self.mechanism.shielded_threads(record.scope) if record.shielded else {}
+            # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
+            return shielded is not None
         return False
-
-    def _unshield(self, scope: str) -> None:
-        if self.mechanism:
-            with _logged("withdrawing a shield"):
-                self.mechanism.withdraw(scope)
 
 
 @contextmanager

@@ -5,29 +5,16 @@ then verifies the target again. Nothing of what is sent comes from a user but th
 """
 
 from contextlib import suppress
-from typing import Any, Protocol
 
 from .arguments import Typed
+from .bus import SYSTEMD, SystemBus
 from .claims import user_name
-from .cpuset.mechanism import CGROUP
+from .cpuset.partition import CGROUP
 from .errors import CallFailed, Conflict, Failed, TargetRefused
 from .records import Record
 from .target import Target
 
 HELPER_UNIT = "qemu-launcher-helper.service"
-MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
-
-
-class Bus(Protocol):
-    """What the operations need of the bus."""
-
-    async def call(
-        self, destination: str, path: str, interface: str, member: str, signature: str, body: list[Any]
-    ) -> list[Any]:
-        """Call a method; CallFailed."""
-
-    async def systemd_job(self, member: str, signature: str, body: list[Any]) -> str:
-        """Call a method of systemd's manager that queues a job and return the job's result; CallFailed."""
 
 
 def scope_name(uid: int, vm: str) -> str:
@@ -35,7 +22,7 @@ def scope_name(uid: int, vm: str) -> str:
     return f"qemu-launcher-{uid}-{vm}.scope"
 
 
-async def start_scope(bus: Bus, target: Target, record: Record, unit: str) -> None:
+async def start_scope(bus: SystemBus, target: Target, record: Record, unit: str) -> None:
     """Move the target into record.scope, beside the `unit` it lives in; Conflict or Failed when systemd does not."""
     slice_path, _, name = record.scope.rpartition("/")
     properties = [
@@ -71,10 +58,10 @@ def _give_back(pid: int, scope: str) -> None:
                 (CGROUP / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))
 
 
-async def stop_scope(bus: Bus, name: str) -> None:
+async def stop_scope(bus: SystemBus, name: str) -> None:
     """Ask systemd to end what is left of a scope, without waiting: a child that ignores SIGTERM must not hold us up."""
     try:
-        await bus.call(*MANAGER, "StopUnit", "ss", [name, "fail"])
+        await bus.call(*SYSTEMD, "StopUnit", "ss", [name, "fail"])
     except CallFailed as err:
         if err.name != "org.freedesktop.systemd1.NoSuchUnit":
             raise Failed("systemd does not stop a scope whose VM has ended") from err

@@ -1,11 +1,5 @@
-"""Which way of keeping CPUs for a VM this host has: chosen at run time, best first."""
+"""The ways of keeping CPUs for a VM. One so far: partition.py; where the kernel lacks it, nothing can be shielded.
 
-from .mechanism import CGROUP, Mechanism
-from .partition import Partition
-
-
-def choose() -> tuple[Mechanism | None, str]:
-    """Return this host's mechanism and the reason for the choice; None when there is none."""
-    if (CGROUP / "cpuset.cpus.isolated").exists():
-        return Partition(CGROUP), "cgroup v2 with remote cpuset partitions (Linux 6.7 or newer)"
-    return None, "shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer (no cpuset.cpus.isolated)"
+A mechanism writes cgroup files of scopes that the records name, and no others. Every method may raise OSError; the
+caller then withdraws.
+"""

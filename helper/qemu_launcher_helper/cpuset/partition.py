@@ -10,28 +10,35 @@ Enabling a partition below the top level is the one write that needs CAP_SYS_ADM
 """
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from .. import privileges
+from ..arguments import Pin
 from ..cpulist import format_cpulist, parse_cpulist
 from ..errors import Conflict, Failed
-from .mechanism import Shield
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here.
 SWEEPS = 100
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Partition:
-    """See the module's text; the methods' contracts are Mechanism's."""
+    """The mechanism, on the cgroup v2 hierarchy mounted at `root`."""
 
     name = "partition"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path = CGROUP) -> None:
         self.root = root
 
+    def lacks(self) -> str:
+        """Tell what this host lacks for it; "" when it can be used."""
+        usable = (self.root / "cpuset.cpus.isolated").exists()
+        return "" if usable else "shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
+        """Make the levels above the scopes hold exactly what `live` (scope path -> reserved CPUs) needs."""
         wanted: dict[Path, frozenset[int]] = {path: frozenset() for path in self.root.glob("user.slice/user-*.slice")}
         for scope, cpus in live.items():
             for path in self._dir(scope).parents:
@@ -48,18 +55,24 @@ class Partition:
         for path in sorted(present, key=lambda path: len(path.parts)):
             _exclusive(path, present[path])
 
-    def apply(self, scope: str, shield: Shield) -> None:
+    def apply(self, scope: str, pins: Sequence[Pin], reserved: frozenset[int], others: frozenset[int]) -> None:
+        """Put every thread of the scope where `pins` and `others` (empty: all unshielded CPUs) want it. Idempotent.
+
+        `reserved`: whole cores, at least the shielded pins' CPUs. Failed or Conflict when the kernel does otherwise.
+        """
         base = self._dir(scope)
         emulator = _threaded(base / "emulator")
         (base / "cgroup.subtree_control").write_text("+cpuset")
-        _write(emulator / "cpuset.cpus", shield.others)
-        places = {pin.tid: base / ("vcpus" if pin.shielded else "pinned") / str(pin.tid) for pin in shield.pins}
-        if self._reserved(base / "vcpus") != shield.reserved:
+        _write(emulator / "cpuset.cpus", others)
+        places = {pin.tid: base / ("vcpus" if pin.shielded else "pinned") / str(pin.tid) for pin in pins}
+        if self._reserved(base / "vcpus") != reserved:
             self.withdraw(scope)
-        _exclusive(base, shield.reserved)
-        if shield.reserved:
-            self._enable(_threaded(base / "vcpus"), shield)
-        for pin in shield.pins:
+        _exclusive(base, reserved)
+        if reserved:
+            kinds = {len(pin.cpus) for pin in pins if pin.shielded}
+            # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
+            self._enable(_threaded(base / "vcpus"), reserved, "isolated" if kinds == {1} else "root")
+        for pin in pins:
             place = places[pin.tid]
             if not pin.shielded:
                 _threaded(place.parent)
@@ -67,15 +80,16 @@ class Partition:
             _write(_threaded(place) / "cpuset.cpus", pin.cpus)
             (place / "cgroup.threads").write_text(str(pin.tid))
         self._sweep(base, places)
-        for pin in shield.pins:
+        for pin in pins:
             effective = _read(places[pin.tid] / "cpuset.cpus.effective")
             if effective != pin.cpus:
                 raise Failed(f"thread {pin.tid} got CPUs {format_cpulist(effective)}, not {format_cpulist(pin.cpus)}")
         effective = _read(emulator / "cpuset.cpus.effective")
-        if shield.others and effective != shield.others:
+        if others and effective != others:
             raise Failed(f"the emulator threads got CPUs {format_cpulist(effective)}")
 
     def withdraw(self, scope: str) -> None:
+        """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent."""
         base = self._dir(scope)
         vcpus = base / "vcpus"
         # The CPUs first: this works also while somebody makes threads faster than they can be moved.
@@ -92,6 +106,7 @@ class Partition:
                 group.rmdir()
 
     def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
+        """Return the threads pinned inside the shield with the CPUs they have; None when there is no valid shield."""
         vcpus = self._dir(scope) / "vcpus"
         if not self._reserved(vcpus):
             return None
@@ -105,6 +120,7 @@ class Partition:
         return threads
 
     def orphans(self, known: frozenset[str]) -> list[str]:
+        """Return the scopes of ours that still hold CPUs and are not in `known`."""
         patterns = ("user.slice/user-*.slice/qemu-launcher-*.scope/vcpus", "system.slice/qemu-launcher-*.scope/vcpus")
         found = (f"/{path.parent.relative_to(self.root)}" for pattern in patterns for path in self.root.glob(pattern))
         return [scope for scope in found if scope not in known]
@@ -120,15 +136,13 @@ class Partition:
         except OSError:
             return frozenset()
 
-    def _enable(self, vcpus: Path, shield: Shield) -> None:
-        _exclusive(vcpus, shield.reserved)
-        # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
-        kind = "isolated" if all(len(pin.cpus) == 1 for pin in shield.pins if pin.shielded) else "root"
+    def _enable(self, vcpus: Path, reserved: frozenset[int], kind: str) -> None:
+        _exclusive(vcpus, reserved)
         if (vcpus / "cpuset.cpus.partition").read_text().strip() != kind:
             with privileges.raised("sys_admin"):
                 (vcpus / "cpuset.cpus.partition").write_text(kind)
         state = (vcpus / "cpuset.cpus.partition").read_text().strip()
-        if state != kind or self._reserved(vcpus) != shield.reserved:
+        if state != kind or self._reserved(vcpus) != reserved:
             raise Failed(f"the kernel does not make the partition: {state!a}")
 
     def _sweep(self, base: Path, places: Mapping[int, Path]) -> None:
