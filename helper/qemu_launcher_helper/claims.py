@@ -1,23 +1,29 @@
-"""Who may have which CPUs: pure arithmetic over the host's topology, the live records and one user's limits.
+"""Who may have what: pure arithmetic over the host's topology and memory, the live records and one user's limits.
 
 Guarantees, whatever the sequence of claims: live shields are disjoint, consist of whole SMT cores, leave at least
-one whole core to the host, and stay within the limits of each uid. Refuses with Conflict or LimitExceeded,
-naming who holds what and what is free instead.
+one whole core to the host, and CPUs, VMs and lockable memory stay within the limits of each uid. Refuses with Conflict
+or LimitExceeded, naming who holds what and what is free instead.
+
+rlimits are per process and inherited, so memlock bounds each QEMU, and by the records the sum of what was granted;
+children that QEMU forks are bounded only by MemoryMax= on the user's slice (qemu-launcher-helper(8) says so).
 """
 
+import os
 import pwd
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from .contract import INFINITY
 from .cpulist import format_cpulist, parse_cpulist
 from .errors import Conflict, InvalidArguments, LimitExceeded
 from .limits import Limits
 from .records import Record
 
 CPU = Path("/sys/devices/system/cpu")
-
-
+# What always stays unlockable for the host, all users together.
+HOST_BYTES = 2 << 30
+HOST_SHARE = 10  # percent of MemTotal
 # The host's cores, lowest first; each is the set of its online SMT siblings.
 Cores = Sequence[frozenset[int]]
 
@@ -86,6 +92,29 @@ def check(
     if shield and not any(core.isdisjoint(gone) for core in cores):
         raise LimitExceeded(f"at least one whole core must stay with the host; {free}")
     return shield
+
+
+def lockable_bytes() -> int:
+    """Return MemTotal less what the host keeps, in bytes (sysconf(3))."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, total - max(HOST_BYTES, total * HOST_SHARE // 100))
+
+
+def grant_memlock(asked: int, own: Record, limits: Limits, records: Collection[Record], lockable: int) -> int:
+    """Return how many of the `asked` bytes the VM `own` may lock; INFINITY only where the administrator wrote it.
+
+    LimitExceeded when nothing is left. `lockable`: lockable_bytes().
+    """
+    if limits.memlock == INFINITY:
+        return asked
+    others = [record for record in records if record.key != own.key]
+    held = sum(record.memlock for record in others if record.uid == own.uid)
+    left_on_host = lockable - sum(min(record.memlock, lockable) for record in others)
+    left = left_on_host if limits.memlock is None else min(left_on_host, limits.memlock - held)
+    if left <= 0:
+        rule = f"{limits.memlock} bytes ({limits.source})" if limits.memlock is not None else f"{lockable} on this host"
+        raise LimitExceeded(f"no memory is left to lock: your VMs hold {held} bytes of {rule}")
+    return min(asked, left)
 
 
 def user_name(uid: int) -> str:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import arguments, claims, memlock, scheduling, systemd
+from . import arguments, claims, scheduling, systemd
 from .arguments import Caller, Request, Typed
 from .bus import SystemBus
 from .contract import INFINITY, REALTIME_POLICIES, VERSION
@@ -76,10 +76,11 @@ class Operations:
                         return await self._set_scheduler(work, request)
 
     async def _set_memlock(self, work: Work, request: arguments.MemlockRequest) -> list[Any]:
-        granted = memlock.grant(request.bytes, work.record, work.limits, work.live, memlock.host_bytes())
-        before = work.record.memlock_before or scheduling.read_rlimit(work.target, resource.RLIMIT_MEMLOCK)
+        granted = claims.grant_memlock(request.bytes, work.record, work.limits, work.live, claims.lockable_bytes())
+        before = work.record.memlock_before or scheduling.rlimit(work.target, resource.RLIMIT_MEMLOCK)
         async with self._granting(work, memlock=granted, memlock_before=before):
-            memlock.raise_limit(work.target, granted)
+            limit = resource.RLIM_INFINITY if granted == INFINITY else granted
+            scheduling.rlimit(work.target, resource.RLIMIT_MEMLOCK, (limit, limit))
         return [granted]
 
     async def _pin_threads(self, work: Work, request: arguments.PinRequest) -> list[Any]:
@@ -108,13 +109,14 @@ class Operations:
         target.verify_comm(self.configuration.settings.comm)
         start_times = target.verify_threads(request.tids)
         shielded = self.mechanism.shielded_threads(record.scope) if record.shielded else None
-        scheduling.check(request, work.limits, shielded or {})
-        named = frozenset(request.tids)
-        realtime = frozenset(record.realtime) - named | (named if request.policy in REALTIME_POLICIES else frozenset())
-        before = record.rttime_before or scheduling.read_rlimit(target, resource.RLIMIT_RTTIME)
+        realtime = frozenset(record.realtime) - frozenset(request.tids)
+        scheduling.check(request, work.limits, shielded or {}, realtime)
+        if request.policy in REALTIME_POLICIES:
+            realtime |= frozenset(request.tids)
+        before = record.rttime_before or scheduling.rlimit(target, resource.RLIMIT_RTTIME)
         async with self._granting(work, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None):
             # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
-            scheduling.set_rlimit(target, resource.RLIMIT_RTTIME, scheduling.UNLIMITED if realtime else before)
+            scheduling.rlimit(target, resource.RLIMIT_RTTIME, scheduling.UNLIMITED if realtime else before)
             scheduling.set_policy(target, start_times, request.policy, request.priority)
         return []
 
@@ -141,7 +143,7 @@ class Operations:
             "cpus": Typed("s", format_cpulist(cpus)),
             "max_cpus": Typed("u", len(cpus) if limits.max_cpus is None else limits.max_cpus),
             "max_vms": Typed("u", limits.max_vms),
-            "memlock": Typed("t", memlock.host_bytes() if limits.memlock is None else min(limits.memlock, INFINITY)),
+            "memlock": Typed("t", claims.lockable_bytes() if limits.memlock is None else min(limits.memlock, INFINITY)),
             "policies": Typed("as", sorted(limits.policies)),
             "max_priority": Typed("u", limits.max_priority),
             "realtime": Typed("s", limits.realtime),

@@ -97,4 +97,4 @@ def _strip(record: Record, process: Target) -> None:
         (resource.RLIMIT_MEMLOCK, record.memlock_before),
     ):
         if before:
-            scheduling.set_rlimit(process, which, before)
+            scheduling.rlimit(process, which, before)

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .cpulist import format_cpulist, parse_cpulist
-
 GRANTS = Path("/run/qemu-launcher/grants")
 log = logging.getLogger(__name__)
 
@@ -49,18 +47,15 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `write` wrote; TypeError or ValueError when it is no record."""
-        raw: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-        }
-        return cls(**raw | {name: parse_cpulist(raw[name]) for name in ("shielded", "pinned")})
+        raw: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(text).items()}
+        return cls(**raw | {"shielded": frozenset(raw["shielded"]), "pinned": frozenset(raw["pinned"])})
 
     def write(self) -> None:
         """Put the record on disk, whole or not at all."""
         GRANTS.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A name no VM can have: the rule for VM names has no dot.
         temporary = self.path.with_name(f"{self.path.name}.new")
-        cpus = {"shielded": format_cpulist(self.shielded), "pinned": format_cpulist(self.pinned)}
-        temporary.write_text(json.dumps(asdict(self) | cpus))
+        temporary.write_text(json.dumps(asdict(self), default=sorted))
         temporary.replace(self.path)
 
     def without_grants(self, *, stray: bool) -> "Record":

@@ -26,15 +26,16 @@ POLICY = {
     "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK,
 }
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
-# bytes; microseconds of CPU time without a blocking system call: getrlimit(2)
-LIMIT_NAMES = {resource.RLIMIT_MEMLOCK: "Max locked memory", resource.RLIMIT_RTTIME: "Max realtime timeout"}
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
-def check(request: SchedulerRequest, limits: Limits, shielded: Mapping[int, frozenset[int]]) -> None:
+def check(
+    request: SchedulerRequest, limits: Limits, shielded: Mapping[int, frozenset[int]], realtime: Iterable[int]
+) -> None:
     """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set.
 
-    `shielded`: the CPUs of each thread of the VM that is pinned inside its shield, as the kernel has them.
+    `shielded`: the CPUs of each thread of the VM that is pinned inside its shield, as the kernel has them. `realtime`:
+    the VM's other threads that have real time already.
     """
     if request.policy not in limits.policies:
         allowed = ", ".join(sorted(limits.policies))
@@ -47,7 +48,7 @@ def check(request: SchedulerRequest, limits: Limits, shielded: Mapping[int, froz
         raise Unsupported("real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
     if limits.realtime == "anywhere":
         return
-    used: set[int] = set()
+    used = {cpu for tid in realtime for cpu in shielded.get(tid, ())}
     for tid in request.tids:
         cpus = shielded.get(tid, frozenset())
         if len(cpus) != 1:
@@ -88,24 +89,20 @@ def take_realtime(target: Target, keep: Iterable[int] = ()) -> None:
                 set_policy(target, target.verify_threads([tid]), "other", 0)
 
 
-def read_rlimit(target: Target, which: int) -> tuple[int, int]:
-    """Return one limit of the target, (soft, hard), -1 for infinity; proc_pid_limits(5), so no capability."""
-    line = next(line for line in target.read("limits").splitlines() if line.startswith(LIMIT_NAMES[which]))
-    words = line.removeprefix(LIMIT_NAMES[which]).split()
-    soft, hard = (-1 if word == "unlimited" else int(word) for word in words[:2])
-    return soft, hard
+def rlimit(target: Target, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Return one limit of the target as it was, (soft, hard), -1 for infinity, and set it to `limit` if given.
 
-
-def set_rlimit(target: Target, which: int, limit: tuple[int, int]) -> None:
-    """Set one limit of the target; TargetRefused, and put back, when the number is another process's by then."""
+    TargetRefused, and the old limit put back, when the number is another process's by then. prlimit(2).
+    """
     try:
         with privileges.raised("sys_resource"):
-            before = resource.prlimit(target.pid, which, limit)
-            if not target.is_alive():
-                resource.prlimit(target.pid, which, before)
-                raise TargetRefused(f"process {target.pid} is gone")
-    except ProcessLookupError as err:
-        raise TargetRefused(f"process {target.pid} is gone") from err
+            before = resource.prlimit(target.pid, which, *([limit] if limit else []))
+            if target.is_alive():
+                return before
+            resource.prlimit(target.pid, which, before)
+    except ProcessLookupError:
+        pass
+    raise TargetRefused(f"process {target.pid} is gone")
 
 
 def _set(tid: int, policy: int, param: os.sched_param) -> None:

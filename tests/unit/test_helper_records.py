@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_launcher_helper import memlock, records
+from qemu_launcher_helper import claims, records
 from qemu_launcher_helper.contract import INFINITY
 from qemu_launcher_helper.errors import LimitExceeded
 from qemu_launcher_helper.limits import Limits
@@ -54,7 +54,7 @@ def test_removed_is_gone() -> None:
     assert list(records.read_all()) == []
 
 
-FULL_TEXT = json.dumps(asdict(FULL) | {"shielded": "4-5", "pinned": "1"})
+FULL_TEXT = json.dumps(asdict(FULL) | {"shielded": [4, 5], "pinned": [1]})
 
 
 def test_the_format_is_what_the_tests_below_break() -> None:
@@ -71,7 +71,7 @@ def test_the_format_is_what_the_tests_below_break() -> None:
         "null",
         "7",
         json.dumps({"uid": 1}),
-        FULL_TEXT.replace('"4-5"', '"x"'),
+        FULL_TEXT.replace("[4, 5]", "7"),
         FULL_TEXT[:-1],
     ],
 )
@@ -116,7 +116,7 @@ def vm(name: str, gib: int, uid: int = 1000) -> Record:
 
 
 def grant(asked: int, *live: Record, limits: Limits | None = None, lockable: int = 30 * GIB) -> int:
-    return memlock.grant(asked, vm("new", 0), limits or Limits(), live, lockable)
+    return claims.grant_memlock(asked, vm("new", 0), limits or Limits(), live, lockable)
 
 
 def test_memlock_within_the_host() -> None:
