@@ -9,7 +9,6 @@ The contract is dbus/org.qemulauncher.Helper1.xml; METHODS restates it, and a te
 """
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -74,7 +73,7 @@ class Helper:
                 await bus.connect()
         except Exception as err:  # the library raises anything from OSError to bare Exception
             raise TuningFailed(
-                f"there is no system bus at {address}: {err or type(err).__name__}", access.HOW_TO_INSTALL
+                f"there is no system bus at {address}: {str(err) or type(err).__name__}", access.HOW_TO_INSTALL
             ) from err
         return cls(bus, interactive=interactive)
 
@@ -156,26 +155,20 @@ class Helper:
         """The answer to a call; the library itself waits for ever, also on a connection that is lost."""
         call = asyncio.ensure_future(self._bus.call(message))
         try:
-            done, _ = await asyncio.wait(
+            await asyncio.wait(
                 [call, self._lost],
                 timeout=DIALOG_TIMEOUT if self._interactive else CALL_TIMEOUT,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if call in done:
+            if call.done() and call.exception() is None:
                 return call.result()
-        except OSError as err:
-            raise _bus_lost(member) from err
+            if call.done() or self._lost.done():
+                raise TuningFailed(
+                    f"the system bus closed the connection while {member} was under way", access.LOOK_AT_JOURNAL
+                )
+            raise TuningFailed(f"qemu-launcher-helper did not answer {member}", access.LOOK_AT_JOURNAL)
         finally:
             call.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await call
-        if self._lost in done:
-            raise _bus_lost(member)
-        raise TuningFailed(f"qemu-launcher-helper did not answer {member}", access.LOOK_AT_JOURNAL)
-
-
-def _bus_lost(member: str) -> TuningFailed:
-    return TuningFailed(f"the system bus closed the connection while {member} was under way", access.LOOK_AT_JOURNAL)
 
 
 def _nonsense(member: str) -> TuningFailed:

@@ -59,10 +59,10 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
         claim.update(qemu=qemu.process)
 
         start = _Start(definition, voice, claim, tuning, qemu, holds_guest=holds_guest)
+        stack.push_async_callback(start.close)
         outcome = await _started(start, made, signals)
         if isinstance(outcome, int):
             return outcome
-        stack.push_async_callback(outcome.close)
         voice.note(f"running, {tuning.summary()}, {time.monotonic() - began:.1f} s")
 
         settling = asyncio.ensure_future(tuning.after_cont(qemu))
@@ -105,6 +105,11 @@ class _Start:
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp
+
+    async def close(self) -> None:
+        """Let go of the monitor, however far the start has come."""
+        if self.qmp is not None:
+            await self.qmp.close()
 
     async def _threads(self, qmp: Qmp) -> Threads:
         cpus = await qmp.execute("query-cpus-fast")

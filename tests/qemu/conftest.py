@@ -1,12 +1,14 @@
 """Real QEMU under emulation, one user's world for each test."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qemu.launched import Home
+from qemu.private_bus import PrivateBus, private_bus
 
 
 @pytest.fixture
@@ -19,3 +21,11 @@ def home(tmp_path: Path) -> Iterator[Home]:
         yield world
     finally:
         world.clean_up()
+
+
+@pytest.fixture
+def bus() -> Iterator[PrivateBus]:
+    """A private system bus with a fake helper."""
+    # Not under tmp_path: the address of a bus must fit into sun_path, 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="ql-bus-") as place, private_bus(Path(place) / "bus") as started:
+        yield started

@@ -1,0 +1,376 @@
+"""Tuning through a helper: what is asked, when, and what happens when it refuses, hangs, dies or lies.
+
+The helper is a fake one on a private bus, since the real one needs a real host; whether the guest was held back is
+witnessed by QEMU's own events and states, never by the launcher's words.
+"""
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu.launched import Home, Run, is_alive, wait_gone
+from qemu.private_bus import PrivateBus, private_bus
+
+CPU = max(os.sched_getaffinity(0))
+SHIELDED: dict[str, Any] = {"vcpu_pinning": [CPU]}
+REFUSED = "org.qemulauncher.Error."
+
+needs_two_cpus = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="optional: a shield needs a CPU for the others"
+)
+
+
+def assert_never_ran(run: Run, *, message: str, status: int = 1) -> None:
+    """It ended, said why and how to start all the same, and its guest was never let run."""
+    assert run.end() == status
+    assert message in run.output, run.output
+    assert run.output.rstrip().endswith("start it without tuning: qemu-launcher run --untuned vm")
+    assert "running," not in run.output
+    assert run.home.leftovers() == []
+
+
+@needs_two_cpus
+def test_order_of_a_start(home: Home, bus: PrivateBus) -> None:
+    """PinThreads while the guest stands still, the same map once more when it runs, and nothing else."""
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    assert f"1 vCPU on {CPU} (shielded)" in run.wait_running()
+    pid = run.qemu_pid
+    qmp = run.qmp()
+    (vcpu,) = qmp("query-cpus-fast")
+    assert os.sched_getaffinity(vcpu["thread-id"]) == {CPU}
+    qmp("quit")
+    assert run.end() == 0
+    expected = [pid, "vm", [[vcpu["thread-id"], [CPU], True]], []]
+    assert [(call["member"], call["body"]) for call in bus.calls()[:1]] == [("PinThreads", expected)]
+    assert {json.dumps(call["body"]) for call in bus.calls() if call["member"] == "PinThreads"} == {
+        json.dumps(expected)
+    }
+
+
+@needs_two_cpus
+def test_map_is_sent_again_after_cont(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads=["act", {"error": [f"{REFUSED}Failed", "the second time it fails"]}])
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line("warning: the second time it fails; the guest runs on")
+    assert bus.members() == ["PinThreads", "PinThreads"]
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "running"
+    qmp("quit")
+    assert run.end() == 0
+
+
+def test_guest_is_paused_until_the_helper_has_answered(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads="hang")
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line("waiting for qemu-launcher-helper")
+    assert bus.members() == ["PinThreads"]
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "prelaunch"
+    assert "vm: starting" in home.ask("status").stdout
+    run.signal(signal.SIGINT)
+    with pytest.raises(EOFError):
+        qmp.wait_event("RESUME")
+    assert run.end() == 128 + signal.SIGINT
+    assert home.leftovers() == []
+
+
+def test_death_of_qemu_while_the_helper_thinks(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads="hang")
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line("waiting for qemu-launcher-helper")
+    os.kill(run.qemu_pid, signal.SIGKILL)
+    assert run.end() == 137
+    assert "QEMU ended by signal 9 (SIGKILL) before the guest ran" in run.output
+
+
+@pytest.mark.parametrize("name", ["TargetRefused", "LimitExceeded", "Conflict", "Unsupported", "Failed"])
+def test_refusal_of_the_helper_is_told_and_nothing_runs(home: Home, bus: PrivateBus, name: str) -> None:
+    text = "CPUs 4-7 are held by VM win11 of bob since 20:14; free for you: 8-11"
+    bus.plan(PinThreads={"error": [REFUSED + name, text]})
+    home.define(**SHIELDED)
+    assert_never_ran(home.start(env=bus.environment), message=f"qemu-launcher: {text}\n")
+
+
+def test_helper_that_dies_in_a_call(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads="die")
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    assert_never_ran(run, message="qemu-launcher-helper ended without an answer")
+    assert "journalctl -u qemu-launcher-helper" in run.output
+
+
+def test_answer_of_another_shape(home: Home, bus: PrivateBus) -> None:
+    bus.plan(SetMemlock={"return": "plenty", "signature": "s"})
+    home.define(rlimit_memlock="1G")
+    assert_never_ran(home.start(env=bus.environment), message="something that the contract does not know")
+
+
+def test_bus_that_dies_in_a_call(home: Home) -> None:
+    with tempfile.TemporaryDirectory(prefix="ql-bus-") as place:
+        with private_bus(Path(place) / "bus") as bus:
+            bus.plan(PinThreads="hang")
+            home.define(**SHIELDED)
+            run = home.start(env=bus.environment)
+            run.wait_line("waiting for qemu-launcher-helper")
+        assert_never_ran(run, message="the system bus closed the connection while PinThreads was under way")
+
+
+def test_no_bus(home: Home) -> None:
+    home.define(**SHIELDED)
+    run = home.start()
+    assert_never_ran(run, message="there is no system bus at unix:path=")
+    assert "sudo apt install qemu-launcher" in run.output
+
+
+def test_helper_not_installed(home: Home) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="ql-bus-") as place,
+        private_bus(Path(place) / "bus", helper=False) as bus,
+    ):
+        home.define(**SHIELDED)
+        run = home.start(env=bus.environment)
+        assert_never_ran(run, message="qemu-launcher-helper is not installed")
+        assert "sudo apt install qemu-launcher" in run.output
+
+
+def test_bus_policy_that_lets_nobody_in(home: Home) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="ql-bus-") as place,
+        private_bus(Path(place) / "bus", policy='<deny send_destination="org.qemulauncher.Helper1"/>') as bus,
+    ):
+        home.define(**SHIELDED)
+        run = home.start(env=bus.environment)
+        assert_never_ran(run, message="group qemu-launcher")
+        assert bus.calls() == []
+
+
+# A21: a helper that lies
+
+
+def test_lie_about_pinning(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads="lie")
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line("reported success, but")
+    (call,) = bus.calls()
+    tid = call["body"][2][0][0]
+    assert_never_ran(run, message=f"vCPU 0 (TID {tid}) may run on CPUs ")
+
+
+@needs_two_cpus
+def test_one_thread_pinned_wrong(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads={"act_less": 1})
+    home.define(qemu=({"smp": 2},), vcpu_pinning=[CPU, CPU], isolation="cpuset")
+    run = home.start(env=bus.environment)
+    run.wait_line("reported success, but")
+    (call,) = bus.calls()
+    (first, _, _), (second, _, _) = call["body"][2]
+    assert_never_ran(run, message=f"vCPU 1 (TID {second}) may run on CPUs ")
+    assert str(first) not in run.output
+
+
+@needs_two_cpus
+def test_pinned_but_not_shielded(home: Home, bus: PrivateBus) -> None:
+    """The vCPU is where it belongs, but the rest of the host may still run there."""
+    bus.plan(PinThreads={"shield": "qemu"})
+    home.define(**SHIELDED)
+    assert_never_ran(
+        home.start(env=bus.environment), message=f"CPUs {CPU} are not shielded: the launcher itself may run there"
+    )
+
+
+@needs_two_cpus
+def test_shield_that_leaves_an_emulator_thread_inside(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads={"shield": "host"})
+    home.define(**SHIELDED)
+    assert_never_ran(home.start(env=bus.environment), message=f"CPUs {CPU} are not shielded: QEMU's thread ")
+
+
+def test_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
+    bus.plan(SetScheduler="act")  # the fake never schedules anybody
+    home.define(vcpu_pinning=[CPU], isolation="cpuset", scheduler="fifo", priority=3)
+    run = home.start(env=bus.environment)
+    run.wait_line("reported success, but")
+    pin, schedule = bus.calls()
+    (tid,) = schedule["body"][2]
+    assert (pin["member"], schedule["member"]) == ("PinThreads", "SetScheduler")
+    assert schedule["body"][3:] == ["fifo", 3]
+    assert_never_ran(run, message=f"vCPU 0 (TID {tid}) is scheduled other, not fifo 3 (reset on fork)")
+
+
+def test_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
+    home.define(rlimit_memlock="1G")
+    run = home.start(env=bus.environment)
+    run.wait_line("reported success, but")
+    (call,) = bus.calls()
+    assert call["body"][1:] == ["vm", 1 << 30]
+    assert_never_ran(run, message=f"QEMU (PID {call['body'][0]}) may lock ")
+
+
+# Memory lock
+
+
+def memlock_hard() -> int:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+
+
+@pytest.mark.skipif(memlock_hard() < (6 << 20), reason="optional: needs a hard limit above 6 MiB and below infinity")
+def test_memlock_is_asked_for_before_qemu_exists(home: Home, bus: PrivateBus) -> None:
+    """The fake grants what the process has already: all it can do here. The PID it was told is QEMU's."""
+    hard = memlock_hard()
+    bus.plan(SetMemlock={"return": hard})
+    home.define(qemu=({"m": "4"},), rlimit_memlock=True)
+    run = home.start(env=bus.environment)
+    assert "lockable" in run.wait_running()
+    (call,) = bus.calls()
+    assert call["body"] == [run.qemu_pid, "vm", 2**64 - 1]
+
+
+def test_less_than_asked_is_refused_with_both_numbers(home: Home, bus: PrivateBus) -> None:
+    bus.plan(SetMemlock={"return": 512 << 20})
+    home.define(rlimit_memlock="1G")
+    assert_never_ran(
+        home.start(env=bus.environment), message="QEMU must be able to lock 1 GiB, but only 512 MiB was granted"
+    )
+
+
+def test_less_than_guest_ram_is_refused_without_asking(home: Home, bus: PrivateBus) -> None:
+    home.define(rlimit_memlock="32M")
+    assert_never_ran(home.start(env=bus.environment), message="32 MiB is less than the guest's RAM, 64 MiB")
+    assert bus.calls() == []
+
+
+def test_hard_limit_that_is_high_enough_needs_no_helper(home: Home, bus: PrivateBus) -> None:
+    home.define(qemu=({"m": "4"},), rlimit_memlock="4M")
+    run = home.start(env=bus.environment)
+    assert "4 MiB lockable" in run.wait_running()
+    limits = Path(f"/proc/{run.qemu_pid}/limits").read_text()
+    assert next(line for line in limits.splitlines() if "locked memory" in line).split()[3] == str(4 << 20)
+    assert bus.calls() == []
+
+
+# on_tuning_failure: continue
+
+
+def test_continue_starts_it_untuned_with_a_warning(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads={"error": [f"{REFUSED}Unsupported", "this kernel has no cpuset"]})
+    home.define(**SHIELDED, scheduler="fifo", on_tuning_failure="continue")
+    run = home.start(env=bus.environment)
+    assert "untuned" in run.wait_running()
+    assert "warning: this kernel has no cpuset; it starts without tuning" in run.output
+    # What may have been done is taken back, and what would have come next is left out.
+    assert bus.members() == ["PinThreads", "Release"]
+    assert bus.calls()[1]["body"] == [os.geteuid(), "vm"]
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "running"
+    qmp("quit")
+    assert run.end() == 0
+
+
+@needs_two_cpus
+def test_continue_undoes_what_a_lying_helper_left_half_done(home: Home, bus: PrivateBus) -> None:
+    bus.plan(SetScheduler="lie")
+    home.define(vcpu_pinning=[CPU], isolation="cpuset", scheduler="rr", on_tuning_failure="continue")
+    run = home.start(env=bus.environment)
+    run.wait_running()
+    assert bus.members() == ["PinThreads", "SetScheduler", "Release"]
+    tid = bus.calls()[0]["body"][2][0][0]
+    assert os.sched_getaffinity(tid) == os.sched_getaffinity(run.process.pid)
+
+
+def test_continue_without_a_bus(home: Home) -> None:
+    home.define(rlimit_memlock="1G", on_tuning_failure="continue")
+    run = home.start()
+    assert "untuned" in run.wait_running()
+
+
+def test_untuned_asks_nobody(home: Home, bus: PrivateBus) -> None:
+    home.define(**SHIELDED, scheduler="fifo", rlimit_memlock=True)
+    run = home.start("vm", "--untuned", env=bus.environment)
+    assert "untuned" in run.wait_running()
+    assert bus.calls() == []
+
+
+# Unaided
+
+
+def test_affinity_and_batch_need_no_helper(home: Home, bus: PrivateBus) -> None:
+    home.define(
+        qemu=({"smp": "2,sockets=1,cores=2,threads=1"},),
+        vcpu_pinning={0: {0: {0: CPU}, 1: {0: 0}}},
+        isolation="affinity",
+        scheduler="batch",
+    )
+    run = home.start(env=bus.environment)
+    assert "(nothing is shielded), batch" in run.wait_running()
+    qmp = run.qmp()
+    first, second = (vcpu["thread-id"] for vcpu in qmp("query-cpus-fast"))
+    assert os.sched_getaffinity(first) == {CPU}
+    assert os.sched_getaffinity(second) == {0}
+    assert {os.sched_getscheduler(tid) for tid in (first, second)} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(run.qemu_pid) == os.SCHED_OTHER
+    qmp.close()
+    assert bus.calls() == []
+
+
+def test_every_vcpu_of_a_machine_with_two_dies_is_pinned(home: Home) -> None:
+    home.define(
+        qemu=({"cpu": "qemu64"}, {"smp": "8,sockets=1,dies=2,cores=2,threads=2"}),
+        vcpu_pinning={0: {core: dict.fromkeys((0, 1), CPU if core == 3 else 0) for core in range(4)}},
+        isolation="affinity",
+    )
+    run = home.start()
+    assert "8 vCPUs on" in run.wait_running()
+    qmp = run.qmp()
+    for vcpu in qmp("query-cpus-fast"):
+        last = (vcpu["props"]["die-id"], vcpu["props"]["core-id"]) == (1, 1)
+        assert os.sched_getaffinity(vcpu["thread-id"]) == {CPU if last else 0}
+    qmp.close()
+
+
+@needs_two_cpus
+def test_vcpus_that_share_a_thread_cannot_be_pinned_apart(home: Home) -> None:
+    home.define(qemu=({"smp": 2}, {"accel": "tcg,thread=single"}), vcpu_pinning=[0, CPU], isolation="affinity")
+    path = home.configuration / "vm.yml"
+    path.write_text(path.read_text().replace("tcg,thread=multi", "tcg,thread=single"))
+    run = home.start()
+    assert_never_ran(run, message="are one thread of QEMU's")
+    assert "TCG thread=single" in run.output
+
+
+def test_vcpu_that_does_not_exist(home: Home) -> None:
+    path = home.define(vcpu_pinning=[0, 0], isolation="affinity")
+    run = home.start()
+    assert_never_ran(run, message=f"{path}:")
+    assert "QEMU has no vCPU 1" in run.output
+    assert "it has vCPU 0 (socket 0, core 0, thread 0)" in run.output
+
+
+# The end
+
+
+@needs_two_cpus
+def test_launcher_killed_while_the_helper_thinks(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads="hang")
+    home.define(**SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line("waiting for qemu-launcher-helper")
+    pid = run.qemu_pid
+    run.process.kill()
+    run.process.wait()
+    assert is_alive(pid)
+    assert "never started" in home.ask("status", "vm").stdout
+    bus.plan()
+    assert home.ask("kill", "vm").returncode == 0
+    wait_gone(pid)
