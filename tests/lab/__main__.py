@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,9 @@ def _log(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    Vm.attach(_folder(options.name)).close()
+    folder = _folder(options.name)
+    Vm.attach(folder).close()
+    shutil.rmtree(folder)
     return 0
 
 
@@ -136,7 +139,7 @@ def _pair(text: str) -> tuple[Path, str]:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    return Machine(kernel_arguments=tuple(options.append.split()))
+    return Machine(kernel_arguments=tuple(options.append.split()), fresh=options.fresh)
 
 
 def _folder(name: str) -> Path:
@@ -155,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     boots = argparse.ArgumentParser(add_help=False)
     boots.add_argument("--append", default="", metavar="ARGS", help="further kernel arguments")
+    boots.add_argument("--fresh", action="store_true", help="boot, even if a booted state is at hand")
     fills = argparse.ArgumentParser(add_help=False)
     fills.add_argument("--deb", action="append", default=[], metavar="FILE", help="install this package first")
     fills.add_argument("--put", action="append", default=[], metavar="FILE:PATH", help="copy a file or folder in")

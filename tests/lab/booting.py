@@ -1,4 +1,4 @@
-"""Boots a lab: a fresh overlay on the cached image, QEMU, and the wait until it is ready; ends it in every case.
+"""Starts a lab: a fresh overlay on the cached image, QEMU, and the wait until it is ready; ends it in every case.
 
 QEMU is told to die with the process that started it (setpriv --pdeathsig), so even a SIGKILL of the test runner leaves
 nothing behind; the signal belongs to the starting *thread*, so boot from one that lives as long as the lab shall. A
@@ -8,6 +8,7 @@ kernel panic on the way up is emulation's fault more often than ours: it is boot
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import accelerator, image, slots
+from lab import accelerator, image, slots, snapshot
 from lab.errors import LabDied, LabError
 from lab.image import Image, say
 from lab.monitor import monitor
@@ -31,6 +32,7 @@ TOOLS = {
     "setpriv": "util-linux",
 }
 ATTEMPTS = 3
+RESUME_SECONDS = 120.0  # for the first command after a resume
 STALL_SECONDS = 600.0  # without a new byte on the console; emulation on a busy machine is slow, but never that slow
 PANIC = re.compile(rb"Kernel panic - not syncing")
 KERNEL_ARGUMENTS = (
@@ -48,6 +50,7 @@ def boot(recipe: Recipe = TRIXIE, machine: Machine = Machine(), *, cache: Path =
 
     Waits for a slot. Raises MissingTool, LabError (image, accelerator), or LabDied when it does not come up.
     """
+    _forget_dead_sessions(cache / "run")
     folder = cache / "run" / f"session-{os.getpid()}"
     vm = start(folder, recipe, machine, cache=cache)
     try:
@@ -70,14 +73,12 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
     slot = slots.take(cache / "slots", folder.name, slots.slot_count())
     try:
         accel = accelerator.choose(picture, cache)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return _attempt(folder, picture, machine, accel, slot, kept)
-            except LabDied as error:
-                if attempt == ATTEMPTS:
-                    raise
-                say(f"{str(error).splitlines()[0]}; booting again ({attempt + 1} of {ATTEMPTS})")
-        raise AssertionError("the loop returns or raises")
+        arguments = qemu_arguments(picture, machine, accel)
+        session = _Session(folder, picture, arguments, slot, kept)
+        begun = time.monotonic()
+        vm = _resumed(session) if machine.resumable else _booted(session)
+        say(f"{folder.name} is up after {time.monotonic() - begun:.0f} s ({accel})")
+        return vm
     finally:
         os.close(slot)  # QEMU holds its own
 
@@ -105,23 +106,75 @@ def qemu_arguments(picture: Image, machine: Machine, accel: str) -> list[str]:
         "-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
         "-device", "virtio-net-pci,netdev=net,romfile=",
         "-device", "virtio-rng-pci",
-        "-serial", "file:console.log",
+        "-chardev", "file,id=console,path=console.log,append=on",
+        "-serial", "chardev:console",
         "-serial", "file:ready.log",
         "-qmp", "unix:qmp.sock,server=on,wait=off",
     ]  # fmt: skip
 
 
-def _attempt(folder: Path, picture: Image, machine: Machine, accel: str, slot: int, kept: bool) -> Vm:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Session:
+    """What the ways to start a lab have in common."""
+
+    folder: Path
+    picture: Image
+    arguments: list[str]
+    slot: int
+    kept: bool
+
+
+def _booted(session: _Session) -> Vm:
+    """A machine that went through its whole boot, in the third attempt at the latest."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _qemu(session, session.picture.root, "raw") as process:
+                _wait_ready(session.folder, process)
+                return _enter(session, process)
+        except LabDied as error:
+            if attempt == ATTEMPTS:
+                raise
+            say(f"{str(error).splitlines()[0]}; booting again ({attempt + 1} of {ATTEMPTS})")
+    raise AssertionError("the loop returns or raises")
+
+
+def _resumed(session: _Session) -> Vm:
+    """A machine that begins where an earlier one had just booted; that one is booted now if it never was."""
+    saved = snapshot.snapshot_of(session.picture, session.arguments)
+    if not saved.exists:
+        say("booting, and writing down the result; later labs start from there")
+        snapshot.write(_booted(session), saved)
+    try:
+        with _qemu(session, saved.disk, "qcow2", saved) as process:
+            snapshot.resume(session.folder)
+            vm = _enter(session, process)
+            vm.run(f"date --set=@{time.time():.3f}", timeout=RESUME_SECONDS)
+            return vm
+    except LabError as error:
+        say(f"the booted state cannot be used, booting instead: {error}")
+        saved.remove()
+        return _booted(session)
+
+
+@contextlib.contextmanager
+def _qemu(
+    session: _Session, disk: Path, disk_format: str, saved: snapshot.Snapshot | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """QEMU in a clean folder on an overlay of `disk`; it is killed when the block ends with an exception."""
+    folder = session.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    shutil.copy(picture.key, folder / "key")
-    (folder / "known_hosts").write_text(f"lab {picture.host_key.read_text()}")
-    overlay = ["-b", str(picture.root), "-F", "raw", str(folder / "overlay.qcow2")]
+    shutil.copy(session.picture.key, folder / "key")
+    (folder / "known_hosts").write_text(f"lab {session.picture.host_key.read_text()}")
+    overlay = ["-b", str(disk), "-F", disk_format, str(folder / "overlay.qcow2")]
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *overlay], check=True)
-    command = qemu_arguments(picture, machine, accel)
-    if not kept:
+    command = session.arguments
+    if saved is not None:
+        (folder / "saved").symlink_to(saved.state)
+        shutil.copy(saved.folder / "console.log", folder / "console.log")
+        command = [*command, "-incoming", "exec:cat saved"]
+    if not session.kept:
         command = ["setpriv", "--pdeathsig", "KILL", *command]
-    begun = time.monotonic()
     with (folder / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -129,19 +182,39 @@ def _attempt(folder: Path, picture: Image, machine: Machine, accel: str, slot: i
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=(slot,),
+            pass_fds=(session.slot,),
             start_new_session=True,  # Ctrl-C is for us; what ends QEMU is our close, or our death
         )
     try:
-        _wait_ready(folder, process)
-        vm = Vm(folder, process.pid, _ssh_port(folder))
-        vm.save()
+        _wait_monitor(folder, process)
+        yield process
     except BaseException:
         process.kill()
         process.wait()
         raise
-    say(f"{folder.name} is up after {time.monotonic() - begun:.0f} s ({accel})")
+
+
+def _enter(session: _Session, process: subprocess.Popen[bytes]) -> Vm:
+    vm = Vm(session.folder, process.pid, _ssh_port(session.folder))
+    vm.save()
+    vm.connect()
     return vm
+
+
+def _wait_monitor(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Returns when QEMU listens; LabDied, with its words, when it ended instead."""
+    while not (folder / "qmp.sock").exists():
+        if process.poll() is not None:
+            words = (folder / "qemu.log").read_text(errors="replace")
+            raise LabDied(f"QEMU ended with status {process.returncode}: {words}")
+        time.sleep(0.02)
+
+
+def _forget_dead_sessions(folder: Path) -> None:
+    """Removes the folders of sessions that were killed; their QEMU died with them."""
+    for session in folder.glob("session-*"):
+        if not Path(f"/proc/{session.name.removeprefix('session-')}").exists():
+            shutil.rmtree(session, ignore_errors=True)
 
 
 def _wait_ready(folder: Path, process: subprocess.Popen[bytes]) -> None:

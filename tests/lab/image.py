@@ -102,12 +102,17 @@ def check_tools(tools: dict[str, str]) -> None:
             raise MissingTool(tool, package)
 
 
-def _build(recipe: Recipe, folder: Path) -> None:
+def check_image_tools() -> None:
+    """MissingTool when something is not there that building an image needs."""
     check_tools(TOOLS)
     if os.geteuid() != 0:
         check_tools({"newuidmap": "uidmap"})
     if not KEYRING.exists():
         raise MissingTool(str(KEYRING), "debian-archive-keyring")
+
+
+def _build(recipe: Recipe, folder: Path) -> None:
+    check_image_tools()
     mirror = host_mirror(recipe.suite)
     say(f"building the image {folder.name} (once; about a minute and a half)")
     # Not below the cache: in the namespace we are another user, who may not be able to enter the project's folders.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ class Monitor:
         return message
 
 
+def _connect(connection: socket.socket, address: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return connection.connect(address)
+        except ConnectionRefusedError:  # bound, but not listening yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def monitor(folder: Path, timeout: float = 60.0) -> Iterator[Monitor]:
     """A connection to `qmp.sock` in `folder`; each answer may take up to `timeout` seconds."""
@@ -55,7 +67,7 @@ def monitor(folder: Path, timeout: float = 60.0) -> Iterator[Monitor]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             try:
-                connection.connect(f"/proc/self/fd/{descriptor}/qmp.sock")
+                _connect(connection, f"/proc/self/fd/{descriptor}/qmp.sock", timeout)
                 yield Monitor(connection)
             except (OSError, ValueError) as error:
                 raise LabError(f"QEMU's monitor does not answer: {error}") from error

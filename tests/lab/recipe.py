@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LAB_FOLDER = Path(__file__).resolve().parent
+PROJECT = LAB_FOLDER.parent.parent
 
 
 def cache_folder() -> Path:
@@ -74,6 +75,12 @@ class Machine:
     smp: str = "8,sockets=1,cores=4,threads=2"
     memory_mib: int = 3072
     kernel_arguments: tuple[str, ...] = ()  # added to our own, last one wins
+    fresh: bool = False  # boots even where a booted state is at hand
+
+    @property
+    def resumable(self) -> bool:
+        """Whether to start from a booted state: not for a machine with kernel arguments, of which there are many."""
+        return not (self.fresh or self.kernel_arguments)
 
 
 TRIXIE = Recipe()

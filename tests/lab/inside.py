@@ -1,0 +1,57 @@
+"""The half of the system tests' transport that runs inside the lab: pytest hooks that pass each report out.
+
+Loaded by tests/system/conftest.py when it finds itself in the lab with a request waiting. The request is a JSON file
+with the node ids to run, in order; the answer is one JSON object a line on a descriptor of its own: `report` with a
+report as pytest itself serialises it, `finish` with the node id, `collect-error` with a text. Nothing is written to
+that descriptor by anybody else, whatever the tests print.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REQUEST_VARIABLE = "QEMU_LAUNCHER_LAB_REQUEST"
+REPORT_FD = 3
+
+
+class ReportOut:
+    """Selects what was asked for and reports on it."""
+
+    def __init__(self, config: pytest.Config, wanted: list[str]) -> None:
+        self.config = config
+        self.wanted = {node_id: position for position, node_id in enumerate(wanted)}
+
+    def send(self, kind: str, content: Any) -> None:
+        data = json.dumps({kind: content}).encode() + b"\n"
+        while data:
+            data = data[os.write(REPORT_FD, data) :]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = sorted((i for i in items if i.nodeid in self.wanted), key=lambda item: self.wanted[item.nodeid])
+        items[:] = chosen
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.send("collect-error", f"{report.nodeid}: {report.longrepr}")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.send("start", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.send("report", self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.send("finish", nodeid)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts reporting when somebody outside asked for it; a run by hand inside the lab is an ordinary one."""
+    request = os.environ.get(REQUEST_VARIABLE)
+    if request:
+        config.pluginmanager.register(ReportOut(config, json.loads(Path(request).read_text())), "lab-report-out")

@@ -1,0 +1,188 @@
+"""The half of the system tests' transport that runs on the developer's machine: one lab, one pytest inside, its
+results mapped onto the items that were collected out here.
+
+The first system test that comes up builds the package, boots a lab, installs the package and starts pytest inside for
+exactly the selected tests; each item then waits for its own reports, which are passed on unchanged, tracebacks and
+captured output included. No fixture of a system test is set up out here. When the lab dies, the remaining tests fail
+with the tail of its console. A tool that this machine lacks skips them, or fails them when CI=true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shlex
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.booting import boot, check_tools
+from lab.errors import LabError, MissingTool
+from lab.image import say
+from lab.inside import REPORT_FD, REQUEST_VARIABLE
+from lab.recipe import CACHE, PROJECT, TRIXIE
+from lab.vm import Vm
+
+SYSTEM = PROJECT / "tests" / "system"
+DEB_VARIABLE = "QEMU_LAUNCHER_DEB"  # a package that is built already
+KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of a fresh one, while writing tests
+REMOTE = "/root/qemu-launcher"
+INNER_LOG = "/root/system-tests.log"
+SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many
+RUN_KEY = pytest.StashKey["SystemRun"]()
+
+
+class SystemRun:
+    """One run of pytest inside one lab."""
+
+    def __init__(self, config: pytest.Config, node_ids: list[str]) -> None:
+        self.config = config
+        self.node_ids = node_ids
+        self.stack = contextlib.ExitStack()
+        self.vm: Vm | None = None
+        self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.reports: dict[str, list[pytest.TestReport]] = {}
+        self.finished: set[str] = set()
+        self.skip = False
+        self.complaint = ""  # what to say about tests that never reported
+
+    def begin(self) -> None:
+        """Up to the running pytest inside. LabError when something on the way fails; then nothing is left running."""
+        check_tools()
+        deb = package()
+        kept = os.environ.get(KEPT_VARIABLE)
+        vm = Vm.attach(CACHE / "run" / f"kept-{kept}") if kept else self.stack.enter_context(boot(TRIXIE))
+        self.vm = vm
+        vm.install(deb)
+        vm.run(f"rm -rf {REMOTE}")
+        vm.put(PROJECT / "tests", f"{REMOTE}/tests")
+        vm.put(PROJECT / "pyproject.toml", f"{REMOTE}/pyproject.toml")
+        vm.run(f"cat >{REMOTE}/request", input=json.dumps(self.node_ids).encode())
+        environment = {REQUEST_VARIABLE: f"{REMOTE}/request", "CI": os.environ.get("CI", "")}
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+        files = shlex.join(sorted({node_id.partition("::")[0] for node_id in self.node_ids}))
+        inner = f"python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 {files}"
+        line = f"cd {REMOTE} && env {settings} {inner} {REPORT_FD}>&1 >{INNER_LOG} 2>&1"
+        process = self.stack.enter_context(
+            subprocess.Popen([*vm.ssh("root"), line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        )
+        self.stack.callback(process.kill)
+        assert process.stdout is not None
+        threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
+
+    def _read(self, stream: Any) -> None:
+        for line in stream:
+            with contextlib.suppress(ValueError):
+                self.events.put(json.loads(line))
+        self.events.put(None)
+
+    def reports_of(self, node_id: str) -> list[pytest.TestReport]:
+        """The reports of one test, when it has finished inside; an empty list when it never will: see `complaint`."""
+        while node_id not in self.finished and not self.complaint:
+            try:
+                event = self.events.get(timeout=SILENCE_SECONDS)
+            except queue.Empty:
+                self._complain(f"no report from inside the lab for {SILENCE_SECONDS:.0f} s")
+                break
+            if event is None:
+                self._complain("pytest inside the lab ended without reporting on this test")
+                break
+            self._take(event)
+        return self.reports.get(node_id, []) if node_id in self.finished else []
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "report" in event:
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=event["report"])
+            assert isinstance(report, pytest.TestReport)
+            self.reports.setdefault(report.nodeid, []).append(report)
+        elif "finish" in event:
+            self.finished.add(event["finish"])
+        elif "collect-error" in event:
+            say(f"collecting inside the lab failed: {event['collect-error']}")
+
+    def _complain(self, words: str) -> None:
+        parts = [words]
+        if self.vm is not None:
+            if self.vm.alive:
+                with contextlib.suppress(LabError):
+                    log = self.vm.run(f"tail -n 100 {INNER_LOG}", check=False, timeout=120.0).stdout
+                    parts.append(f"--- pytest inside the lab, last 100 lines ---\n{log}")
+            parts.append(self.vm.report())
+        self.complaint = "\n".join(parts)
+
+    def end(self) -> None:
+        """Ends pytest inside and the lab (a kept one stays)."""
+        self.stack.close()
+
+
+def package() -> Path:
+    """The Debian package under test: as the environment says, or built now by `make deb`."""
+    named = os.environ.get(DEB_VARIABLE)
+    if named:
+        path = Path(named).absolute()
+    else:
+        check_make = subprocess.run(
+            ["make", "-s", "deb"], cwd=PROJECT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if check_make.returncode != 0:
+            raise LabError(f"make deb failed:\n{check_make.stdout}{check_make.stderr}")
+        path = PROJECT / "build" / "qemu-launcher.deb"
+    if not path.exists():
+        raise LabError(f"there is no package at {path}")
+    return path
+
+
+def is_system_test(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(SYSTEM)
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Runs a system test in the lab; leaves every other test to pytest."""
+    if not is_system_test(item):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in _results(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What an earlier test of another folder left set up for its neighbours is not ours: let it go, as pytest would.
+    item.session._setupstate.teardown_exact(nextitem)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends the lab with the session, however that ends."""
+    run = session.stash.get(RUN_KEY, None)
+    if run is not None:
+        run.end()
+
+
+def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
+    run = item.session.stash.get(RUN_KEY, None)
+    if run is None:
+        run = SystemRun(item.config, [i.nodeid for i in item.session.items if is_system_test(i)])
+        item.session.stash[RUN_KEY] = run
+        try:
+            run.begin()
+        except MissingTool as error:
+            run.complaint = f"{error}"
+            run.skip = os.environ.get("CI") != "true"
+        except Exception as error:  # noqa: BLE001 - whatever it was, every test says so, and the others go on
+            run.complaint = f"the lab could not be set up: {error}"
+            run.end()
+    reports = run.reports_of(item.nodeid)
+    if reports:
+        yield from reports
+    elif run.skip:
+        yield _report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {run.complaint}"))
+    else:
+        yield _report(item, "failed", run.complaint)
+
+
+def _report(item: pytest.Item, outcome: Any, words: Any) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), outcome, words, "call")
