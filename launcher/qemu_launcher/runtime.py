@@ -160,7 +160,11 @@ def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None
     When the context ends and QEMU is gone the record is cleared; a QEMU that lives on keeps lock and record.
     """
     place = _made(_candidates())
-    fd = os.open(place / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = place / f"{name}.lock"
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as err:
+        raise LauncherError(f"cannot open {lock}: {err.strerror}") from err
     try:
         discarded = _lock(fd, name) or _refuse_lost(name)
         record = Record(launcher=Process.of(os.getpid()), definition=str(definition.absolute()))

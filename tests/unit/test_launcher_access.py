@@ -1,0 +1,166 @@
+"""The three ways of not having access, and becoming the user a VM runs as."""
+
+import ast
+import grp
+import os
+import pwd
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qemu_launcher import access, identity
+from qemu_launcher.definition import VmDefinition
+from qemu_launcher.errors import LauncherError
+
+BUS = "org.freedesktop.DBus.Error."
+DENIED = f"{BUS}AccessDenied"
+NOT_AUTHORISED = "org.qemulauncher.Error.NotAuthorized"
+
+
+@pytest.fixture
+def alice(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """alice, uid 1000, and a group qemu-launcher, 990; `database` and `process` say where she is a member."""
+    world = SimpleNamespace(database=[1000], process=[1000], group=True)
+
+    def getgrnam(name: str) -> Any:
+        if name != "qemu-launcher" or not world.group:
+            raise KeyError(name)
+        return SimpleNamespace(gr_gid=990)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getegid", lambda: 1000)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="alice", pw_gid=1000))
+    monkeypatch.setattr(grp, "getgrnam", getgrnam)
+    monkeypatch.setattr(os, "getgrouplist", lambda _name, _gid: world.database)
+    monkeypatch.setattr(os, "getgroups", lambda: world.process)
+    return world
+
+
+@pytest.mark.parametrize("name", [DENIED, NOT_AUTHORISED])
+def test_not_a_member(alice: SimpleNamespace, name: str) -> None:
+    error = access.explained(name, "some text of the bus")
+    assert str(error) == "alice is not a member of the group qemu-launcher"
+    assert error.hint == "sudo usermod -aG qemu-launcher alice\nthen log out and in again"
+    assert error.wire_name == name
+
+
+@pytest.mark.parametrize("name", [DENIED, NOT_AUTHORISED])
+def test_member_but_not_in_this_login(alice: SimpleNamespace, name: str) -> None:
+    alice.database = [1000, 990]
+    error = access.explained(name, "")
+    assert "but not yet in this login" in str(error)
+    assert error.hint is not None
+    assert error.hint.startswith("log out and in again")
+
+
+def test_member_whom_a_rule_refuses(alice: SimpleNamespace) -> None:
+    alice.database = alice.process = [1000, 990]
+    error = access.explained(NOT_AUTHORISED, "alice is not authorised to set memory locks")
+    assert str(error) == "alice is not authorised to set memory locks"
+    assert error.hint is not None
+    assert "polkit" in error.hint
+
+
+def test_group_that_does_not_exist(alice: SimpleNamespace) -> None:
+    alice.group = False
+    error = access.explained(DENIED, "")
+    assert "there is no group qemu-launcher" in str(error)
+    assert error.hint == access.HOW_TO_INSTALL
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message", "hint"),
+    [
+        (f"{BUS}ServiceUnknown", "x", "qemu-launcher-helper is not installed", access.HOW_TO_INSTALL),
+        (f"{BUS}NameHasNoOwner", "x", "qemu-launcher-helper is not installed", access.HOW_TO_INSTALL),
+        (f"{BUS}Spawn.ChildExited", "Process exited", "cannot be started: Process exited", access.LOOK_AT_JOURNAL),
+        (f"{BUS}NoReply", "x", "ended without an answer", access.LOOK_AT_JOURNAL),
+        ("org.qemulauncher.Error.Failed", "it broke", "it broke", access.LOOK_AT_JOURNAL),
+        ("org.qemulauncher.Error.Conflict", "CPUs 4-7 are held by VM x of bob", "CPUs 4-7 are held", None),
+        ("org.unheard.Of", "", "qemu-launcher-helper failed: org.unheard.Of", None),
+    ],
+)
+def test_other_refusals(name: str, text: str, message: str, hint: str | None) -> None:
+    error = access.explained(name, text)
+    assert message in str(error)
+    assert error.hint == hint
+
+
+# identity
+
+
+def vm(user: str | int | None = None, group: str | int | None = None) -> VmDefinition:
+    return VmDefinition("win11", Path("/x"), "q", (), user=user, group=group)
+
+
+def test_oneself_is_accepted_by_name_and_by_number() -> None:
+    me = pwd.getpwuid(os.geteuid())
+    mine = grp.getgrgid(os.getegid())
+    for user in (None, me.pw_name, me.pw_uid):
+        for group in (None, mine.gr_name, mine.gr_gid):
+            account = identity.wanted_account(user, group)
+            assert (account.uid, account.gid) == (os.geteuid(), os.getegid())
+
+
+@pytest.mark.parametrize(
+    ("user", "group", "message"),
+    [
+        ("no-such-user", None, "there is no user 'no-such-user'"),
+        (4000000, None, "there is no user 4000000"),
+        (None, "no-such-group", "there is no group 'no-such-group'"),
+    ],
+)
+def test_nobody_of_that_name(user: str | int | None, group: str | None, message: str) -> None:
+    with pytest.raises(LauncherError, match=message):
+        identity.wanted_account(user, group)
+
+
+def test_uid_without_an_entry_needs_a_group() -> None:
+    assert identity.wanted_account(4000000, 12)[:3] == (4000000, 12, None)
+
+
+def test_another_user_without_being_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getegid", lambda: 1000)
+    with pytest.raises(LauncherError, match="is to run as user 'root', who is not you") as caught:
+        identity.assume(vm("root"))
+    assert caught.value.hint is not None
+    assert "sudo qemu-launcher win11" in caught.value.hint
+    with pytest.raises(LauncherError, match="is to run in group 'root', which is not yours"):
+        identity.assume(vm(None, "root"))
+
+
+def test_root_becomes_the_user_for_good() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("optional: only root can become somebody")
+    nobody = pwd.getpwnam("nobody")
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ.update({"XDG_RUNTIME_DIR": "/run/user/0", "DBUS_SESSION_BUS_ADDRESS": "x", "KEPT": "1"})
+            identity.assume(vm("nobody"))
+            try:
+                os.setuid(0)
+                back = "back"
+            except PermissionError:
+                back = "never"
+            names = ("HOME", "USER", "LOGNAME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "KEPT")
+            seen = [os.getresuid(), os.getresgid(), sorted(os.getgroups()), back, [os.environ.get(n) for n in names]]
+            os.write(write, repr(seen).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    seen = ast.literal_eval(os.read(read, 4096).decode())
+    os.close(read)
+    uid, gid = nobody.pw_uid, nobody.pw_gid
+    assert seen == [
+        (uid,) * 3,
+        (gid,) * 3,
+        sorted(os.getgrouplist("nobody", gid)),
+        "never",
+        [nobody.pw_dir, "nobody", "nobody", None, None, "1"],
+    ]

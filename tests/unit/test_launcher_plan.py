@@ -1,0 +1,168 @@
+"""From wishes to requests: what is asked for, of whom, and what is refused before anybody is asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_launcher import definition as definitions
+from qemu_launcher import plan
+from qemu_launcher.definition import VmDefinition
+from qemu_launcher.errors import TuningFailed
+from qemu_launcher.plan import MEMLOCK_OVERHEAD
+from qemu_launcher.procfs import INFINITY
+from qemu_launcher.threads import Threads, Vcpu
+
+GIB = 1 << 30
+HOST = 64 * GIB
+
+
+def defined(launcher: str = "", qemu: str = "- m: 24G") -> VmDefinition:
+    text = f"launcher:\n  binary: q\n{launcher}qemu:\n{qemu}\n"
+    return definitions.parse(text.encode(), Path("/x/win11.yml"), "win11")
+
+
+def vcpus(*tids: int) -> Threads:
+    return Threads(tuple(Vcpu(i, tid, (0, i // 2, i % 2)) for i, tid in enumerate(tids)), ())
+
+
+# Memory lock
+
+
+def test_nothing_asked_nothing_needed() -> None:
+    vm = defined()
+    assert plan.memlock_need(vm, 0, HOST) is None
+    assert not plan.is_tuned(vm, None)
+    assert not plan.needs_helper(vm, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "hard", "expected"),
+    [
+        ("auto", 8 << 20, (24 * GIB + MEMLOCK_OVERHEAD, 24 * GIB + MEMLOCK_OVERHEAD, False)),
+        ("auto", 25 * GIB, (25 * GIB, 25 * GIB, True)),
+        ("true", 8 << 20, (INFINITY, 24 * GIB, False)),
+        ("true", 32 * GIB, (INFINITY, 24 * GIB, False)),
+        ("true", HOST, (INFINITY, 24 * GIB, True)),
+        ("true", INFINITY, (INFINITY, 24 * GIB, True)),
+        ("30G", 30 * GIB - 1, (30 * GIB, 30 * GIB, False)),
+        ("30G", 30 * GIB, (30 * GIB, 30 * GIB, True)),
+    ],
+)
+def test_memlock(key: str, hard: int, expected: tuple[int, int, bool]) -> None:
+    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), hard, HOST)
+    assert need is not None
+    assert (need.wanted, need.least, need.unaided) == expected
+
+
+def test_memlock_smaller_than_the_guest_is_refused_with_both_numbers() -> None:
+    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:19: .* 16 GiB is less than the guest's RAM, 24 GiB"):
+        plan.memlock_need(defined("  rlimit_memlock: 16G\n"), INFINITY, HOST)
+
+
+def test_auto_without_a_ram_to_be_seen() -> None:
+    with pytest.raises(TuningFailed, match="cannot tell the guest's RAM"):
+        plan.memlock_need(defined("  rlimit_memlock: auto\n", "- m: [nonsense]"), 0, HOST)
+
+
+@pytest.mark.parametrize(("key", "granted"), [("true", 24 * GIB - 1), ("auto", 25 * GIB - 1), ("30G", 30 * GIB - 1)])
+def test_granted_less(key: str, granted: int) -> None:
+    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), 0, HOST)
+    assert need is not None
+    with pytest.raises(TuningFailed, match=r"QEMU must be able to lock .* GiB, but only .* GiB was granted"):
+        plan.check_granted(need, granted)
+    plan.check_granted(need, granted + 1)
+
+
+# Who does it
+
+
+@pytest.mark.parametrize(
+    ("keys", "tuned", "helper"),
+    [
+        ("  vcpu_pinning: [1]\n", True, True),
+        ("  vcpu_pinning: [1]\n  isolation: cpuset\n", True, True),
+        ("  vcpu_pinning: [1]\n  isolation: affinity\n", True, False),
+        ("  scheduler: batch\n", True, False),
+        ("  scheduler: idle\n", True, False),
+        ("  scheduler: other\n", True, False),
+        ("  scheduler: fifo\n", True, True),
+        ("  vcpu_pinning: [1]\n  isolation: affinity\n  scheduler: rr\n", True, True),
+        ("  rlimit_memlock: false\n", False, False),
+    ],
+)
+def test_who_is_needed(keys: str, tuned: bool, helper: bool) -> None:
+    vm = defined(keys)
+    assert plan.is_tuned(vm, None) is tuned
+    assert plan.needs_helper(vm, None) is helper
+
+
+# Pins
+
+
+def pins_of(launcher: str, threads: Threads) -> dict[int, set[int]]:
+    return {pin.tid: set(pin.cpus) for pin in plan.thread_plan(defined(launcher), threads).pins}
+
+
+def test_pins_by_index() -> None:
+    assert pins_of("  vcpu_pinning: [1, 9, 2, 10]\n", vcpus(50, 51, 52, 53)) == {50: {1}, 51: {9}, 52: {2}, 53: {10}}
+
+
+def test_pins_by_place_match_the_threads_whatever_their_order() -> None:
+    threads = Threads(tuple(reversed(vcpus(50, 51, 52, 53).vcpus)), ())
+    launcher = "  vcpu_pinning: {0: {0: {0: 2, 1: 6}, 1: {0: 3, 1: 7}}}\n"
+    assert pins_of(launcher, threads) == {50: {2}, 51: {6}, 52: {3}, 53: {7}}
+
+
+def test_vcpus_that_are_left_out_stay_where_they_are() -> None:
+    assert pins_of("  vcpu_pinning: {0: {1: {0: 3}}}\n", vcpus(50, 51, 52, 53)) == {52: {3}}
+    assert pins_of("  vcpu_pinning: [5]\n", vcpus(50, 51)) == {50: {5}}
+
+
+def test_unknown_vcpu_by_index_and_by_place() -> None:
+    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:21: QEMU has no vCPU 1$") as caught:
+        pins_of("  vcpu_pinning: [1, 2]\n", vcpus(50))
+    assert caught.value.hint == "it has vCPU 0 (socket 0, core 0, thread 0)"
+    with pytest.raises(TuningFailed, match=r":3:29: QEMU has no vCPU socket 1, core 0, thread 0"):
+        pins_of("  vcpu_pinning: {1: {0: {0: 2}}}\n", vcpus(50))
+
+
+def test_machine_without_vcpus() -> None:
+    with pytest.raises(TuningFailed) as caught:
+        pins_of("  vcpu_pinning: [1]\n", vcpus())
+    assert caught.value.hint == "it has none at all"
+
+
+def test_places_that_cannot_be_told_apart() -> None:
+    threads = Threads((Vcpu(0, 50, (0, 0, 0)), Vcpu(1, 51, (0, 0, 0))), ())
+    with pytest.raises(TuningFailed, match="cannot be told apart"):
+        pins_of("  vcpu_pinning: {0: {0: {0: 2}}}\n", threads)
+
+
+def test_one_thread_for_all_vcpus() -> None:
+    with pytest.raises(TuningFailed, match=r"one thread of QEMU's \(TID 50\), which cannot be on CPU 1 and CPU 2"):
+        pins_of("  vcpu_pinning: [1, 2]\n", vcpus(50, 50))
+    (pin,) = plan.thread_plan(defined("  vcpu_pinning: [1, 1]\n"), vcpus(50, 50)).pins
+    assert (pin.tid, pin.vcpus) == (50, (0, 1))
+
+
+def test_scheduling_names_each_thread_once() -> None:
+    found = plan.thread_plan(defined("  scheduler: fifo\n  priority: 5\n"), vcpus(50, 50, 51))
+    assert (found.scheduled, found.policy, found.priority) == ((50, 51), "fifo", 5)
+    assert plan.thread_plan(defined(), vcpus(50)).scheduled == ()
+
+
+@given(cpus=st.lists(st.integers(0, 63), min_size=1, max_size=16, unique=True), more=st.integers(0, 3))
+def test_every_pinned_vcpu_gets_exactly_its_cpu(cpus: list[int], more: int) -> None:
+    threads = vcpus(*range(1000, 1000 + len(cpus) + more))
+    found = plan.thread_plan(defined(f"  vcpu_pinning: {cpus}\n"), threads)
+    assert [(pin.tid, set(pin.cpus)) for pin in found.pins] == [(1000 + i, {cpu}) for i, cpu in enumerate(cpus)]
+    assert found.cpus == set(cpus)
+    assert found.isolation == "shield"
+
+
+def test_plan_without_pins_is_no_isolation() -> None:
+    found: Any = plan.thread_plan(defined(), vcpus(1))
+    assert (found.pins, found.isolation, found.policy, found.cpus) == ((), None, None, frozenset())

@@ -1,0 +1,249 @@
+"""Locks and records: who holds a VM, and what may be done about it. With real processes and real locks."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_launcher import runtime
+from qemu_launcher.errors import AlreadyRunning, LauncherError
+from qemu_launcher.procfs import Process
+from qemu_launcher.runtime import RUNNING, STARTING, Found, Record
+
+DEFINITION = Path("/etc/qemu-launcher/vms/win11.yml")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / "qemu-launcher"
+
+
+@pytest.fixture
+def holder(place: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process that holds the lock of win11, as a QEMU does: it has inherited the open file."""
+    place.mkdir(mode=0o700)
+    lock = os.open(place / "win11.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = subprocess.Popen(["sleep", "1000"], pass_fds=[lock])
+    os.close(lock)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def written(place: Path, **fields: object) -> None:
+    record = replace(Record(definition=str(DEFINITION)), **fields)  # type: ignore[arg-type]  # names are checked at run time
+    (place / "win11.lock").write_bytes(record.encode())
+
+
+def process_of(child: "subprocess.Popen[bytes]") -> Process:
+    process = Process.of(child.pid)
+    assert process is not None
+    return process
+
+
+def ended() -> Process:
+    child = subprocess.Popen(["true"])
+    process = Process(child.pid, 1)
+    child.wait()
+    return process
+
+
+def test_claim_writes_who_we_are_and_leaves_nothing(place: Path) -> None:
+    with runtime.claimed("win11", DEFINITION) as (claim, discarded):
+        assert discarded is None
+        record = Record.decode((place / "win11.lock").read_bytes())
+        assert record is not None
+        assert record.launcher == Process.of(os.getpid())
+        assert (record.qemu, record.state, record.definition) == (None, STARTING, str(DEFINITION))
+        control = claim.listening_socket()
+        assert (place / "win11.sock").is_socket()
+        control.close()
+        vm = runtime.find("win11")
+        assert vm is not None
+        assert vm.is_alive
+        assert vm.qemu is None
+    assert (place / "win11.lock").read_bytes() == b""
+    assert not (place / "win11.sock").exists()
+    assert runtime.find("win11") is None
+
+
+def test_second_claim_of_the_same_name_is_refused_and_another_is_not(place: Path) -> None:
+    with runtime.claimed("win11", DEFINITION):
+        with pytest.raises(AlreadyRunning, match="win11 is already running"), runtime.claimed("win11", DEFINITION):
+            pass
+        with runtime.claimed("linux", DEFINITION):
+            assert {vm.name for vm in runtime.find_all()} == {"linux", "win11"}
+
+
+def test_running_vm_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
+    with pytest.raises(AlreadyRunning, match=f"PID {holder.pid}"), runtime.claimed("win11", DEFINITION):
+        pass
+    assert holder.poll() is None
+
+
+def test_starting_vm_of_a_living_launcher_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    written(place, qemu=process_of(holder), launcher=Process.of(os.getpid()))
+    with pytest.raises(AlreadyRunning), runtime.claimed("win11", DEFINITION):
+        pass
+    assert holder.poll() is None
+
+
+def test_never_started_vm_is_ended_and_told(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    qemu = process_of(holder)
+    written(place, qemu=qemu, launcher=ended())
+    with runtime.claimed("win11", DEFINITION) as (_, discarded):
+        assert discarded == qemu
+    assert holder.wait() == -signal.SIGTERM
+
+
+def test_record_of_a_recycled_pid_ends_nobody(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    """The recorded QEMU is dead and its PID is another's, who happens to hold the lock: named, not killed."""
+    qemu = process_of(holder)
+    written(place, qemu=Process(qemu.pid, qemu.start_time - 1), launcher=ended())
+    named = rf"still hold its lock: {holder.pid} \(sleep\)"
+    with pytest.raises(AlreadyRunning, match=named), runtime.claimed("win11", DEFINITION):
+        pass
+    assert holder.poll() is None
+
+
+def test_vm_without_its_directory_is_found_by_its_open_file(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    qemu = process_of(holder)
+    written(place, qemu=qemu, launcher=ended(), state=RUNNING, vcpus={0: 17})
+    (place / "win11.lock").unlink()
+    place.rmdir()
+    vm = runtime.find("win11")
+    assert vm is not None
+    assert (vm.qemu, vm.socket, dict(vm.record.vcpus)) == (qemu, None, {0: 17})
+    with pytest.raises(AlreadyRunning), runtime.claimed("win11", DEFINITION):
+        pass
+
+
+def test_dead_vms_are_not_found(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    written(place, qemu=ended(), launcher=ended(), state=RUNNING)
+    assert runtime.find_all() == []
+    with runtime.claimed("win11", DEFINITION):
+        pass
+
+
+def test_claims_race_and_one_wins(place: Path) -> None:
+    script = (
+        "import sys, pathlib\nfrom qemu_launcher import runtime, errors\n"
+        "try:\n  with runtime.claimed('win11', pathlib.Path('/x')):\n    print('won', flush=True); sys.stdin.read()\n"
+        "except errors.AlreadyRunning:\n  print('lost', flush=True)\n"
+    )
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": "launcher"},
+        )
+        for _ in range(4)
+    ]
+    words = []
+    for racer in racers:
+        assert racer.stdout is not None
+        words.append(racer.stdout.readline().strip())
+    assert sorted(words) == [b"lost"] * 3 + [b"won"]
+    for racer in racers:
+        racer.communicate()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o701, 0o770])
+def test_directory_that_others_may_enter_is_refused(place: Path, mode: int) -> None:
+    place.mkdir()
+    place.chmod(mode)
+    with (
+        pytest.raises(LauncherError, match="is not yours, or others may enter it"),
+        runtime.claimed("win11", DEFINITION),
+    ):
+        pass
+    assert list(place.iterdir()) == []
+
+
+def test_directory_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    place.symlink_to(elsewhere)
+    with pytest.raises(LauncherError, match="is not yours"), runtime.claimed("win11", DEFINITION):
+        pass
+
+
+def test_lock_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> None:
+    place.mkdir(mode=0o700)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (place / "win11.lock").symlink_to(victim)
+    with pytest.raises(LauncherError, match="cannot open"), runtime.claimed("win11", DEFINITION):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "qemu-launcher").write_text("a file")
+    with pytest.raises(LauncherError, match="cannot make"), runtime.claimed("win11", DEFINITION):
+        pass
+
+
+def test_deep_runtime_directory_has_a_socket_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sun_path holds 108 bytes; the socket is made through its directory."""
+    deep = tmp_path.joinpath(*["a" * 60] * 3)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with runtime.claimed("win11", DEFINITION) as (claim, _):
+        control = claim.listening_socket()
+        with runtime.connected(deep / "qemu-launcher" / "win11.sock") as client:
+            assert control.accept()[0] is not None
+            assert client.fileno() >= 0
+        control.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"{}", b'{"launcher": [1], "qemu": null}', b"\xff"])
+def test_what_is_no_record(data: bytes) -> None:
+    assert Record.decode(data) is None
+
+
+@given(
+    st.builds(
+        Record,
+        launcher=st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60)),
+        qemu=st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60)),
+        state=st.sampled_from([STARTING, RUNNING]),
+        definition=st.text(st.characters(codec="utf-8")),
+        vcpus=st.dictionaries(st.integers(0, 255), st.integers(1, 1 << 22)),
+    )
+)
+def test_records_survive_both_ways(record: Record) -> None:
+    assert Record.decode(record.encode()) == record
+    assert Record.decode(record.encode().ljust(5000) + b"\n") == record
+
+
+def test_shorter_record_written_over_a_longer_one(place: Path) -> None:
+    with runtime.claimed("win11", DEFINITION) as (claim, _):
+        claim.update(vcpus={i: 1000 + i for i in range(100)})
+        claim.update(vcpus={}, state=RUNNING)
+        vm = runtime.find("win11")
+        assert vm is not None
+        assert (dict(vm.record.vcpus), vm.record.state) == ({}, RUNNING)
+
+
+def test_never_started_means_all_of_it() -> None:
+    me = Process.of(os.getpid())
+    dead = ended()
+    assert Found("x", Record(launcher=dead, qemu=me, state=STARTING), None).never_started
+    assert not Found("x", Record(launcher=dead, qemu=me, state=RUNNING), None).never_started
+    assert not Found("x", Record(launcher=me, qemu=me, state=STARTING), None).never_started
+    assert not Found("x", Record(launcher=dead, qemu=dead, state=STARTING), None).never_started
