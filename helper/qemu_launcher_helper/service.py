@@ -10,6 +10,7 @@ import asyncio
 import logging
 import pwd
 import re
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Service:
             if line:  # what comes before is no denial, but noise that anybody can make
                 _log.warning("refused %s: %s", line, ascii(str(err)))
         except Exception:  # noqa: BLE001  the journal gets all of it, the caller a fixed text
-            _log.exception("failed %s", line)
+            _log.error("failed %s: %s", line, ascii(traceback.format_exc()))
             self._refuse(call, errors.Failed("The helper failed; its journal says why"))
 
     def _refuse(self, call: Call, err: errors.Refusal) -> None:

@@ -1,0 +1,333 @@
+"""Who gets through to the act, and who does not: attacks A1 to A4, A15 and A16 of the threat model.
+
+Every refusal has its positive control in the recording: a member's call reaches it in the same world.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from dbus_next.constants import MessageFlag, MessageType
+from dbus_next.message import Message
+
+from bus.client import INTERACTIVE, NAME, NO_REPLY, PATH, Client, Reply
+from bus.world import BOB, NOBODY, ROOT_USER, User, World, as_user, wait_until, world
+
+CALLS: dict[str, tuple[str, list[Any]]] = {
+    "SetMemlock": ("ust", [4242, "win11", 2**30]),
+    "PinThreads": ("usa(uaub)au", [4242, "win11", [[4243, [4], True], [4244, [5], True]], []]),
+    "SetScheduler": ("usausu", [4242, "win11", [4243, 4244], "fifo", 1]),
+}
+FREE: dict[str, tuple[str, list[Any]]] = {"ListVms": ("b", [False]), "GetLimits": ("", [])}
+
+
+def using(host: World, user: User, calls: Callable[[Client], Any]) -> Any:
+    """Run `calls` with a connection of `user`'s, in a process of his."""
+
+    def run() -> Any:
+        with Client(host.socket) as client:
+            return calls(client)
+
+    return host.run_as(user, run).result()
+
+
+def call_all(client: Client) -> dict[str, Reply]:
+    """Every method that acts or tells, each once, interactive or not as a launcher would."""
+    return {member: client.call(member, *arguments, flags=INTERACTIVE) for member, arguments in (CALLS | FREE).items()}
+
+
+def test_member_reaches_every_act(host: World, member: User) -> None:
+    replies = using(host, member, call_all)
+    assert {reply.short for reply in replies.values()} == {"ok"}
+    assert replies["SetMemlock"].body == [2**30]
+    assert [act["kind"] for act in host.recorded(member)] == [
+        "MemlockRequest",
+        "PinRequest",
+        "SchedulerRequest",
+        "ListRequest",
+        "LimitsRequest",
+    ]
+    assert host.logged(member)[0].startswith(f"granted SetMemlock uid={member.uid} pid=")
+    assert host.logged(member)[0].endswith(f"user={member.name} vm=win11 bytes=1073741824")
+    assert len(host.logged(member)) == 5
+
+
+def test_the_recorded_caller_is_the_one_who_called(host: World, member: User) -> None:
+    child = as_user(member, lambda: Client(host.socket).call("GetLimits").short)
+    assert child.result() == "ok"
+    [act] = host.recorded(member)
+    assert act["pid"] == child.pid
+
+
+@pytest.mark.parametrize("user", [BOB, NOBODY], ids=lambda user: user.name)
+def test_outsiders_are_stopped_by_the_bus(host: World, user: User) -> None:
+    replies = using(host, user, call_all)
+    assert {reply.short for reply in replies.values()} == {"AccessDenied"}
+    assert host.recorded(user) == []
+
+
+def test_root_may_call(host: World) -> None:
+    replies = using(host, ROOT_USER, call_all)
+    assert {reply.short for reply in replies.values()} == {"ok"}
+    assert using(host, ROOT_USER, lambda client: client.call("ListVms", "b", [True]).short) == "ok"
+
+
+def test_others_vms_are_not_a_members_business(host: World, member: User) -> None:
+    def calls(client: Client) -> list[str]:
+        own = client.call("Release", "us", [member.uid, "win11"])
+        others = client.call("Release", "us", [BOB.uid, "win11"], flags=INTERACTIVE)
+        return [own.short, others.short, client.call("ListVms", "b", [True]).short]
+
+    assert using(host, member, calls) == ["ok", "NotAuthorized", "NotAuthorized"]
+    assert [act["kind"] for act in host.recorded(member)] == ["ReleaseRequest"]
+
+
+def test_without_polkit_nothing_is_authorised(member: User) -> None:
+    with world() as host:
+        assert using(host, member, lambda client: client.call("SetMemlock", *CALLS["SetMemlock"]).short) == "ok"
+        before = host.recorded()
+        host.stop_polkit()
+
+        def calls(client: Client) -> list[str]:
+            refused = [client.call(name, *arguments, flags=INTERACTIVE).short for name, arguments in CALLS.items()]
+            others = client.call("ListVms", "b", [True]).short
+            free = [client.call(name, *arguments).short for name, arguments in FREE.items()]
+            return [*refused, others, *free, client.call("Release", "us", [member.uid, "win11"]).short]
+
+        assert using(host, member, calls) == ["NotAuthorized"] * 4 + ["ok"] * 3
+        acts = [act["kind"] for act in host.recorded()[len(before) :]]
+        assert acts == ["ListRequest", "LimitsRequest", "ReleaseRequest"]
+
+
+@pytest.mark.parametrize("user", [BOB, NOBODY], ids=lambda user: user.name)
+def test_without_polkit_outsiders_stay_outside(user: User) -> None:
+    with world() as host:
+        host.stop_polkit()
+        assert {reply.short for reply in using(host, user, call_all).values()} == {"AccessDenied"}
+        assert host.recorded() == []
+
+
+def test_without_the_rule_and_without_an_agent_nobody_passes(strict_host: World, member: User) -> None:
+    def calls(client: Client) -> list[str]:
+        names = [name for name in CALLS for _ in range(2)]
+        return [
+            client.call(name, *CALLS[name], flags=flags).short
+            for name, flags in zip(names, [INTERACTIVE, MessageFlag.NONE] * 3, strict=False)
+        ]
+
+    assert using(strict_host, member, calls) == ["NotAuthorized"] * 6
+    assert strict_host.recorded() == []
+    assert all(line.startswith("refused ") for line in strict_host.logged(member))
+    assert len(strict_host.logged(member)) == 6
+
+
+def test_a2_hanging_up_early_grants_nothing(strict_host: World, member: User) -> None:
+    """CVE-2021-3560: a caller who is gone when polkit asks for him must not become root's equal."""
+
+    def attack() -> None:
+        for number in range(2000):
+            with Client(strict_host.socket) as client:
+                client.send("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
+                time.sleep(number % 6 / 1000)
+
+    pid = as_user(member, lambda: Client(strict_host.socket).call("GetLimits").short)
+    assert pid.result() == "ok"
+    before = strict_host.helper_pid()
+    as_user(member, attack).result()
+    assert using(strict_host, ROOT_USER, lambda client: client.call("GetLimits").short) == "ok"
+    assert {act["kind"] for act in strict_host.recorded()} == {"LimitsRequest"}
+    assert strict_host.helper_pid() == before
+
+
+def test_a4_polkit_is_asked_about_the_callers_own_connection(host: World, member: User) -> None:
+    with Client(host.socket) as monitor:
+        rules = ["type='method_call',member='CheckAuthorization'"]
+        bus = {"destination": "org.freedesktop.DBus", "path": "/org/freedesktop/DBus"}
+        monitor.call("BecomeMonitor", "asu", [rules, 0], interface="org.freedesktop.DBus.Monitoring", **bus)
+
+        def calls(client: Client) -> str:
+            assert {client.call(name, *arguments).short for name, arguments in CALLS.items()} == {"ok"}
+            return client.unique_name
+
+        name = using(host, member, calls)
+        asked: list[Message] = []
+        while len(asked) < len(CALLS):
+            message = monitor.receive()
+            assert message is not None, "polkit was not asked"
+            if message.member == "CheckAuthorization":
+                asked.append(message)
+        for message, action in zip(asked, ("set-memlock", "pin-threads", "set-scheduler"), strict=True):
+            (kind, subject), action_id, details, flags, _ = message.body
+            assert (kind, {key: value.value for key, value in subject.items()}) == ("system-bus-name", {"name": name})
+            assert action_id == f"org.qemulauncher.{action}"
+            assert flags == 0
+            assert details["user"] == member.name
+            assert details["vm"] == "win11"
+            assert not any(key.startswith("polkit.") for key in details)
+
+
+def test_what_is_not_in_the_table_does_not_exist(host: World, member: User) -> None:
+    def calls(client: Client) -> list[str]:
+        arguments = CALLS["SetMemlock"]
+        return [
+            client.call("Nope").short,
+            client.call("setmemlock", *arguments).short,
+            client.call("SetMemlock", *arguments, path="/").short,
+            client.call("SetMemlock", *arguments, path=PATH + "/x").short,
+            client.call("Get", "ss", [NAME, "x"]).short,
+            client.call("SetMemlock", "us", [4242, "win11"]).short,
+            client.call("SetMemlock", "usx", [4242, "win11", 5]).short,
+            client.call("GetLimits", "s", ["x"]).short,
+        ]
+
+    assert using(host, member, calls) == ["UnknownMethod"] * 5 + ["InvalidArgs"] * 3
+    assert host.recorded(member) == []
+
+
+@pytest.mark.parametrize("interface", ["org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Peer", "a.b", None])
+def test_other_interfaces_are_closed(host: World, member: User, interface: str | None) -> None:
+    reply = using(host, member, lambda client: client.call("SetMemlock", *CALLS["SetMemlock"], interface=interface))
+    assert reply.short in ("AccessDenied", "UnknownMethod")
+    assert host.recorded(member) == []
+
+
+def test_a_reply_is_not_sent_to_who_wants_none(host: World, member: User) -> None:
+    def calls(client: Client) -> list[int]:
+        unwanted = [
+            client.send("SetMemlock", *CALLS["SetMemlock"], flags=NO_REPLY),
+            client.send("Nope", flags=NO_REPLY),
+            client.send("SetMemlock", "ust", [1, "x", 1], flags=NO_REPLY),
+        ]
+        wait_until(lambda: len(host.logged(member)) == 2, "the grant and the refusal")
+        last = client.send("GetLimits")
+        seen = []
+        while (message := client.receive()) is not None and message.reply_serial != last:
+            seen.append(message.reply_serial)
+        return [serial for serial in seen if serial in unwanted]
+
+    assert using(host, member, calls) == []
+    assert [act["kind"] for act in host.recorded(member)] == ["MemlockRequest", "LimitsRequest"]
+
+
+def test_errors_on_the_wire_are_fixed_texts(host: World, member: User) -> None:
+    def calls(client: Client) -> list[Reply]:
+        return [
+            client.call("SetMemlock", "ust", [4242, vm, 1])
+            for vm in ("crash", "taken", "a\nb", "\x1b[31m", "x" * 49, "")
+        ]
+
+    crash, taken, *invalid = using(host, member, calls)
+    assert (crash.short, crash.body) == ("Failed", ["The helper failed; its journal says why"])
+    assert (taken.short, taken.body) == ("Conflict", ["CPUs 4-7 are held by VM win11 of bob"])
+    assert {(reply.short, reply.body[0]) for reply in invalid} == {
+        ("InvalidArgs", "The VM's name is not 1 to 48 of A-Z a-z 0-9 _ -, beginning with a letter or digit")
+    }
+    lines = host.logged(member)
+    assert len(lines) == 6
+    assert "ZeroDivisionError" in lines[0]
+    assert all(line.isascii() and line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("member_name", "body", "error"),
+    [
+        ("SetMemlock", [0, "x", 1], "TargetRefused"),
+        ("SetMemlock", [1, "x", 1], "TargetRefused"),
+        ("SetMemlock", [2**32 - 1, "x", 1], "TargetRefused"),
+        ("SetMemlock", [4242, "x", 0], "InvalidArgs"),
+        ("PinThreads", [4242, "x", [], []], "InvalidArgs"),
+        ("PinThreads", [4242, "x", [[4243, [], True]], []], "InvalidArgs"),
+        ("PinThreads", [4242, "x", [[4243, [8192], True]], []], "InvalidArgs"),
+        ("PinThreads", [4242, "x", [[4243, [1], True], [4243, [2], True]], []], "InvalidArgs"),
+        ("PinThreads", [4242, "x", [[number, [1], True] for number in range(100, 1125)], []], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [4243], "deadline", 0], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [4243], "fifo", 0], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [4243], "fifo", 100], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [4243], "other", 1], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [], "fifo", 1], "InvalidArgs"),
+        ("SetScheduler", [4242, "x", [1], "fifo", 1], "TargetRefused"),
+        ("Release", [2**32 - 1, "x"], "InvalidArgs"),
+    ],
+)
+def test_ranges(host: World, member: User, member_name: str, body: list[Any], error: str) -> None:
+    signature = {**{name: call[0] for name, call in CALLS.items()}, "Release": "us"}[member_name]
+    assert using(host, member, lambda client: client.call(member_name, signature, body).short) == error
+    assert host.recorded(member) == []
+
+
+def test_largest_sensible_request_passes(host: World, member: User) -> None:
+    pins = [[number, [number % 1024], True] for number in range(100, 1124)]
+    reply = using(host, member, lambda client: client.call("PinThreads", "usa(uaub)au", [4242, "x", pins, []]))
+    assert reply.short == "ok"
+
+
+def test_a16_nobody_takes_the_name(host: World, member: User) -> None:
+    def calls(client: Client) -> list[str]:
+        return [client.daemon("RequestName", "su", [name, 0]).short for name in (NAME, NAME + ".sub", NAME + "1")]
+
+    for user in (member, BOB, NOBODY):
+        assert using(host, user, calls) == ["AccessDenied"] * 3
+
+
+def test_a16_starting_it_over_and_over_is_harmless(host: World, member: User) -> None:
+    before = host.helper_pid()
+
+    def calls(client: Client) -> set[str]:
+        return {client.daemon("StartServiceByName", "su", [NAME, 0]).short for _ in range(200)}
+
+    assert using(host, NOBODY, calls) == {"ok"}
+    assert host.helper_pid() == before
+    assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"
+
+
+@pytest.mark.parametrize("insider", [False, True])
+def test_unicast_signals_are_stopped_by_the_bus(host: World, member: User, insider: bool) -> None:
+    user = member if insider else NOBODY
+
+    def calls(client: Client) -> None:
+        client.send("Boo", "s", ["x" * 100000], kind=MessageType.SIGNAL)
+        job = [7, "/org/freedesktop/systemd1/job/7", "x.scope", "done"]
+        manager = {"path": "/org/freedesktop/systemd1", "interface": "org.freedesktop.systemd1.Manager"}
+        client.send("JobRemoved", "uoss", job, kind=MessageType.SIGNAL, **manager)
+        client.daemon("GetId")
+
+    rejected = host.daemons_log().count('type="signal"')
+    using(host, user, calls)
+    assert host.daemons_log().count('type="signal"') == rejected + 2
+
+
+def test_a_broken_configuration_stops_all_service(member: User) -> None:
+    with world() as host:
+        calls = lambda client: [reply.short for reply in call_all(client).values()]  # noqa: E731
+        assert using(host, member, calls) == ["ok"] * 5
+        host.toml.write_text("[[limits]]\nmax_vms = -1\n")
+        before = host.recorded()
+        replies = using(host, member, call_all)
+        assert {reply.short for reply in replies.values()} == {"Failed"}
+        assert "qemu-launcher-helper --check" in replies["SetMemlock"].body[0]
+        assert host.recorded() == before
+        assert any("helper.toml, [[limits]] entry 1, key max_vms" in line for line in host.logged())
+        host.toml.write_text("[[limits]]\nmax_vms = 1\n")
+        host.toml.chmod(0o666)
+        assert {reply.short for reply in using(host, member, call_all).values()} == {"Failed"}
+        host.toml.chmod(0o644)
+        assert using(host, member, calls) == ["ok"] * 5
+
+
+def test_quota_of_calls_in_flight(host: World, member: User, other: User) -> None:
+    def calls(client: Client) -> list[str]:
+        for _ in range(4):
+            client.send("SetMemlock", "ust", [4242, "slow", 1])
+        wait_until(lambda: len(host.recorded(member)) == 4, "four calls in flight")
+        return [client.call("GetLimits").short for _ in range(3)]
+
+    assert using(host, member, calls) == ["LimitExceeded"] * 3
+    assert len([line for line in host.logged() if line == f"refused uid={member.uid}: too many calls"]) == 1
+    assert using(host, other, lambda client: client.call("GetLimits").short) == "ok"
+
+
+def test_quota_of_calls_per_window(host: World, member: User, other: User) -> None:
+    answers = using(host, member, lambda client: [client.call("GetLimits").short for _ in range(70)])
+    assert answers == ["ok"] * 60 + ["LimitExceeded"] * 10
+    assert using(host, other, lambda client: client.call("GetLimits").short) == "ok"

@@ -1,0 +1,197 @@
+"""Attack A13: bursts, huge and odd messages, file descriptors. The helper lives on, stays small, serves others."""
+
+import array
+import socket
+from pathlib import Path
+from typing import Any
+
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+
+from bus.client import NAME, NO_REPLY, PATH, Client
+from bus.test_access import CALLS, using
+from bus.world import NOBODY, User, World, as_user, wait_until
+
+MIB = 2**20
+
+
+def peak(pid: int) -> int:
+    """Peak resident memory of a process, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def served(host: World, user: User) -> int:
+    """Be served once, and return the helper's PID."""
+    assert using(host, user, lambda client: client.call("GetLimits").short) == "ok"
+    return host.helper_pid()
+
+
+def test_bursts(host: World, member: User, other: User) -> None:
+    pid = served(host, other)
+    files = descriptors(pid)
+
+    def burst() -> dict[str, int]:
+        clients = [Client(host.socket) for _ in range(200)]
+        serials = []
+        for client in clients:
+            messages = [client.message("SetMemlock", *CALLS["SetMemlock"]) for _ in range(120)]
+            serials.append([serial for serial, _ in messages])
+            client.socket.sendall(b"".join(data for _, data in messages))
+        count: dict[str, int] = {}
+        for client, wanted in zip(clients, serials, strict=True):
+            for reply in client.replies(wanted):
+                count[reply.short] = count.get(reply.short, 0) + 1
+        return count
+
+    flood = as_user(member, burst)
+    meanwhile = [
+        using(host, other, lambda client: client.call("SetMemlock", *CALLS["SetMemlock"]).short) for _ in range(5)
+    ]
+    count = flood.result()
+    assert meanwhile == ["ok"] * 5
+    assert sum(count.values()) == 200 * 120
+    assert set(count) == {"ok", "LimitExceeded"}
+    assert 1 <= count["ok"] <= 60
+    assert host.helper_pid() == pid
+    assert descriptors(pid) == files
+    assert peak(pid) < 80 * MIB
+
+
+def test_a_flood_that_wants_no_replies(host: World, member: User, other: User) -> None:
+    """No limit of the bus on unanswered calls applies to these."""
+    pid = served(host, other)
+
+    def flood() -> None:
+        with Client(host.socket) as client:
+            _, data = client.message("SetMemlock", *CALLS["SetMemlock"], flags=NO_REPLY)
+            for _ in range(20):
+                client.socket.sendall(data * 500)
+            client.daemon("GetId")
+
+    as_user(member, flood).result()
+    assert served(host, other) == pid
+    assert peak(pid) < 80 * MIB
+
+
+def test_large_messages(host: World, member: User, other: User) -> None:
+    pid = served(host, other)
+
+    def calls(client: Client) -> list[str]:
+        client.send("Nope", "ay", [bytes(30 * MIB)], flags=NO_REPLY)
+        client.send("SetMemlock", "ust", [4242, "x" * 100_000, 1], flags=NO_REPLY)
+        client.send("PinThreads", "usa(uaub)au", [4242, "x", [], list(range(2 * MIB))], flags=NO_REPLY)
+        client.send("GetLimits", interface="a." + "b" * 200, flags=NO_REPLY)
+        return [client.call("GetLimits").short]
+
+    assert using(host, member, calls) == ["ok"]
+    assert served(host, other) == pid
+    assert peak(pid) < 80 * MIB
+    assert [act["kind"] for act in host.recorded(member)] == ["LimitsRequest"]
+
+
+def test_the_limit_of_size_is_where_it_says(host: World, member: User) -> None:
+    """Positive control of the refusal of large messages: a large one, not too large, is parsed and judged."""
+
+    def calls(client: Client) -> str:
+        return client.call("PinThreads", "usa(uaub)au", [4242, "x", [[4243, [1], True]], list(range(8000))]).short
+
+    assert using(host, member, calls) == "ok"
+
+
+def test_odd_types_and_depths(host: World, member: User) -> None:
+    pid = served(host, member)
+
+    def calls(client: Client) -> list[str]:
+        deep: Any = 1
+        signature = "u"
+        for _ in range(30):
+            deep, signature = [deep], "a" + signature
+        struct: Any = [1]
+        for _ in range(30):
+            struct = [struct]
+        return [
+            client.call("SetMemlock", signature, [deep]).short,
+            client.call("SetMemlock", "(" * 31 + "y" + ")" * 31, [struct]).short,
+            client.call("SetMemlock", "a{sv}", [{}]).short,
+            client.call("SetMemlock", "dnqixg", [1.5, -1, 1, -1, -1, "as"]).short,
+            client.call("SetMemlock", "h", [7]).short,
+            client.call("GetLimits").short,
+        ]
+
+    answers = using(host, member, calls)
+    assert answers[:4] == ["InvalidArgs"] * 4
+    assert answers[5] == "ok"
+    assert host.helper_pid() == pid
+
+
+def test_unknown_flags_and_types(host: World, member: User) -> None:
+    pid = served(host, member)
+
+    def calls(client: Client) -> str:
+        for kind in (5, 200):
+            _, data = client.message("GetLimits", flags=NO_REPLY)
+            client.socket.sendall(data[:1] + bytes([kind]) + data[2:])
+        serial, data = client.message("GetLimits")
+        client.socket.sendall(data[:2] + b"\xf8" + data[3:])
+        return client.replies([serial])[0].short
+
+    assert using(host, member, calls) == "ok"
+    assert host.helper_pid() == pid
+
+
+def test_replies_that_nobody_asked_for(host: World, member: User) -> None:
+    """The bus lets no such reply pass; if it did, nothing would wait for it."""
+    pid = served(host, member)
+
+    def calls(client: Client) -> str:
+        for number in range(1, 50):
+            kind, yes = MessageType.METHOD_RETURN, [[True, False, {}]]
+            reply = Message(
+                NAME, message_type=kind, reply_serial=number, signature="(bba{ss})", body=yes, serial=1000 + number
+            )
+            client.socket.sendall(bytes(reply._marshall()))
+        return client.call("GetLimits").short
+
+    assert using(host, member, calls) == "ok"
+    assert host.helper_pid() == pid
+
+
+def test_descriptors_are_not_taken(host: World, member: User) -> None:
+    pid = served(host, member)
+    files = descriptors(pid)
+
+    def attack() -> list[str]:
+        errors = []
+        for _ in range(50):
+            message = Message(NAME, PATH, NAME, "SetMemlock", signature="h", body=[0], unix_fds=[0], serial=99)
+            data = bytes(message._marshall(negotiate_unix_fd=True))
+            with Client(host.socket, descriptors=True) as client, Path("/dev/null").open() as null:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [null.fileno()]))]
+                client.socket.sendmsg([data], rights)
+                errors.append(client.replies([99])[0].short)
+        return errors
+
+    assert set(as_user(member, attack).result()) == {"NotSupported"}
+    assert served(host, member) == pid
+    assert descriptors(pid) == files
+
+
+def test_outsiders_cannot_even_send(host: World, member: User) -> None:
+    pid = served(host, member)
+    before = peak(pid)
+
+    def attack() -> None:
+        for kind in (MessageType.METHOD_CALL, MessageType.SIGNAL):
+            with Client(host.socket) as client:
+                client.send("Boo", "ay", [bytes(8 * MIB)], kind=kind, flags=NO_REPLY)
+                client.daemon("GetId")
+
+    as_user(NOBODY, attack).result()
+    assert served(host, member) == pid
+    assert peak(pid) - before < MIB
+    wait_until(lambda: host.daemons_log().count('member="Boo"') == 2, "both rejections")

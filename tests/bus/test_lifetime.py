@@ -1,0 +1,88 @@
+"""How the helper comes and goes: attack A22, a lost bus, SIGTERM, privileges at rest."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from bus.client import Client
+from bus.test_access import CALLS, using
+from bus.world import User, World, as_user, wait_until, world
+
+
+def exits(host: World) -> dict[int, int]:
+    """Status by PID of the helpers that have ended."""
+    file = host.folder / "exits"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {int(pid): int(status) for pid, status in (line.split() for line in lines)}
+
+
+def test_a22_calls_around_the_moment_of_leaving_are_not_lost(member: User) -> None:
+    with world(idle=0.2) as host:
+
+        def calls() -> list[str]:
+            chance = random.Random(22)
+            answers = []
+            with Client(host.socket) as client:
+                for _ in range(40):
+                    answers.append(client.call("SetMemlock", *CALLS["SetMemlock"]).short)
+                    time.sleep(chance.uniform(0.19, 0.23))
+            return answers
+
+        assert as_user(member, calls).result() == ["ok"] * 40
+        assert len(host.recorded(member)) == 40
+        wait_until(lambda: len(exits(host)) > 2, "helpers that have left")
+        assert set(exits(host).values()) == {0}
+
+
+def test_a_call_in_flight_keeps_it_here(member: User) -> None:
+    with world(idle=0.2) as host:
+
+        def calls() -> int:
+            with Client(host.socket) as client:
+                client.send("SetMemlock", "ust", [4242, "slow", 1])
+                wait_until(lambda: host.recorded(member), "the call")
+                time.sleep(1.0)
+                return host.helper_pid()
+
+        pid = as_user(member, calls).result()
+        assert Path(f"/proc/{pid}").exists()
+
+
+def test_sigterm_is_an_orderly_end(member: User) -> None:
+    with world() as host:
+        assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"
+        pid = host.helper_pid()
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: exits(host), "the end")
+        assert exits(host) == {pid: 0}
+
+
+def test_a_lost_bus_is_a_failure(member: User) -> None:
+    with world() as host:
+        assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"
+        pid = host.helper_pid()
+        host.bus.kill()
+        wait_until(lambda: exits(host), "the end")
+        assert exits(host) == {pid: 1}
+        assert any(line.startswith("lost the bus") for line in host.logged())
+
+
+def test_a_second_helper_leaves_the_first_alone(host: World, member: User) -> None:
+    assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"
+    pid = host.helper_pid()
+    second = os.spawnv(os.P_WAIT, host.helper_command()[0], host.helper_command())
+    assert second == 1
+    assert host.helper_pid() == pid
+
+
+def test_privileges_at_rest(host: World, member: User) -> None:
+    assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"
+    lines = Path(f"/proc/{host.helper_pid()}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    three = 1 << 23 | 1 << 24 | 1 << 21
+    assert int(status["CapEff"], 16) == int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+    assert int(status["CapPrm"], 16) & ~three == int(status["CapBnd"], 16) & ~three == 0
+    assert int(status["CapPrm"], 16) != 0
+    assert status["NoNewPrivs"] == "1"

@@ -1,0 +1,312 @@
+"""A host's bus and polkit, made for a test: real dbus-daemon, real polkitd, our policy files, users of our own.
+
+Everything lives in a private mount namespace, where copies of /etc/passwd, /etc/group, polkit's folders and systemd's
+session files lie over the real ones; nothing outside changes. Needs root. Every process is ended by its own PID.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+STOCK_BUS = Path("/usr/share/dbus-1/system.conf")
+POLKIT_BUS = Path("/usr/share/dbus-1/system.d/org.freedesktop.PolicyKit1.conf")
+POLKITD = next((path for path in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if Path(path).exists()), None)
+GROUP = 61000  # gid of qemu-launcher here
+
+
+@dataclass(frozen=True)
+class User:
+    name: str
+    uid: int
+    member: bool
+
+    @property
+    def groups(self) -> list[int]:
+        return [GROUP] if self.member else []
+
+
+ROOT_USER = User("root", 0, member=False)
+ALICE = User("alice", 61001, member=True)
+BOB = User("bob", 61002, member=False)
+CAROL = User("carol", 61003, member=True)
+NOBODY = User("nobody", 65534, member=False)
+# One user per test: what a test does to its user's quotas is nobody else's business.
+CROWD = [User(f"user{number}", 61100 + number, member=True) for number in range(100)]
+
+
+def missing() -> str | None:
+    """Why the bus tests cannot run here, or None."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if POLKITD is None or shutil.which("dbus-daemon") is None:
+        return "needs dbus-daemon and polkitd"
+    return None
+
+
+def as_user(user: User, function: Callable[[], Any]) -> "Child":
+    """Run `function` in a forked process of `user`, without privilege, and pickle what it returns."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        status = 1
+        try:
+            signal.alarm(240)  # no client outlives its test for long
+            os.setgroups(user.groups)
+            os.setresgid(user.uid or 0, user.uid or 0, user.uid or 0)
+            os.setresuid(user.uid, user.uid, user.uid)
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(function(), pipe)
+            status = 0
+        except BaseException:  # noqa: BLE001  the child must never return into pytest
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(write)
+    return Child(pid, read)
+
+
+class Child:
+    """A forked process and its result."""
+
+    def __init__(self, pid: int, pipe: int) -> None:
+        self.pid = pid
+        self._pipe = os.fdopen(pipe, "rb")
+
+    def kill(self) -> None:
+        """End it; there is no result."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._pipe.close()
+
+    def result(self) -> Any:
+        """Wait for the end; return what the function returned."""
+        with self._pipe:
+            data = self._pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        assert status == 0, "the client process failed; its traceback is above"
+        return pickle.loads(data)
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+    """Poll, in tests only: these things have no event."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+class World:
+    """The running host. `folder` is readable by everybody, as the real places are."""
+
+    def __init__(self, folder: Path, *, member_rule: bool = True, idle: float = 600.0) -> None:
+        self.folder = folder
+        self.socket = str(folder / "bus")
+        self.acts = folder / "acts.jsonl"
+        self.log = folder / "helper.log"
+        self.toml = folder / "helper.toml"
+        self.idle = idle
+        self._member_rule = member_rule
+        self._stack = ExitStack()
+        self._polkitd: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._write_files()
+            self._holder = stack.enter_context(
+                self._process(["unshare", "-m", "sh", "-ec", self._mounts()], ready=True)
+            )
+            self.bus = stack.enter_context(
+                self._process(
+                    self.inside(
+                        ["dbus-daemon", f"--config-file={self.folder}/bus.conf", "--nofork", "--print-address=1"]
+                    ),
+                    ready=True,
+                )
+            )
+            stack.callback(self.stop_polkit)
+            self.start_polkit()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def inside(self, command: list[str]) -> list[str]:
+        """The same command, in the namespace of this world."""
+        return ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--", *command]
+
+    @contextmanager
+    def _process(self, command: list[str], *, ready: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """Run `command` until the end of the context; with `ready`, wait for its first line of output."""
+        with (self.folder / "daemons.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        try:
+            assert process.stdout is not None
+            if ready:
+                assert process.stdout.readline(), (
+                    f"{command} did not start: {(self.folder / 'daemons.log').read_text()}"
+                )
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def start_polkit(self) -> None:
+        """Start polkitd and wait until it owns its name."""
+        assert POLKITD is not None
+        environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={self.socket}"}
+        with (self.folder / "daemons.log").open("ab") as log:
+            self._polkitd = subprocess.Popen(self.inside([POLKITD]), env=environment, stdout=log, stderr=log)
+        from bus.client import Client
+
+        with Client(self.socket) as client:
+            wait_until(
+                lambda: client.daemon("NameHasOwner", "s", ["org.freedesktop.PolicyKit1"]).body == [True], "polkitd"
+            )
+
+    def stop_polkit(self) -> None:
+        """End polkitd; for good, the bus does not know how to start it."""
+        if self._polkitd is not None:
+            self._polkitd.terminate()
+            self._polkitd.wait()
+            self._polkitd = None
+
+    def log_in(self, user: User) -> str:
+        """Give `user` an active local session, as logind would write it down; return its id."""
+        session = f"c{user.uid}"
+        facts = (
+            f"UID={user.uid}\nUSER={user.name}\nACTIVE=1\nSTATE=active\nREMOTE=0\nTYPE=x11\nCLASS=user\nSEAT=seat0\n"
+        )
+        self._write(f"systemd-sessions/{session}", facts)
+        self._write(
+            f"systemd-users/{user.uid}",
+            f"NAME={user.name}\nSTATE=active\nDISPLAY={session}\nSESSIONS={session}\nACTIVE_SESSIONS={session}\n",
+        )
+        cgroup = f"/user.slice/user-{user.uid}.slice/session-{session}.scope"
+        self._write(f"cgroup-{user.uid}", f"0::{cgroup}\n1:name=systemd:{cgroup}\n")
+        return session
+
+    def run_as(self, user: User, function: Callable[[], Any]) -> Child:
+        """as_user(), but the process of somebody who has logged in is in his session, as far as polkitd can see."""
+        cgroup = self.folder / f"cgroup-{user.uid}"
+        if not cgroup.exists():
+            return as_user(user, function)
+        gate, opener = os.pipe()
+
+        def when_in_place() -> Any:
+            os.read(gate, 1)
+            return function()
+
+        child = as_user(user, when_in_place)
+        subprocess.run(self.inside(["mount", "--bind", str(cgroup), f"/proc/{child.pid}/cgroup"]), check=True)
+        os.write(opener, b"x")
+        os.close(gate)
+        os.close(opener)
+        return child
+
+    def recorded(self, user: User | None = None) -> list[dict[str, Any]]:
+        """The acts that the helper was about to do, in order; of `user` if given."""
+        lines = self.acts.read_text().splitlines() if self.acts.exists() else []
+        acts = [json.loads(line) for line in lines]
+        return [act for act in acts if user is None or act["uid"] == user.uid]
+
+    def logged(self, user: User | None = None) -> list[str]:
+        """The helper's log lines; those about `user` if given."""
+        lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
+        return [line for line in lines if user is None or f"uid={user.uid} " in line]
+
+    def daemons_log(self) -> str:
+        """What dbus-daemon and polkitd have written."""
+        return (self.folder / "daemons.log").read_text()
+
+    def helper_pid(self) -> int:
+        """PID of the helper that owns the name now."""
+        from bus.client import Client
+
+        with Client(self.socket) as client:
+            return int(client.daemon("GetConnectionUnixProcessID", "s", ["org.qemulauncher.Helper1"]).body[0])
+
+    def _write_files(self) -> None:
+        users = [ALICE, BOB, CAROL, *CROWD]
+        passwd = "".join(f"{user.name}:x:{user.uid}:{user.uid}::/nonexistent:/bin/false\n" for user in users)
+        groups = "".join(f"{user.name}:x:{user.uid}:\n" for user in users)
+        members = ",".join(user.name for user in users if user.member)
+        self._write("passwd", Path("/etc/passwd").read_text() + passwd)
+        self._write("group", Path("/etc/group").read_text() + groups + f"qemu-launcher:x:{GROUP}:{members}\n")
+        for name in ("actions", "rules", "rules-etc", "services"):
+            (self.folder / name).mkdir()
+        shutil.copy(ROOT / "polkit/org.qemulauncher.policy", self.folder / "actions")
+        if self._member_rule:
+            shutil.copy(ROOT / "polkit/50-qemu-launcher.rules", self.folder / "rules")
+        self._write("services/org.qemulauncher.Helper1.service", self._activation())
+        self._write("bus.conf", self._bus_configuration())
+        for name in ("users", "sessions"):
+            (self.folder / f"systemd-{name}").mkdir()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def _mounts(self) -> str:
+        over = {
+            "/etc/passwd": "passwd",
+            "/etc/group": "group",
+            "/usr/share/polkit-1/actions": "actions",
+            "/usr/share/polkit-1/rules.d": "rules",
+            "/etc/polkit-1/rules.d": "rules-etc",
+            "/run/systemd/users": "systemd-users",
+            "/run/systemd/sessions": "systemd-sessions",
+        }
+        binds = "".join(f"mount --bind {self.folder}/{name} {place}\n" for place, name in over.items())
+        return f"mkdir -p /run/systemd/users /run/systemd/sessions\n{binds}echo ready\nexec sleep infinity\n"
+
+    def helper_command(self) -> list[str]:
+        """What the bus runs to start the helper."""
+        return [sys.executable, str(Path(__file__).with_name("helper_under_test.py")), str(self.folder), str(self.idle)]
+
+    def _activation(self) -> str:
+        return f"[D-BUS Service]\nName=org.qemulauncher.Helper1\nUser=root\nExec={' '.join(self.helper_command())}\n"
+
+    def _bus_configuration(self) -> str:
+        """The stock configuration of the system bus, less what would make it the host's own."""
+        root = ET.parse(STOCK_BUS).getroot()
+        for element in list(root):
+            if element.tag not in ("policy", "limit", "auth"):
+                root.remove(element)
+        for tag, text in {"listen": f"unix:path={self.socket}", "servicedir": f"{self.folder}/services"}.items():
+            ET.SubElement(root, tag).text = text
+        systemd = ET.SubElement(root, "policy", user="root")
+        ET.SubElement(systemd, "allow", own="org.freedesktop.systemd1")
+        ET.SubElement(systemd, "allow", send_destination="org.freedesktop.systemd1")
+        for file in (POLKIT_BUS, ROOT / "dbus/org.qemulauncher.Helper1.conf"):
+            ET.SubElement(root, "include").text = str(file)
+        doctype = '<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN" "busconfig.dtd">\n'
+        return doctype + ET.tostring(root, encoding="unicode")
+
+
+@contextmanager
+def world(**options: Any) -> Iterator[World]:
+    """A world in a folder of its own, which is removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="qemu-launcher-bus-"))
+    folder.chmod(0o755)
+    try:
+        with World(folder, **options) as host:
+            yield host
+    finally:
+        shutil.rmtree(folder)
