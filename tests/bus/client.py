@@ -106,6 +106,13 @@ class Client:
                 raise EOFError
             self._buffer += data
 
+    def reply(self, seconds: float = 60.0) -> Reply | None:
+        """The next reply to whatever; None if none comes in time."""
+        while (message := self.receive(seconds)) is not None:
+            if message.reply_serial:
+                return Reply(message)
+        return None
+
     def replies(self, serials: Sequence[int], seconds: float = 60.0) -> list[Reply]:
         """The replies to `serials`, in that order."""
         got: dict[int, Reply] = {}

@@ -91,7 +91,7 @@ def test_a14_an_agent_that_never_answers(strict_host: World, member: User, other
             client.socket.sendall(data * 10)
         refused = 0
         for client in clients:
-            while refused < 200 - 9 and client.receive(1.0) is not None:
+            while refused < 200 - 9 and client.reply(1.0) is not None:
                 refused += 1
         return refused
 
@@ -113,7 +113,7 @@ def test_waiting_for_a_person_takes_none_of_the_users_slots(strict_host: World, 
         waiting = 0
         while True:
             client.send("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
-            refusal = client.receive(0.3)
+            refusal = client.reply(0.3)
             if refusal is None:
                 waiting += 1
             elif "wait for a password" in refusal.body[0]:
