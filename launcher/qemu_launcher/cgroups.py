@@ -37,10 +37,11 @@ def is_populated(scope: Path) -> bool:
     return "populated 1" in _read(scope / "cgroup.events").splitlines()
 
 
-def scope_of(pid: int) -> str | None:
-    """Name of the VM's scope that `pid` is in, None if it is in none."""
-    found = _SCOPE.search(_path(f"{pid}/cgroup"))
-    return None if found is None else found[0]
+def scope_of(pid: int) -> Path | None:
+    """Directory of the VM's scope that `pid` is in, None if it is in none."""
+    path = _path(f"{pid}/cgroup")
+    found = _SCOPE.search(path)
+    return None if found is None else ROOT / path[: found.end()].lstrip("/")
 
 
 def partition_of(pid: int, tid: int) -> str | None:

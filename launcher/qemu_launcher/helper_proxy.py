@@ -34,6 +34,9 @@ METHODS = {
     "GetLimits": ("", "a{sv}"),
 }
 
+# The members that polkit guards: only these may put a question to a person. Giving back never waits for one.
+_MAY_ASK = {"SetMemlock", "PinThreads", "SetScheduler"}
+
 DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification, "System message bus"
 
 # dbus-daemon gives up on an activation after 25 s and answers itself. What is left is a helper that hangs, and a
@@ -133,6 +136,7 @@ class Helper:
 
     async def _call(self, member: str, *body: Any) -> list[Any]:
         wanted, answered = METHODS[member]
+        may_ask = self._interactive and member in _MAY_ASK
         message = Message(
             destination=BUS_NAME,
             path=OBJECT_PATH,
@@ -140,9 +144,9 @@ class Helper:
             member=member,
             signature=wanted,
             body=list(body),
-            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if self._interactive else MessageFlag.NONE,
+            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if may_ask else MessageFlag.NONE,
         )
-        reply = await self._reply(member, message)
+        reply = await self._reply(member, message, DIALOG_TIMEOUT if may_ask else CALL_TIMEOUT)
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
             raise access.explained(reply.error_name or "", text)
@@ -151,15 +155,11 @@ class Helper:
         body_out: list[Any] = reply.body
         return body_out
 
-    async def _reply(self, member: str, message: Any) -> Any:
+    async def _reply(self, member: str, message: Any, seconds: float) -> Any:
         """The answer to a call; the library itself waits for ever, also on a connection that is lost."""
         call = asyncio.ensure_future(self._bus.call(message))
         try:
-            await asyncio.wait(
-                [call, self._lost],
-                timeout=DIALOG_TIMEOUT if self._interactive else CALL_TIMEOUT,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait([call, self._lost], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if call.done() and call.exception() is None:
                 return call.result()
             if call.done() or self._lost.done():

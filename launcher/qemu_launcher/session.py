@@ -35,6 +35,7 @@ def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
     if not untuned:
         host.validate_against_host(definition, host.read_host())
+    terminal.fill_standard_descriptors()
     identity.assume(definition)
     return asyncio.run(_run(definition, Voice(definition.name, quiet=quiet), untuned=untuned))
 

@@ -134,7 +134,8 @@ class Shutdown:
         except (QmpError, TimeoutError) as err:
             self._voice.say(f"the guest cannot be asked to power down: {err or 'QEMU does not answer'}")
         else:
-            self._voice.say("asked the guest to power down; Ctrl-C again cuts the power")
+            limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:g} s"
+            self._voice.say(f"asked the guest to power down{limit}; Ctrl-C again cuts the power")
         if number == signal.SIGTERM:
             self._set_deadline(self._timeout)
 

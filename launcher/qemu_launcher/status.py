@@ -169,7 +169,7 @@ async def _picture(vm: Found) -> Picture:
     facts = [("definition", vm.record.definition)] if vm.record.definition else []
     facts.append(("launcher", f"PID {vm.launcher.pid}" if vm.launcher is not None else "gone; the VM runs without it"))
     if (scope := cgroups.scope_of(pid)) is not None:
-        facts.append(("scope", scope))
+        facts.append(("scope", scope.name))
     facts.append(("memory", _memory(pid)))
     live = set(procfs.tids(pid))
     rows = tuple(_row(pid, index, tid) for index, tid in sorted(vcpus.items()) if tid in live)

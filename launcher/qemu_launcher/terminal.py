@@ -16,6 +16,16 @@ from typing import Any
 _STDIO = (0, 1, 2)
 
 
+def fill_standard_descriptors() -> None:
+    """Open /dev/null where stdin, stdout or stderr was closed for us.
+
+    Else the next file we open gets its number: QEMU would write its messages into our lock file.
+    """
+    for fd in _STDIO:
+        if _flags(fd) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is `fd`
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Restore terminal modes and the flags of the standard descriptors when the context ends."""

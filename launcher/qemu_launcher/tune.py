@@ -45,6 +45,7 @@ class Tuning:
         self._granted: int | None = None
         self._plan: ThreadPlan | None = None
         self._helper: Helper | None = None
+        self._scope: Path | None = None  # stays None where there is no systemd, or no cgroup v2, to have made one
         self._by_helper = False  # whether the helper has done, or may have done, something that can be undone
 
     @property
@@ -92,7 +93,7 @@ class Tuning:
 
     async def after_end(self) -> None:
         """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back."""
-        if self._by_helper and _outlived(self._definition.name):
+        if self._by_helper and (self._scope is None or cgroups.is_populated(self._scope)):
             await self._release()
 
     def summary(self) -> str:
@@ -177,6 +178,7 @@ class Tuning:
         if self._granted is not None and self._memlock is not None:
             differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
         self._check(differences)
+        self._scope = cgroups.scope_of(qemu.pid)
 
     async def _pin_by_helper(self, wanted: ThreadPlan, qemu: Qemu) -> None:
         helper = await self._join_bus()
@@ -242,10 +244,3 @@ def _schedule_unaided(wanted: ThreadPlan, number: int) -> None:
             os.sched_setscheduler(tid, number, os.sched_param(0))
         except OSError as err:
             raise TuningFailed(f"TID {tid} cannot be scheduled {wanted.policy}: {err.strerror}") from err
-
-
-def _outlived(name: str) -> bool:
-    """Whether the VM's scope still has a process in it. True too where there is no systemd to have made a scope."""
-    if not Path("/run/systemd/system").is_dir():
-        return True
-    return any(cgroups.is_populated(scope) for vm, scope in cgroups.scopes(os.geteuid()) if vm == name)

@@ -6,10 +6,10 @@ Why it exists: stderr is shared with QEMU, which may have made the terminal non-
 
 import contextlib
 import os
-import sys
 
 from .errors import printable
 
+_STDERR = 2
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -31,8 +31,8 @@ class Voice:
 
     def say(self, text: str) -> None:
         """What the user must know, also with `-q`."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: stderr was closed before we started
-            os.write(sys.stderr.fileno(), printable(f"{self._name}: {text}\n").encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError):
+            os.write(_STDERR, printable(f"{self._name}: {text}\n").encode(errors="backslashreplace"))
 
 
 def format_size(size: int) -> str:

@@ -1,7 +1,10 @@
 """The ordinary life of a VM: it starts, says so, is seen, is powered down, and its exit status comes back."""
 
+import json
 import os
+import pwd
 import re
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -266,3 +269,50 @@ def test_runtime_directory_that_others_may_enter_is_refused(home: Home) -> None:
     assert run.end() == 1
     assert f"{place} is not yours, or others may enter it" in run.output
     assert not list(place.iterdir())
+
+
+def test_closed_standard_descriptors_are_not_taken_for_ours(home: Home) -> None:
+    """Started with stdin, stdout and stderr closed, the lock must not become QEMU's stderr."""
+    home.define()
+    words = " ".join(home.command("run", "vm"))
+    home.start(argv=["sh", "-c", f"exec {words} 0<&- 1>&- 2>&-"])
+    lock = home.runtime / "qemu-launcher" / "vm.lock"
+    while not (lock.exists() and '"running"' in lock.read_text()):
+        assert home.runs[0].process.poll() is None
+        os.sched_yield()
+    fds = Path(f"/proc/{home.record()['qemu'][0]}/fd")
+    assert [str((fds / str(fd)).readlink()) for fd in range(3)] == ["/dev/null"] * 3
+    assert home.ask("kill", "vm").returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody else")
+def test_root_starts_it_as_another_user(home: Home) -> None:
+    """From the lock to QEMU everything is that user's, and root's runtime directory is not touched."""
+    nobody = pwd.getpwnam("nobody")
+    place = Path(f"/tmp/qemu-launcher-{nobody.pw_uid}")
+    home.define("as-nobody", user="nobody", working_directory="/")
+    run = home.start("as-nobody")
+    try:
+        run.wait_running()
+        record = json.loads((place / "as-nobody.lock").read_text())
+        status = Path(f"/proc/{record['qemu'][0]}/status").read_text()
+        for field, number in (("Uid", nobody.pw_uid), ("Gid", nobody.pw_gid)):
+            assert re.search(rf"^{field}:\s+({number}\s*){{4}}$", status, re.MULTILINE)
+        groups = re.search(r"^Groups:(.*)$", status, re.MULTILINE)
+        assert groups is not None
+        assert [int(word) for word in groups[1].split()] == sorted(os.getgrouplist("nobody", nobody.pw_gid))
+        assert place.stat().st_uid == nobody.pw_uid
+        assert not (home.runtime / "qemu-launcher").exists()
+        os.kill(record["qemu"][0], signal.SIGTERM)
+        assert run.end() == 0
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody else")
+def test_user_who_does_not_exist(home: Home) -> None:
+    home.define(user="no-such-user")
+    run = home.start()
+    assert run.end() == 1
+    assert "there is no user 'no-such-user' on this host" in run.output
+    assert not (home.runtime / "qemu-launcher").exists()
