@@ -169,6 +169,7 @@ def _drain(source: Path, emulator: Path, keep: str = "") -> None:
 
 def _threaded(path: Path) -> Path:
     path.mkdir(exist_ok=True)
+    path.chmod(0o755)  # UMask=0077 would hide from its user whether the partition he was granted is valid
     if (path / "cgroup.type").read_text().strip() != "threaded":
         (path / "cgroup.type").write_text("threaded")
     return path
