@@ -39,7 +39,7 @@ KERNEL_ARGUMENTS = (
     "root=/dev/vda", "rw", "console=ttyS0", "net.ifnames=0",
     "panic=-1", "oops=panic",  # whatever goes wrong in the kernel ends QEMU at once (with -no-reboot)
     "mitigations=off",  # they cost time, and there is nobody to keep out
-    "systemd.show_status=true",  # the boot's progress, for the stall watch and for people
+    "systemd.show_status=true", "TERM=dumb",  # the boot's progress, for the stall watch and for people; no colours
     "systemd.ssh_auto=no",  # systemd 256 and later: no second sshd on vsock
 )  # fmt: skip
 

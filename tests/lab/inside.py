@@ -17,6 +17,9 @@ import pytest
 
 REQUEST_VARIABLE = "QEMU_LAUNCHER_LAB_REQUEST"
 REPORT_FD = 3
+# For a test that ends the host itself, or watches it from outside: see the fixture `installed_lab` in lab/outside.py.
+OUTSIDE_MARKER = "outside"
+OUTSIDE_MARKER_HELP = f"{OUTSIDE_MARKER}: a system test that is not run inside the lab but has one to itself"
 
 
 class ReportOut:
@@ -52,6 +55,7 @@ class ReportOut:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Starts reporting when somebody outside asked for it; a run by hand inside the lab is an ordinary one."""
+    config.addinivalue_line("markers", OUTSIDE_MARKER_HELP)
     request = os.environ.get(REQUEST_VARIABLE)
     if request:
         config.pluginmanager.register(ReportOut(config, json.loads(Path(request).read_text())), "lab-report-out")

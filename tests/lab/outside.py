@@ -25,7 +25,7 @@ import pytest
 from lab.booting import boot, check_tools
 from lab.errors import LabError, MissingTool
 from lab.image import say
-from lab.inside import REPORT_FD, REQUEST_VARIABLE
+from lab.inside import OUTSIDE_MARKER, OUTSIDE_MARKER_HELP, REPORT_FD, REQUEST_VARIABLE
 from lab.recipe import CACHE, PROJECT, TRIXIE
 from lab.vm import Vm
 
@@ -60,7 +60,8 @@ class SystemRun:
         vm = Vm.attach(CACHE / "run" / f"kept-{kept}") if kept else self.stack.enter_context(boot(TRIXIE))
         self.vm = vm
         vm.install(deb)
-        vm.run(f"rm -rf {REMOTE}")
+        # In a kept lab an earlier run may have been interrupted out here only.
+        vm.run(f"[ ! -e {REMOTE}/pid ] || kill -9 $(cat {REMOTE}/pid); rm -rf {REMOTE}", check=False)
         vm.put(PROJECT / "tests", f"{REMOTE}/tests")
         vm.put(PROJECT / "pyproject.toml", f"{REMOTE}/pyproject.toml")
         vm.run(f"cat >{REMOTE}/request", input=json.dumps(self.node_ids).encode())
@@ -68,7 +69,7 @@ class SystemRun:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
         files = shlex.join(sorted({node_id.partition("::")[0] for node_id in self.node_ids}))
         inner = f"python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 {files}"
-        line = f"cd {REMOTE} && env {settings} {inner} {REPORT_FD}>&1 >{INNER_LOG} 2>&1"
+        line = f"cd {REMOTE} && echo $$ >pid && exec env {settings} {inner} {REPORT_FD}>&1 >{INNER_LOG} 2>&1"
         process = self.stack.enter_context(
             subprocess.Popen([*vm.ssh("root"), line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         )
@@ -100,6 +101,9 @@ class SystemRun:
         if "report" in event:
             report = self.config.hook.pytest_report_from_serializable(config=self.config, data=event["report"])
             assert isinstance(report, pytest.TestReport)
+            if isinstance(report.longrepr, list):
+                path, line, reason = report.longrepr  # of a skip; JSON knows no tuples
+                report.longrepr = (path.replace(REMOTE, str(PROJECT), 1), line, reason)
             self.reports.setdefault(report.nodeid, []).append(report)
         elif "finish" in event:
             self.finished.add(event["finish"])
@@ -139,7 +143,35 @@ def package() -> Path:
 
 
 def is_system_test(item: pytest.Item) -> bool:
-    return item.path.is_relative_to(SYSTEM)
+    """Whether `item` belongs inside: it lies in tests/system and is not marked as one that stays out."""
+    return item.path.is_relative_to(SYSTEM) and item.get_closest_marker(OUTSIDE_MARKER) is None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker of the tests that stay out here."""
+    config.addinivalue_line("markers", OUTSIDE_MARKER_HELP)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests that want a lab to themselves behind those that share one, since there may be but one slot."""
+    items.sort(key=lambda item: item.get_closest_marker(OUTSIDE_MARKER) is not None)
+
+
+@pytest.fixture
+def installed_lab(request: pytest.FixtureRequest) -> Iterator[Vm]:
+    """A lab of its own, with the package installed, for a test that watches the host from outside."""
+    run = request.session.stash.get(RUN_KEY, None)
+    if run is not None:
+        run.end()
+    try:
+        check_tools()
+        deb = package()
+        with boot(TRIXIE) as vm:
+            vm.install(deb)
+            yield vm
+    except MissingTool as error:
+        pytest.skip(str(error))
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -182,6 +214,7 @@ def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
         yield _report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {run.complaint}"))
     else:
         yield _report(item, "failed", run.complaint)
+        run.complaint = run.complaint.splitlines()[0] + " (the console is shown with the first test that failed so)"
 
 
 def _report(item: pytest.Item, outcome: Any, words: Any) -> pytest.TestReport:

@@ -4,6 +4,8 @@ A test in this folder is ordinary pytest, written as if the lab were the machine
 from a checkout (`pytest tests/system`), the selected tests run in a freshly booted lab and their results come back,
 see tests/lab/outside.py. Their modules are imported out here too, for collection: nothing may happen at import.
 
+A test marked `outside` is not passed in: its fixture `installed_lab` gives it a lab of its own, for what ends the host.
+
 While writing tests: `tests/lab/lab start`, then QEMU_LAUNCHER_LAB=default pytest tests/system uses that lab each time.
 """
 
