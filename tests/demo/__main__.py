@@ -312,12 +312,12 @@ def in_the_lab(story: Story, vm: lab.Vm) -> None:
 def running(story: Story, vm: lab.Vm, screen: Terminal, before: dict[str, Any]) -> None:
     """From the guest's first words to its last."""
     story.chapter("While it runs")
-    status = show_command(story, vm, "alice", "qemu-launcher status")
+    shown = show_command(story, vm, "alice", "qemu-launcher status")
     during = observe(vm)
     seen = [json.loads(line) for line in vm.run(f"cat {CALLS}").stdout.splitlines()]
     calls = [one["member"] for one in seen if one["interface"] == "org.qemulauncher.Helper1"]
     while_it_runs(story, during)
-    rows = re.findall(r"^\s*\d+\s+\d+\s+(\d+)\s+yes\s+fifo .*\b1$", status.stdout, re.MULTILINE)
+    rows = re.findall(r"^\s*\d+\s+\d+\s+(\d+)\s+yes\s+fifo .*\b1$", shown.stdout, re.MULTILINE)
     story.claim(rows == [str(cpu) for cpu in PINNED], "`qemu-launcher status` says the same of CPUs", ", ".join(rows))
     width = " ".join(str(cpu) for cpu in during["online"])
     story.say(f"\n  CPU of the host    {width}")
