@@ -19,8 +19,6 @@ from .limits import PATH, Configuration
 from .operations import Operations
 from .service import Service
 
-# DBUS_NAME_FLAG_DO_NOT_QUEUE and DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER of the D-Bus specification.
-_DO_NOT_QUEUE, _PRIMARY_OWNER = 4, 1
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 _STOP_SECONDS = 20.0
 
@@ -36,7 +34,8 @@ async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECON
     service = Service(bus, configuration, operations, idle)
     bus.on_call = service.receive
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.idle.set)
-    if await bus.call(*DAEMON, "RequestName", "su", [BUS_NAME, _DO_NOT_QUEUE]) != [_PRIMARY_OWNER]:
+    # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
+    if await bus.call(*DAEMON, "RequestName", "su", [BUS_NAME, 4]) != [1]:
         _log.error("%s has another owner", BUS_NAME)
         return 1
     waiting = asyncio.create_task(service.idle.wait())
@@ -46,6 +45,8 @@ async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECON
         await bus.daemon("ReleaseName", BUS_NAME)
         if service.tasks:
             await asyncio.wait(service.tasks, timeout=_STOP_SECONDS)
+        # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
+        await operations.reconcile()
         await bus.close()
         return 0
     _log.error("lost the bus: %s", ascii(str(bus.reading.exception())))
@@ -53,10 +54,12 @@ async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECON
 
 
 def main() -> int:
-    """Run the helper; return its exit status."""
+    """Run the helper, or with --check just read helper.toml; return the exit status."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     os.umask(0o077)
     try:
+        if "--check" in sys.argv:
+            return 0 if Configuration().settings else 1
         privileges.drop()
         return asyncio.run(serve())
     except (Refusal, CallFailed, OSError) as err:

@@ -2,19 +2,17 @@
 
 Pure. Refuses wrong numbers and ranges (InvalidArguments) and numbers that can be no thread of a VM (TargetRefused).
 The types are right already: `bus` has parsed the bytes by the signature in the table, and by no other. Their number
-may not be, as a body can be empty whatever its signature.
+may not be, as a body can be empty whatever its signature. NamedTuples are as frozen and slotted as dataclasses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .contract import INFINITY, MAX_CPUS, MAX_PID, MAX_PRIORITY, MAX_TIDS, MIN_PID, POLICIES, REALTIME_POLICIES, VM_NAME
 from .errors import InvalidArguments, TargetRefused
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who sent a call, as the bus says: unique name, uid, pid, and the uid's name (or "uid 1000" if it has none)."""
 
     sender: str
@@ -23,16 +21,14 @@ class Caller:
     user: str
 
 
-@dataclass(frozen=True, slots=True)
-class Typed:
+class Typed(NamedTuple):
     """A value in a D-Bus variant of our own making; `bus` turns it into what the library wants."""
 
     signature: str
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class MemlockRequest:
+class MemlockRequest(NamedTuple):
     """SetMemlock. bytes: INFINITY asks for as much as the caller may have."""
 
     pid: int
@@ -40,8 +36,7 @@ class MemlockRequest:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(NamedTuple):
     """One thread, the host CPUs it may use (at least one), and whether these are to be its VM's alone."""
 
     tid: int
@@ -49,8 +44,7 @@ class Pin:
     shielded: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PinRequest:
+class PinRequest(NamedTuple):
     """PinThreads: the complete wanted map, 1 to MAX_TIDS pins. others: empty means all CPUs that nobody shields."""
 
     pid: int
@@ -59,8 +53,7 @@ class PinRequest:
     others: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerRequest:
+class SchedulerRequest(NamedTuple):
     """SetScheduler: 1 to MAX_TIDS threads. priority: 1..99 for fifo and rr, 0 for the others."""
 
     pid: int
@@ -70,23 +63,20 @@ class SchedulerRequest:
     priority: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseRequest:
+class ReleaseRequest(NamedTuple):
     """Release a VM of user `uid`."""
 
     uid: int
     vm: str
 
 
-@dataclass(frozen=True, slots=True)
-class ListRequest:
+class ListRequest(NamedTuple):
     """ListVms: the caller's own, or everybody's."""
 
     all: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LimitsRequest:
+class LimitsRequest(NamedTuple):
     """GetLimits, of the caller."""
 
 

@@ -93,12 +93,10 @@ class SystemBus:
 
         Raises CallFailed for an error, for silence, for a lost bus, and for a signature other than `answer`.
         """
-        serial = next(self._serials)
-        message = Message(destination, path, interface, member, signature=signature, body=_wire(body), serial=serial)
         future: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
+        serial = self._send(Message(destination, path, interface, member, signature=signature, body=_wire(body)))
         self._waiting[serial] = (destination, future)
         try:
-            self._send(message)
             async with asyncio.timeout(timeout):
                 reply = await future
         except TimeoutError as err:
@@ -117,10 +115,8 @@ class SystemBus:
 
     def tell(self, destination: str, path: str, interface: str, member: str, text: str) -> None:
         """Call with one string, and expect no reply."""
-        kind, flags, serial = MessageType.METHOD_CALL, MessageFlag.NO_REPLY_EXPECTED, next(self._serials)
-        self._send(
-            Message(destination, path, interface, member, kind, flags, signature="s", body=[text], serial=serial)
-        )
+        silent = MessageFlag.NO_REPLY_EXPECTED
+        self._send(Message(destination, path, interface, member, flags=silent, signature="s", body=[text]))
 
     async def until_gone(self, name: str) -> None:
         """Return when unique name `name` has left the bus. Once at a time for one name."""
@@ -161,11 +157,13 @@ class SystemBus:
         """Send the result, or an error of that name; unless the caller wants neither."""
         if not call.header.flags & MessageFlag.NO_REPLY_EXPECTED:
             answer = Message.new_error(call.header, error, "") if error else Message.new_method_return(call.header)
-            answer.signature, answer.body, answer.serial = signature, _wire(body), next(self._serials)
+            answer.signature, answer.body = signature, _wire(body)
             self._send(answer)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message) -> int:
+        message.serial = serial = next(self._serials)
         self._writer.write(bytes(message._marshall()))  # noqa: SLF001  the library has no public codec
+        return serial
 
     async def _read_forever(self) -> None:
         try:
@@ -173,7 +171,7 @@ class SystemBus:
                 data = await self._receive()
                 # With a body of no length, the parser reads the header and nothing of the body.
                 message = _parse(data[:4] + bytes(4) + data[8:])
-                if message is not None and message.sender:
+                if message is not None and isinstance(message.sender, str):
                     self._dispatch(message, data)
                 await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
         finally:
@@ -199,21 +197,22 @@ class SystemBus:
         if message.message_type is MessageType.METHOD_CALL:
             self.on_call(Call(message, data))
         elif message.message_type is MessageType.SIGNAL:
-            if message.sender in (DAEMON[0], self._systemd) and (signal := _parse(data)) is not None:
-                self._signal(signal)
-        elif message.reply_serial in self._waiting:
+            if message.sender in (DAEMON[0], self._systemd):
+                self._signal(_parse(data))
+        elif isinstance(message.reply_serial, int) and message.reply_serial in self._waiting:
             destination, future = self._waiting[message.reply_serial]
             # The bus lets nobody reply but the one we called; where we know his unique name, we look ourselves.
             known = destination == DAEMON[0] or destination.startswith(":")
             if not future.done() and (not known or message.sender == destination):
                 future.set_result(_parse(data))
 
-    def _signal(self, message: Message) -> None:
-        match (message.sender == DAEMON[0], message.member, message.body):
-            case (True, "NameOwnerChanged", [str() as name, _, ""]) if name in self._gone:
-                self._gone[name].set()
-            case (False, "JobRemoved", [_, str() as path, _, str() as result]) if self._one_job.locked():
-                if not (job := self._job(path)).done():
+    def _signal(self, message: Message | None) -> None:
+        match message:
+            case Message(sender="org.freedesktop.DBus", member="NameOwnerChanged", body=[name, _, ""]):
+                if name in self._gone:
+                    self._gone[name].set()
+            case Message(sender=self._systemd, member="JobRemoved", body=[_, path, _, result]):
+                if self._one_job.locked() and not (job := self._job(path)).done():
                     job.set_result(result)
 
 

@@ -5,7 +5,6 @@ own copy, with polkit's actions and with the bus policy.
 """
 
 import re
-from typing import NamedTuple
 
 VERSION = "0.1.0"
 BUS_NAME = INTERFACE = "org.qemulauncher.Helper1"
@@ -17,24 +16,15 @@ SET_SCHEDULER = "org.qemulauncher.set-scheduler"
 MANAGE_OTHERS = "org.qemulauncher.manage-others"
 
 
-class Method(NamedTuple):
-    """Signatures of arguments and answer, and the polkit action.
-
-    action: None means no authorisation; MANAGE_OTHERS is needed only where a request reaches beyond one's own VMs.
-    """
-
-    arguments: str
-    answer: str
-    action: str | None
-
-
+# Signature of the arguments, signature of the answer, polkit action (None: needs none). MANAGE_OTHERS is asked only
+# about requests that reach beyond the caller's own VMs.
 METHODS = {
-    "SetMemlock": Method("ust", "t", SET_MEMLOCK),
-    "PinThreads": Method("usa(uaub)au", "", PIN_THREADS),
-    "SetScheduler": Method("usausu", "", SET_SCHEDULER),
-    "Release": Method("us", "", MANAGE_OTHERS),
-    "ListVms": Method("b", "a(susutss)", MANAGE_OTHERS),
-    "GetLimits": Method("", "a{sv}", None),
+    "SetMemlock": ("ust", "t", SET_MEMLOCK),
+    "PinThreads": ("usa(uaub)au", "", PIN_THREADS),
+    "SetScheduler": ("usausu", "", SET_SCHEDULER),
+    "Release": ("us", "", MANAGE_OTHERS),
+    "ListVms": ("b", "a(susutss)", MANAGE_OTHERS),
+    "GetLimits": ("", "a{sv}", None),
 }
 
 # "As much as I may have", or "no limit": what RLIM_INFINITY is in 64 bits, setrlimit(2).

@@ -10,8 +10,7 @@
     |   |-- Failed              our fault, or the administrator's; the journal knows more
     |   |-- InvalidArguments    shape or range of a wire value
     |   `-- UnknownMethod       not in the table, so it does not exist
-    |-- CallFailed              a D-Bus call of ours failed; never goes on the wire as it is
-    `-- ConfigurationError      helper.toml is unsafe or broken; the text is for the journal only
+    `-- CallFailed              a D-Bus call of ours failed; never goes on the wire as it is
 
 Texts of refusals are complete sentences for the user without the full stop, made of fixed words, numbers and
 validated names; never of anything a client sent unchecked.
@@ -74,7 +73,3 @@ class CallFailed(Exception):  # noqa: N818  it names what happened to the call
     def __init__(self, name: str, text: str) -> None:
         super().__init__(f"{name}: {text}")
         self.name, self.text = name, text
-
-
-class ConfigurationError(Exception):
-    """helper.toml cannot be used; says which file and which key."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from .contract import INFINITY, MAX_CPUS, MAX_PRIORITY, MAX_VMS, POLICIES
 from .cpulist import parse_cpulist
-from .errors import ConfigurationError, Failed
+from .errors import Failed
 
 PATH = "/etc/qemu-launcher/helper.toml"
 # A hundred entries fit many times; a device or a runaway file does not.
@@ -74,8 +74,8 @@ class Configuration:
             return read(self._path)
         except FileNotFoundError:
             return Settings()
-        except (ConfigurationError, OSError) as err:
-            _log.error("no service: %s", ascii(str(err)))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
+            _log.error("no service, %s: %s", self._path, ascii(str(err)))
             raise Failed(BROKEN) from err
 
     def limits_for(self, uid: int) -> Limits:
@@ -100,30 +100,28 @@ def _gid(group: str) -> int | None:
 
 
 def read(path: str) -> Settings:
-    """Read and check the file. Raises ConfigurationError or OSError; settings half understood are never returned."""
+    """Read and check the file. Settings that are half understood are never returned.
+
+    Raises OSError; ValueError that says which key; or what Python says of a document of quite another shape.
+    """
     # O_NONBLOCK: a FIFO in this place must not hold the helper up before it is refused.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigurationError(f"{path} is not a regular file that root alone can write")
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigurationError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
-    try:
-        document = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as err:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise ConfigurationError(f"{path}: {err}") from err
+            raise ValueError("not a regular file that root alone can write")
+        text = file.read(MAX_FILE_BYTES)
+    if len(text) == MAX_FILE_BYTES:
+        raise ValueError("too large")
+    document = tomllib.loads(text.decode())
     tables = document.pop("limits", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigurationError(f"{path}, key limits: it is not written as [[limits]]")
-    places = [f"{path}, [[limits]] entry {number}" for number in range(1, len(tables) + 1)]
-    entries = tuple(
-        Limits(source=place, **_values(table, _ENTRY, place)) for table, place in zip(tables, places, strict=True)
-    )
+    entries = []
+    for number, table in enumerate(tables, 1):
+        place = f"[[limits]] entry {number}"
+        entries.append(Limits(source=f"{path}, {place}", **_values(table, _ENTRY, place)))
     if not all(entry.users or entry.groups for entry in entries[:-1]):
-        raise ConfigurationError(f"{path}: only the last [[limits]] entry may be without users and groups")
-    return Settings(entries=entries, **_values(document, _TOP_LEVEL, path))
+        raise ValueError("only the last [[limits]] entry may be without users and groups")
+    return Settings(entries=tuple(entries), **_values(document, _TOP_LEVEL, "top level"))
 
 
 # What a key may hold: a number up to the given one, a text of the given form, or a list, not empty, of such texts.
@@ -156,14 +154,12 @@ def _values(table: Mapping[str, Any], schema: _Schema, place: str) -> dict[str, 
     values = {}
     for key, value in table.items():
         match schema.get(key), value:
-            case None, _:
-                raise ConfigurationError(f"{place}: unknown key {key!r}")
-            case int() as highest, int() if value is not True and value is not False and 0 <= value <= highest:
+            case int() as most, int() if type(value) is int and 0 <= value <= most:  # a bool is an int to match
                 values[key] = value
             case str() as form, str() if re.fullmatch(form, value):
                 values[key] = _CONVERT.get(key, str)(value)
             case (str() as form,), [_, *_] if all(isinstance(item, str) and re.fullmatch(form, item) for item in value):
                 values[key] = _CONVERT.get(key, tuple)(value)
             case _:
-                raise ConfigurationError(f"{place}, key {key}: {value!r} is not possible here")
+                raise ValueError(f"{place}: key {key} does not exist, or cannot be {value!r}")
     return values

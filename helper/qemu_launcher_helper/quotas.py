@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS
 from .errors import LimitExceeded
@@ -38,15 +38,12 @@ class Quotas:
             most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {WINDOW_SECONDS:.0f} s"
             raise LimitExceeded(f"This user makes too many calls, at most {most} are served; try again a little later")
         calls.append(now)
-        with self._counted(uid, 1):
+        with self.counted(uid, 1):
             yield
 
-    def aside(self, uid: int) -> AbstractContextManager[None]:
-        """Lend the slot out for the block, in which the call only waits for a person."""
-        return self._counted(uid, -1)
-
     @contextmanager
-    def _counted(self, uid: int, number: int) -> Iterator[None]:
+    def counted(self, uid: int, number: int) -> Iterator[None]:
+        """Count the block as that many calls in flight; -1 lends the slot out while a call only waits for a person."""
         self._in_flight[uid] += number
         try:
             yield

@@ -17,7 +17,7 @@ from pathlib import Path
 from . import errors
 from .arguments import Caller, ListRequest, PinRequest, ReleaseRequest, Request, parse
 from .bus import INTERACTIVE, Call, SystemBus
-from .contract import CALLS_IN_FLIGHT, DIALOG_QUEUE, IDLE_SECONDS, INTERFACE, METHODS, OBJECT_PATH, Method
+from .contract import CALLS_IN_FLIGHT, DIALOG_QUEUE, IDLE_SECONDS, INTERFACE, METHODS, OBJECT_PATH
 from .cpulist import format_cpulist
 from .limits import Configuration
 from .operations import Operations
@@ -68,7 +68,7 @@ class Service:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
         line = ""
         try:
-            method = _method(call)
+            answer, action = _method(call)
             caller = await self._identify(call.header.sender)
             with self._quotas.slot(caller.uid):
                 line = f"{call.header.member} uid={caller.uid} pid={caller.pid}"
@@ -76,10 +76,10 @@ class Service:
                 facts = _facts(caller, request)
                 line += "".join(f" {name}={value}" for name, value in facts.items())
                 _ = self._configuration.settings  # a broken helper.toml: no service at all
-                if (action := _action(method, caller, request)) is not None:
+                if action is not None and not _is_free(caller, request):
                     await self._authorise(call, caller, action, facts)
                 body = await self._operations.perform(caller, request)
-            self._bus.reply(call, method.answer, body)
+            self._bus.reply(call, answer, body)
             _log.info("granted %s", line)
         except errors.Refusal as err:
             self._refuse(call, err)
@@ -107,28 +107,30 @@ class Service:
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
         granted, challenge = await self._authority.check(caller, action, details)
         if not granted and challenge and call.header.flags & INTERACTIVE:
-            with self._quotas.aside(caller.uid):
+            with self._quotas.counted(caller.uid, -1):
                 granted = await self._authority.dialog(caller, action, details)
         # That was the attacker's time: the connection must still be there, and the same one's.
         if not granted or await self._identify(caller.sender) != caller:
             raise errors.NotAuthorized(f"polkit does not allow {action} to {caller.user} in this session")
 
 
-def _method(call: Call) -> Method:
-    method = METHODS.get(call.header.member)
-    if method is None or call.header.path != OBJECT_PATH or call.header.interface != INTERFACE:
+def _method(call: Call) -> tuple[str, str | None]:
+    """The signature of the answer, and the polkit action, of a call that is in the table."""
+    header = call.header
+    if header.member not in METHODS or (header.path, header.interface) != (OBJECT_PATH, INTERFACE):
         raise errors.UnknownMethod("There is no such method")
-    if call.header.signature != method.arguments:
-        raise errors.InvalidArguments(f"{call.header.member} takes arguments of signature '{method.arguments}'")
-    return method
+    wanted, answer, action = METHODS[header.member]
+    if header.signature != wanted:
+        raise errors.InvalidArguments(f"{header.member} takes arguments of signature '{wanted}'")
+    return answer, action
 
 
-def _action(method: Method, caller: Caller, request: Request) -> str | None:
-    """The polkit action that this request needs; None for what everybody may do with his own VMs."""
+def _is_free(caller: Caller, request: Request) -> bool:
+    """Whether everybody may ask this, as it is about his own VMs."""
     match request:
         case ReleaseRequest(uid=caller.uid) | ListRequest(all=False):
-            return None
-    return method.action
+            return True
+    return False
 
 
 def _user_name(uid: int) -> str:

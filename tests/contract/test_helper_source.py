@@ -1,0 +1,98 @@
+"""What an auditor counts on before reading a line of the helper: its size, its imports, what it never does."""
+
+import ast
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "helper/qemu_launcher_helper"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MECHANISMS = {"cpuset/partition.py", "cpuset/pool.py", "cpuset/v1.py"}
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}  # fmt: skip
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines with code on them: neither blank, nor comment, nor docstring."""
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node) is not None:
+            documentation.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    code: set[int] = set()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in NO_CODE:
+                code.update(range(token.start[0], token.end[0] + 1))
+    return len(code - documentation)
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports from elsewhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_the_count_itself(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.py"
+    head = '"""Two\nlines."""\n\n# comment\nx = 1  # one\n\n'
+    sample.write_text(head + 'def f():\n    """D."""\n    return (\n        2\n    )\n')
+    assert lines_of_code(sample) == 5
+
+
+def test_size() -> None:
+    sizes = {name(path): lines_of_code(path) for path in SOURCES}
+    assert all(sizes.get(mechanism, 0) <= 150 for mechanism in MECHANISMS)
+    assert sum(size for file, size in sizes.items() if file not in MECHANISMS) <= 1000
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports(path: Path) -> None:
+    allowed = set(sys.stdlib_module_names)
+    allowed |= {"bus.py": {"dbus_next"}, "privileges.py": {"prctl"}}.get(name(path), set())
+    assert imported(path) <= allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_starts_no_program_and_loads_no_code(path: Path) -> None:
+    programs = {"subprocess", "multiprocessing", "pty", "ctypes", "socketserver", "http", "urllib"}
+    loaders = {"importlib", "runpy", "pickle", "shelve", "marshal", "code"}
+    assert imported(path).isdisjoint(programs | loaders)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "compile", "__import__", "input"), name(path)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            forbidden = ("system", "popen", "environ", "getenv", "fork", "forkpty", "startfile")
+            assert node.attr not in forbidden, name(path)
+            assert not node.attr.startswith(("exec", "spawn", "posix_spawn")), name(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_assert_validates_nothing(path: Path) -> None:
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_every_module_says_why_it_exists(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), name(path)
+
+
+def test_sys_exit_only_at_the_top() -> None:
+    for path in SOURCES:
+        if path.name != "__main__.py":
+            assert "SystemExit" not in path.read_text()
+            assert "sys.exit" not in path.read_text()

@@ -1,0 +1,79 @@
+"""The systemd unit says what the threat model asks (S18), and nothing that would break the helper."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher_helper import privileges
+
+UNIT = Path(__file__).parents[2] / "helper/qemu-launcher-helper.service"
+
+
+def settings() -> dict[str, list[str]]:
+    """Values by directive, in order."""
+    result: dict[str, list[str]] = {}
+    for line in UNIT.read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            result.setdefault(key, []).append(value)
+    return result
+
+
+def test_exactly_the_capabilities_the_helper_keeps() -> None:
+    [value] = settings()["CapabilityBoundingSet"]
+    assert {name.lower().removeprefix("cap_") for name in value.split()} == set(privileges.KEPT)
+    assert "AmbientCapabilities" not in settings()
+
+
+def test_what_must_be_set() -> None:
+    found = settings()
+    expected = {
+        "NoNewPrivileges": "yes",
+        "ProtectSystem": "strict",
+        "ProtectHome": "yes",
+        "PrivateDevices": "yes",
+        "PrivateNetwork": "yes",
+        "RestrictAddressFamilies": "AF_UNIX",
+        "RestrictNamespaces": "yes",
+        "MemoryDenyWriteExecute": "yes",
+        "MemoryMax": "128M",
+        "LimitNOFILE": "256",
+        "ProtectProc": "invisible",
+        "StartLimitIntervalSec": "0",
+        "RuntimeDirectory": "qemu-launcher",
+        "RuntimeDirectoryPreserve": "yes",
+        "UMask": "0077",
+        "Restart": "on-failure",
+    }
+    assert {key: found.get(key) for key in expected} == {key: [value] for key, value in expected.items()}
+    assert found["SystemCallFilter"] == ["@system-service", "~@privileged", "capset"]
+
+
+def test_what_must_not_be_set() -> None:
+    forbidden = {"RestrictRealtime", "PrivateUsers", "DynamicUser", "PrivatePIDs", "ProtectControlGroups", "User"}
+    assert forbidden.isdisjoint(settings())
+
+
+def test_each_directive_of_the_sandbox_has_its_reason() -> None:
+    """Above each group of directives there is a comment."""
+    service = UNIT.read_text().partition("[Service]")[2]
+    for block in re.split(r"\n\n", service.strip("\n")):
+        assert "#" in block or block.startswith("Type="), block
+
+
+def test_exposure() -> None:
+    """systemd's own figure; what a running system says of it is tested in the lab."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    run = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", run.stdout)
+    assert found, run.stderr
+    assert float(found[1]) <= 1.6

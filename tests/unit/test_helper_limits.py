@@ -1,0 +1,237 @@
+"""helper.toml: what it can say, who gets what, and that anything else stops all service."""
+
+import grp
+import os
+import pwd
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qemu_launcher_helper import limits
+from qemu_launcher_helper.contract import INFINITY
+from qemu_launcher_helper.errors import Failed
+from qemu_launcher_helper.limits import Configuration, Limits, Settings
+
+USER = pwd.getpwuid(os.geteuid())
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="helper.toml must belong to root")
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return tmp_path / "helper.toml"
+
+
+def configured(toml: Path, text: str) -> Configuration:
+    toml.write_text(text)
+    toml.chmod(0o644)
+    return Configuration(str(toml))
+
+
+def test_without_a_file(toml: Path) -> None:
+    assert Configuration(str(toml)).limits_for(1000) == Limits()
+    assert Configuration(str(toml)).settings == Settings()
+    assert Limits().max_vms == 8
+    assert Limits().max_priority == 10
+    assert Limits().realtime == "shielded"
+    assert Limits().policies == {"other", "batch", "idle", "fifo", "rr"}
+
+
+def test_every_key(toml: Path) -> None:
+    config = configured(
+        toml,
+        """
+        comm = ["qemu-*"]
+        services = ["my-vm.service"]
+        [[limits]]
+        users = ["root", "alice"]
+        groups = ["students"]
+        cpus = "8-11,15"
+        max_cpus = 4
+        max_vms = 2
+        memlock = "16G"
+        policies = ["other", "fifo"]
+        max_priority = 5
+        realtime = "anywhere"
+        """,
+    )
+    assert config.settings.comm == ("qemu-*",)
+    assert config.settings.services == ("my-vm.service",)
+    assert config.limits_for(0) == Limits(
+        cpus=frozenset({8, 9, 10, 11, 15}),
+        max_cpus=4,
+        max_vms=2,
+        memlock=16 * 2**30,
+        policies=frozenset({"other", "fifo"}),
+        max_priority=5,
+        realtime="anywhere",
+        source=f"{toml}, [[limits]] entry 1",
+        users=("root", "alice"),
+        groups=("students",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1K", 2**10), ("512M", 2**29), ("16G", 2**34), ("2T", 2**41), ("infinity", INFINITY)]
+)
+def test_sizes(toml: Path, text: str, value: int) -> None:
+    assert configured(toml, f'[[limits]]\nmemlock = "{text}"\n').limits_for(0).memlock == value
+
+
+def test_the_first_match_wins(toml: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    group = grp.getgrgid(nobody.pw_gid).gr_name
+    config = configured(
+        toml,
+        f"""
+        [[limits]]
+        users = ["root"]
+        max_vms = 1
+        [[limits]]
+        groups = ["no-such-group", "{group}"]
+        max_vms = 2
+        [[limits]]
+        users = ["nobody", "root"]
+        max_vms = 3
+        [[limits]]
+        max_vms = 4
+        """,
+    )
+    assert config.limits_for(0).max_vms == 1
+    assert config.limits_for(nobody.pw_uid).max_vms == 2
+    assert config.limits_for(2**31).max_vms == 4
+    assert config.limits_for(0).source.endswith("entry 1")
+
+
+def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
+    config = configured(toml, '[[limits]]\nusers = ["somebody-else"]\nmax_vms = 1\n')
+    assert config.limits_for(0) == Limits()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 1",
+        "limits = 1",
+        "limits = [1]",
+        "[limits]\nmax_vms = 1",
+        "[[limits]]\nmax_vm = 1",
+        "[[limits]]\nmax_vms = -1",
+        "[[limits]]\nmax_vms = 1025",
+        "[[limits]]\nmax_vms = true",
+        "[[limits]]\nmax_vms = 1.0",
+        "[[limits]]\nmax_vms = '1'",
+        "[[limits]]\nmax_cpus = 99999",
+        "[[limits]]\nmax_priority = 100",
+        "[[limits]]\ncpus = ''",
+        "[[limits]]\ncpus = '1,'",
+        "[[limits]]\ncpus = '0-99999'",
+        "[[limits]]\ncpus = [1, 2]",
+        "[[limits]]\nmemlock = 5",
+        "[[limits]]\nmemlock = '16'",
+        "[[limits]]\nmemlock = '16g'",
+        "[[limits]]\nmemlock = '0G'",
+        "[[limits]]\nmemlock = 'unlimited'",
+        "[[limits]]\npolicies = []",
+        "[[limits]]\npolicies = ['deadline']",
+        "[[limits]]\npolicies = 'fifo'",
+        "[[limits]]\npolicies = [1]",
+        "[[limits]]\nrealtime = 'everywhere'",
+        "[[limits]]\nusers = []",
+        "[[limits]]\nusers = ['a b']",
+        "[[limits]]\nusers = 'alice'",
+        "[[limits]]\ngroups = ['']",
+        "[[limits]]\nmax_vms = 1\n[[limits]]\nusers = ['root']",
+        "[[limits]]\nmax_vms = 1\nmax_vms = 2",
+        "comm = []",
+        "comm = ['a/b']",
+        "services = ['x']",
+        "services = ['../x.service']",
+        "comm = 'qemu'",
+        "not toml",
+        "\xff",
+        "x = " + "[" * 5000,
+        "# " + "x" * 70000,
+    ],
+)
+def test_what_is_not_understood_stops_all_service(toml: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = configured(toml, text)
+    with pytest.raises(Failed, match="qemu-launcher-helper --check"):
+        config.limits_for(0)
+    assert all(record.getMessage().isascii() and record.getMessage().isprintable() for record in caplog.records)
+    assert str(toml) in caplog.text
+
+
+def test_latin1_is_refused(toml: Path) -> None:
+    config = configured(toml, "")
+    toml.write_bytes(b'comm = ["\xff"]')
+    with pytest.raises(Failed):
+        _ = config.settings
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_file_that_others_can_write(toml: Path, mode: int) -> None:
+    config = configured(toml, "[[limits]]\nmax_vms = 1\n")
+    assert config.limits_for(0).max_vms == 1
+    toml.chmod(mode)
+    with pytest.raises(Failed):
+        config.limits_for(0)
+
+
+def test_a_file_of_somebody_else(toml: Path) -> None:
+    config = configured(toml, "")
+    assert config.settings == Settings()
+    os.chown(toml, 65534, 65534)
+    with pytest.raises(Failed):
+        _ = config.settings
+
+
+def test_what_is_no_regular_file(tmp_path: Path, toml: Path) -> None:
+    real = tmp_path / "real"
+    real.write_text("")
+    config = Configuration(str(toml))
+    makers: list[Callable[[], object]] = [
+        lambda: toml.symlink_to(real),
+        lambda: toml.symlink_to("nowhere"),
+        lambda: os.mkfifo(toml),
+        toml.mkdir,
+    ]
+    for make in makers:
+        make()
+        with pytest.raises(Failed):
+            _ = config.settings
+        if toml.is_dir():
+            toml.rmdir()
+        else:
+            toml.unlink()
+    assert config.settings == Settings()
+
+
+def test_it_is_read_afresh(toml: Path) -> None:
+    config = configured(toml, "[[limits]]\nmax_vms = 1\n")
+    assert config.limits_for(0).max_vms == 1
+    toml.write_text("[[limits]]\nmax_vms = 2\n")
+    assert config.limits_for(0).max_vms == 2
+    toml.write_text("[[limits]]\nmax_vms = x\n")
+    with pytest.raises(Failed):
+        config.limits_for(0)
+    toml.unlink()
+    assert config.limits_for(0) == Limits()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edit=st.tuples(st.integers(0, 200), st.integers(0, 5), st.text(max_size=5)))
+def test_a_mutated_file_is_understood_or_refused(toml: Path, edit: tuple[int, int, str]) -> None:
+    text = 'comm = ["qemu-*"]\n[[limits]]\nusers = ["a"]\ncpus = "8-11"\nmemlock = "16G"\npolicies = ["fifo"]\n'
+    place, length, new = edit
+    toml.write_text(text[:place] + new + text[place + length :], encoding="utf-8", errors="surrogatepass")
+    toml.chmod(0o644)
+    problem = str(toml)
+    try:
+        assert isinstance(limits.read(str(toml)), Settings)
+    except (ValueError, TypeError, AttributeError) as err:
+        problem = str(err)
+    assert problem

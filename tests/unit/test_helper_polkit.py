@@ -1,0 +1,112 @@
+"""Attack A3: everything polkit could answer instead of a yes. The real polkitd is in tests/bus; this one lies."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from qemu_launcher_helper.arguments import Caller, Typed
+from qemu_launcher_helper.errors import CallFailed
+from qemu_launcher_helper.polkit import POLKIT, Authority
+
+CALLER = Caller(":1.42", 1000, 4242, "alice")
+ACTION = "org.qemulauncher.pin-threads"
+
+
+class FakeBus:
+    """Answers every call with the same body, or the same error."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.calls: list[tuple[Any, ...]] = []
+        self.told: list[tuple[str, ...]] = []
+        self.gone = asyncio.Event()
+
+    async def call(self, *arguments: Any, answer: str | None = None, timeout: float = 0) -> Any:
+        self.calls.append((*arguments, answer, timeout))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        if self.answer is Ellipsis:
+            await asyncio.Event().wait()
+        return self.answer
+
+    def tell(self, *arguments: str) -> None:
+        self.told.append(arguments)
+
+    async def until_gone(self, name: str) -> None:
+        await self.gone.wait()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        [[]],
+        [[False, True, {}]],
+        [[False, False, {}]],
+        [[1, False, {}]],
+        [["True", False, {}]],
+        [[[True], False, {}]],
+        [[None, None, None]],
+        [True, False, {}],
+        [True],
+        [[True]],
+        [[True, False]],
+        [[True, False, {}], 1],
+        CallFailed("org.freedesktop.DBus.Error.ServiceUnknown", "no polkit"),
+        CallFailed("org.freedesktop.PolicyKit1.Error.Failed", "the name does not exist"),
+        CallFailed("timeout", "silence"),
+        CallFailed("unexpected", "another signature"),
+    ],
+    ids=repr,
+)
+def test_whatever_is_not_a_yes_is_a_no(answer: Any) -> None:
+    async def ask() -> tuple[bool, bool]:
+        return await Authority(FakeBus(answer)).check(CALLER, ACTION, {})  # type: ignore[arg-type]
+
+    granted, _ = asyncio.run(ask())
+    assert granted is False
+
+
+def test_a_yes_and_the_question() -> None:
+    async def ask() -> tuple[FakeBus, tuple[bool, bool]]:
+        bus = FakeBus([[True, False, {}]])
+        return bus, await Authority(bus).check(CALLER, ACTION, {"vm": "x"})  # type: ignore[arg-type]
+
+    bus, result = asyncio.run(ask())
+    assert result == (True, False)
+    subject = ["system-bus-name", {"name": Typed("s", ":1.42")}]
+    [call] = bus.calls
+    assert call[:5] == (*POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us")
+    assert call[5] == [subject, ACTION, {"vm": "x"}, 0, ""]
+    assert call[6] == "(bba{ss})"
+
+
+def test_a_dialog_that_nobody_answers_is_cancelled() -> None:
+    async def ask() -> tuple[FakeBus, bool]:
+        bus = FakeBus(...)
+        return bus, await Authority(bus, dialog_seconds=0.05).dialog(CALLER, ACTION, {})  # type: ignore[arg-type]
+
+    bus, granted = asyncio.run(ask())
+    assert granted is False
+    [call] = bus.calls
+    assert call[5][3] == 1
+    assert bus.told == [(*POLKIT, "CancelCheckAuthorization", call[5][4])]
+
+
+def test_a_caller_who_leaves_ends_his_dialog() -> None:
+    async def ask() -> tuple[FakeBus, bool]:
+        bus = FakeBus(...)
+        bus.gone.set()
+        return bus, await Authority(bus).dialog(CALLER, ACTION, {})  # type: ignore[arg-type]
+
+    bus, granted = asyncio.run(ask())
+    assert granted is False
+    assert [call[3] for call in bus.told] == ["CancelCheckAuthorization"]
+
+
+def test_a_no_in_the_dialog() -> None:
+    async def ask() -> bool:
+        return await Authority(FakeBus([[False, False, {}]])).dialog(CALLER, ACTION, {})  # type: ignore[arg-type]
+
+    assert asyncio.run(ask()) is False
