@@ -246,6 +246,12 @@ def _discard_or_refuse(vm: Found | None) -> Process | None:
     if qemu is not None and vm.never_started:
         procfs.end(qemu, grace=NEVER_STARTED_GRACE)
         return qemu
+    if qemu is None and vm.record.qemu is not None:
+        raise AlreadyRunning(
+            f"{vm.name} has just ended, and its launcher (PID {vm.record.launcher.pid if vm.record.launcher else '?'}) "
+            "is giving its CPUs back",
+            "try again in a moment",
+        )
     who = f"PID {qemu.pid}" if qemu is not None else "it is being started"
     raise AlreadyRunning(
         f"{vm.name} is already running ({who})",

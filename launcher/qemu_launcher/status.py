@@ -163,7 +163,8 @@ async def _pictures(found: list[Found]) -> list[Picture]:
 
 async def _picture(vm: Found) -> Picture:
     if vm.qemu is None:
-        return Picture(vm.name, None, "starting", (), ())
+        state = "starting" if vm.record.qemu is None else "ended; its launcher is giving its CPUs back"
+        return Picture(vm.name, None, state, (), ())
     state, vcpus = await _state_and_vcpus(vm)
     pid = vm.qemu.pid
     facts = [("definition", vm.record.definition)] if vm.record.definition else []

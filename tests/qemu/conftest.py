@@ -1,5 +1,7 @@
 """Real QEMU under emulation, one user's world for each test."""
 
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,8 +13,17 @@ from qemu.launched import Home
 from qemu.private_bus import PrivateBus, private_bus
 
 
+@pytest.fixture(scope="session")
+def alone() -> Iterator[None]:
+    """One such session at a time for a user: VMs are found wherever their files are, so two would find each other's."""
+    path = Path(tempfile.gettempdir()) / f"qemu-launcher-tests-{os.geteuid()}.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
+def home(tmp_path: Path, alone: None) -> Iterator[Home]:
     """A fresh world; everything that was started in it is ended afterwards."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is not installed")

@@ -139,7 +139,7 @@ class Home:
         self.runs: list[Run] = []
         self.pids: set[tuple[int, str]] = set()
 
-    def define(self, name: str = "vm", *, qemu: tuple[Any, ...] = (), **launcher: Any) -> Path:
+    def define(self, name: str = "vm-under-test", *, qemu: tuple[Any, ...] = (), **launcher: Any) -> Path:
         """Write a definition: `qemu` after a minimal machine, `launcher` over a minimal launcher section."""
         sections = {"launcher": {"binary": "qemu-system-x86_64", **launcher}, "qemu": [*MACHINE, *qemu]}
         path = self.configuration / f"{name}.yml"
@@ -150,7 +150,11 @@ class Home:
         return [sys.executable, "-m", "qemu_launcher", *words]
 
     def start(
-        self, name: str = "vm", *options: str, env: Mapping[str, str] | None = None, argv: list[str] | None = None
+        self,
+        name: str = "vm-under-test",
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        argv: list[str] | None = None,
     ) -> Run:
         """Start a VM; what it leaves running is ended with the test."""
         process = subprocess.Popen(
@@ -171,7 +175,7 @@ class Home:
             self.command(*words), env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
 
-    def record(self, name: str = "vm") -> dict[str, Any]:
+    def record(self, name: str = "vm-under-test") -> dict[str, Any]:
         """The content of the lock file."""
         value: dict[str, Any] = json.loads((self.runtime / "qemu-launcher" / f"{name}.lock").read_text())
         return value

@@ -50,40 +50,43 @@ def test_status_of_a_running_vm(home: Home) -> None:
     home.define(qemu=({"smp": 2},), vcpu_pinning=[0, 0], isolation="affinity", scheduler="batch")
     run = home.start()
     run.wait_running()
-    shown = home.ask("status", "vm")
+    shown = home.ask("status", "vm-under-test")
     assert shown.returncode == 0
     lines = shown.stdout.splitlines()
-    assert lines[0] == f"vm: running, PID {run.qemu_pid}"
-    assert f"  definition  {home.configuration}/vm.yml" in lines
+    assert lines[0] == f"vm-under-test: running, PID {run.qemu_pid}"
+    assert f"  definition  {home.configuration}/vm-under-test.yml" in lines
     assert f"  launcher    PID {run.process.pid}" in lines
     table = [line.split() for line in lines[lines.index(next(line for line in lines if "vCPU" in line)) + 1 :]]
     assert [(row[0], row[2:]) for row in table] == [(str(i), ["0", "no", "batch", "0"]) for i in range(2)]
     for row in table:
         assert Path(f"/proc/{run.qemu_pid}/task/{row[1]}").exists()
-    assert home.ask("status").stdout == shown.stdout or "memory" in shown.stdout
+    assert lines[0] in home.ask("status").stdout.splitlines()
 
 
 def test_status_of_nothing(home: Home) -> None:
-    assert home.ask("status").stdout == "no VM of yours is running\n"
-    asked = home.ask("status", "vm")
+    assert "vm-under-test" not in home.ask("status").stdout
+    asked = home.ask("status", "vm-under-test")
     assert (asked.returncode, asked.stdout) == (3, "")
-    assert "vm is not running" in asked.stderr
-    assert home.ask("stop", "vm").returncode == 3
-    assert home.ask("kill", "vm").returncode == 3
+    assert "vm-under-test is not running" in asked.stderr
+    assert home.ask("stop", "vm-under-test").returncode == 3
+    assert home.ask("kill", "vm-under-test").returncode == 3
 
 
 def test_launcher_killed_before_cont(home: Home) -> None:
     pid = never_started(home)
-    shown = home.ask("status", "vm")
-    assert "vm: never started (its launcher died; qemu-launcher run vm ends it first)" in shown.stdout
-    refused = home.ask("stop", "vm")
+    shown = home.ask("status", "vm-under-test")
+    assert (
+        "vm-under-test: never started (its launcher died; qemu-launcher run vm-under-test ends it first)"
+        in shown.stdout
+    )
+    refused = home.ask("stop", "vm-under-test")
     assert refused.returncode == 1
     assert "has never been started" in refused.stderr
 
     home.define(**TUNED)
     run = home.start()
     run.wait_running()
-    assert f"vm: ended a QEMU (PID {pid}) whose guest had never been started" in run.output
+    assert f"vm-under-test: ended a QEMU (PID {pid}) whose guest had never been started" in run.output
     wait_gone(pid)
     assert run.qemu_pid != pid
 
@@ -93,7 +96,7 @@ def test_guest_of_a_launcher_killed_before_cont_stays_paused(home: Home) -> None
     qmp = home.runs[-1].qmp()
     assert qmp("query-status")["status"] == "prelaunch"
     qmp.close()
-    assert home.ask("kill", "vm").returncode == 0
+    assert home.ask("kill", "vm-under-test").returncode == 0
     wait_gone(pid)
 
 
@@ -108,11 +111,11 @@ def test_launcher_killed_at_the_gate_leaves_no_child(home: Home) -> None:
         connection, _ = bus.accept()  # nobody ever answers it
         child = int(home.record()["qemu"][0])
         assert is_alive(child)
-        assert "starting" in home.ask("status", "vm").stdout
+        assert "starting" in home.ask("status", "vm-under-test").stdout
         run.process.kill()
         run.process.wait()
         wait_gone(child)
-        assert home.ask("status", "vm").returncode == 3
+        assert home.ask("status", "vm-under-test").returncode == 3
         connection.close()
 
 
@@ -145,16 +148,16 @@ def test_launcher_killed_later_leaves_the_vm_alone(home: Home) -> None:
     pid = run.qemu_pid
     run.process.kill()
     run.process.wait()
-    shown = home.ask("status", "vm").stdout
-    assert f"vm: running, PID {pid}" in shown
+    shown = home.ask("status", "vm-under-test").stdout
+    assert f"vm-under-test: running, PID {pid}" in shown
     assert "gone; the VM runs without it" in shown
     qmp = run.qmp()
     qmp.close()
-    assert home.ask("stop", "vm").returncode == 0
+    assert home.ask("stop", "vm-under-test").returncode == 0
     again = home.start()
     assert again.end() == 1
-    assert f"vm is already running (PID {pid})" in again.output
-    assert home.ask("kill", "vm").returncode == 0
+    assert f"vm-under-test is already running (PID {pid})" in again.output
+    assert home.ask("kill", "vm-under-test").returncode == 0
     assert not is_alive(pid)
 
 
@@ -166,18 +169,18 @@ def test_vm_whose_runtime_directory_is_gone(home: Home) -> None:
     run.process.kill()
     run.process.wait()
     shutil.rmtree(home.runtime / "qemu-launcher")
-    shown = home.ask("status", "vm").stdout
-    assert re.search(rf"^vm: running \(control socket unreachable\), PID {pid}$", shown, re.MULTILINE)
+    shown = home.ask("status", "vm-under-test").stdout
+    assert re.search(rf"^vm-under-test: running \(control socket unreachable\), PID {pid}$", shown, re.MULTILINE)
     assert "  0     " in shown
-    stopped = home.ask("stop", "vm")
+    stopped = home.ask("stop", "vm-under-test")
     assert stopped.returncode == 1
     assert "is gone, with the runtime directory" in stopped.stderr
     again = home.start()
     assert again.end() == 1
-    assert f"vm is already running (PID {pid})" in again.output
-    assert home.ask("kill", "vm").returncode == 0
+    assert f"vm-under-test is already running (PID {pid})" in again.output
+    assert home.ask("kill", "vm-under-test").returncode == 0
     assert not is_alive(pid)
-    assert home.ask("status", "vm").returncode == 3
+    assert home.ask("status", "vm-under-test").returncode == 3
 
 
 def test_never_started_vm_whose_runtime_directory_is_gone_is_ended_by_the_next_start(home: Home) -> None:
@@ -194,11 +197,14 @@ def test_busy_control_socket(home: Home) -> None:
     run = home.start()
     run.wait_running()
     qmp = run.qmp()
-    stopped = home.ask("stop", "vm")
+    stopped = home.ask("stop", "vm-under-test")
     assert stopped.returncode == 1
-    assert "the control socket of vm is busy" in stopped.stderr
-    assert "qemu-launcher kill vm" in stopped.stderr
-    assert f"vm: running (control socket busy), PID {run.qemu_pid}" in home.ask("status", "vm").stdout
+    assert "the control socket of vm-under-test is busy" in stopped.stderr
+    assert "qemu-launcher kill vm-under-test" in stopped.stderr
+    assert (
+        f"vm-under-test: running (control socket busy), PID {run.qemu_pid}"
+        in home.ask("status", "vm-under-test").stdout
+    )
     qmp.close()
 
 
@@ -209,7 +215,7 @@ def test_kill_of_a_stopped_qemu(home: Home) -> None:
     run.wait_running()
     pid = run.qemu_pid
     os.kill(pid, signal.SIGSTOP)
-    assert home.ask("kill", "vm").returncode == 0
+    assert home.ask("kill", "vm-under-test").returncode == 0
     assert not is_alive(pid)
     assert run.end() == 128 + signal.SIGKILL
 
@@ -222,9 +228,9 @@ def test_process_that_qemu_left_behind_is_named(home: Home) -> None:
     home.define(binary=str(wrapper))
     run = home.start()
     run.wait_running()
-    home.ask("kill", "vm")
+    home.ask("kill", "vm-under-test")
     run.process.wait()
-    assert home.ask("status", "vm").returncode == 3
+    assert home.ask("status", "vm-under-test").returncode == 3
     again = home.start()
     assert again.end() == 1
     assert re.search(r"processes it left behind still hold its lock: \d+ \(sleep\)", again.output)

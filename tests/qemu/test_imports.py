@@ -40,7 +40,7 @@ CPU = max(os.sched_getaffinity(0))
 
 
 def guarded(home: Home) -> list[str]:
-    return [sys.executable, "-c", GUARDED, "run", "vm"]
+    return [sys.executable, "-c", GUARDED, "run", "vm-under-test"]
 
 
 @pytest.mark.parametrize("way", ["ctrl-c twice", "sigterm and timeout", "killed qemu"])
@@ -70,7 +70,7 @@ def test_guard_would_notice(home: Home) -> None:
     """The guard itself works: an import after `cont` fails loudly."""
     home.define(scheduler="batch")
     script = GUARDED.replace("    return await execute", "        import colorsys\n    return await execute")
-    run = home.start(argv=[sys.executable, "-c", script, "run", "vm"])
+    run = home.start(argv=[sys.executable, "-c", script, "run", "vm-under-test"])
     run.wait_line("IMPORTED AFTER CONT: colorsys")
 
 
@@ -92,9 +92,11 @@ def test_package_removed_under_a_running_launcher(home: Home, tmp_path: Path, nu
 
 def test_untuned_vm_imports_neither_dbus_nor_rich(home: Home, bus: PrivateBus) -> None:
     home.define()
-    run = home.start(argv=[sys.executable, "-X", "importtime", "-m", "qemu_launcher", "vm"], env=bus.environment)
+    run = home.start(
+        argv=[sys.executable, "-X", "importtime", "-m", "qemu_launcher", "vm-under-test"], env=bus.environment
+    )
     run.wait_running()
-    home.ask("kill", "vm")
+    home.ask("kill", "vm-under-test")
     assert run.end() == 0
     modules = {line.rpartition("|")[2].strip() for line in run.output.splitlines() if line.startswith("import time:")}
     assert "qemu_launcher.session" in modules
@@ -102,7 +104,9 @@ def test_untuned_vm_imports_neither_dbus_nor_rich(home: Home, bus: PrivateBus) -
     assert bus.calls() == []
 
 
-@pytest.mark.parametrize("words", [("command", "vm"), ("command", "--json", "vm"), ("--help",), ("--version",)])
+@pytest.mark.parametrize(
+    "words", [("command", "vm-under-test"), ("command", "--json", "vm-under-test"), ("--help",), ("--version",)]
+)
 def test_command_imports_nothing_of_a_run(home: Home, words: tuple[str, ...]) -> None:
     home.define()
     run = subprocess.run(

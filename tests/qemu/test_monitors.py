@@ -66,7 +66,7 @@ def test_chardevs_less_our_two_are_those_of_bare_qemu(home: Home, options: list[
     words = [
         word for o in machine for word in ([f"-{o}"] if isinstance(o, str) else [f"-{k}" for k in o] + [*o.values()])
     ]
-    path = home.configuration / "vm.yml"
+    path = home.configuration / "vm-under-test.yml"
     path.write_text(json.dumps({"launcher": {"binary": "qemu-system-x86_64"}, "qemu": machine}))
     run = home.start()
     run.wait_running()

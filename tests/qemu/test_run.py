@@ -38,11 +38,11 @@ def wait_guest(run: Run) -> None:
 def test_untuned_vm_runs_and_powers_down_on_ctrl_c(home: Home) -> None:
     home.define(qemu=with_guest(home))
     run = home.start()
-    assert re.fullmatch(r"vm: running, untuned, [0-9.]+ s", run.wait_running())
+    assert re.fullmatch(r"vm-under-test: running, untuned, [0-9.]+ s", run.wait_running())
     wait_guest(run)
     run.signal(signal.SIGINT)
     assert run.end() == 0
-    assert "vm: asked the guest to power down; Ctrl-C again cuts the power" in run.output
+    assert "vm-under-test: asked the guest to power down; Ctrl-C again cuts the power" in run.output
     assert guest.FAREWELL in (home.configuration / "serial.log").read_bytes()
 
 
@@ -51,7 +51,7 @@ def test_stop_powers_the_guest_down(home: Home) -> None:
     run = home.start()
     run.wait_running()
     wait_guest(run)
-    asked = home.ask("stop", "vm")
+    asked = home.ask("stop", "vm-under-test")
     assert asked.returncode == 0, asked.stderr
     assert run.end() == 0
     assert guest.FAREWELL in (home.configuration / "serial.log").read_bytes()
@@ -122,7 +122,7 @@ def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "prelaunch"
     qmp.close()
-    refused = home.ask("stop", "vm")
+    refused = home.ask("stop", "vm-under-test")
     assert refused.returncode == 1
     assert "has not been started yet (prelaunch)" in refused.stderr
     run.signal(signal.SIGINT)
@@ -139,12 +139,12 @@ def test_exit_status_of_a_killed_qemu(home: Home) -> None:
 
 def test_quiet_says_nothing(home: Home) -> None:
     home.define()
-    run = home.start("vm", "-q")
-    record = home.runtime / "qemu-launcher" / "vm.lock"
+    run = home.start("vm-under-test", "-q")
+    record = home.runtime / "qemu-launcher" / "vm-under-test.lock"
     while not (record.exists() and '"running"' in record.read_text()):
         assert run.process.poll() is None
         os.sched_yield()
-    home.ask("kill", "vm")
+    home.ask("kill", "vm-under-test")
     assert run.end() == 0
     assert "running" not in run.output
 
@@ -187,7 +187,7 @@ def test_working_directory_environment_and_clear_env(home: Home, tmp_path: Path)
     environment = Path(f"/proc/{run.qemu_pid}/environ").read_bytes().split(b"\0")
     assert sorted(filter(None, environment)) == sorted([b"COLOUR=blue", f"PATH={os.environ['PATH']}".encode()])
     assert Path(f"/proc/{run.qemu_pid}/cwd").resolve() == place
-    home.ask("kill", "vm")
+    home.ask("kill", "vm-under-test")
     assert run.end() == 0
 
 
@@ -214,7 +214,7 @@ def test_second_start_is_refused(home: Home) -> None:
     run.wait_running()
     second = home.start()
     assert second.end() == 1
-    assert f"vm is already running (PID {run.qemu_pid})" in second.output
+    assert f"vm-under-test is already running (PID {run.qemu_pid})" in second.output
     assert is_alive(run.qemu_pid)
 
 
@@ -224,12 +224,12 @@ def test_nothing_is_left_and_the_name_is_free_again(home: Home) -> None:
         run = home.start()
         run.wait_running()
         pid = run.qemu_pid
-        home.ask("kill", "vm")
+        home.ask("kill", "vm-under-test")
         run.end()
         wait_gone(pid)
         assert home.leftovers() == []
-        assert home.ask("status", "vm").returncode == 3
-        assert not (home.runtime / "qemu-launcher" / "vm.sock").exists()
+        assert home.ask("status", "vm-under-test").returncode == 3
+        assert not (home.runtime / "qemu-launcher" / "vm-under-test.sock").exists()
 
 
 def test_descriptors_and_signal_mask_of_qemu(home: Home) -> None:
@@ -241,7 +241,7 @@ def test_descriptors_and_signal_mask_of_qemu(home: Home) -> None:
     launchers = {str(entry.readlink()) for entry in Path(f"/proc/{run.process.pid}/fd").iterdir()}
     # Beyond the standard three, it shares only the lock with the launcher: no pipe of the gate, no epoll, no pidfd.
     shared = {link for fd, link in links.items() if fd > 2 and link in launchers and not link.startswith("anon_inode")}
-    assert shared == {str(home.runtime / "qemu-launcher" / "vm.lock")}
+    assert shared == {str(home.runtime / "qemu-launcher" / "vm-under-test.lock")}
     status = (proc / "status").read_text()
     blocked = int(re.search(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]  # always there
     ignored = int(re.search(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
@@ -257,7 +257,7 @@ def test_runtime_files_are_private(home: Home) -> None:
     run.wait_running()
     place = home.runtime / "qemu-launcher"
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    assert stat.S_IMODE((place / "vm.lock").stat().st_mode) == 0o600
+    assert stat.S_IMODE((place / "vm-under-test.lock").stat().st_mode) == 0o600
 
 
 def test_runtime_directory_that_others_may_enter_is_refused(home: Home) -> None:
@@ -274,15 +274,15 @@ def test_runtime_directory_that_others_may_enter_is_refused(home: Home) -> None:
 def test_closed_standard_descriptors_are_not_taken_for_ours(home: Home) -> None:
     """Started with stdin, stdout and stderr closed, the lock must not become QEMU's stderr."""
     home.define()
-    words = " ".join(home.command("run", "vm"))
+    words = " ".join(home.command("run", "vm-under-test"))
     home.start(argv=["sh", "-c", f"exec {words} 0<&- 1>&- 2>&-"])
-    lock = home.runtime / "qemu-launcher" / "vm.lock"
+    lock = home.runtime / "qemu-launcher" / "vm-under-test.lock"
     while not (lock.exists() and '"running"' in lock.read_text()):
         assert home.runs[0].process.poll() is None
         os.sched_yield()
     fds = Path(f"/proc/{home.record()['qemu'][0]}/fd")
     assert [str((fds / str(fd)).readlink()) for fd in range(3)] == ["/dev/null"] * 3
-    assert home.ask("kill", "vm").returncode == 0
+    assert home.ask("kill", "vm-under-test").returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody else")

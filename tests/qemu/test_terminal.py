@@ -49,7 +49,7 @@ class Terminal:
         self.flags = fcntl.fcntl(self.slave, fcntl.F_GETFL)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, name: str = "vm") -> None:
+    def start(self, name: str = "vm-under-test") -> None:
         argv = [sys.executable, "-c", LEADER, *self.home.command("run", name)]
         self.process = subprocess.Popen(
             argv,
@@ -98,7 +98,7 @@ def on_stdio(home: Home) -> None:
 def test_nographic_has_its_monitor_and_leaves_the_terminal_as_it_was(home: Home, terminal: Terminal) -> None:
     on_stdio(home)
     terminal.start()
-    terminal.wait("vm: running")
+    terminal.wait("vm-under-test: running")
     assert termios.tcgetattr(terminal.slave) != terminal.before
     terminal.type(b"\x01c")
     terminal.wait(r"\(qemu\)")
@@ -112,7 +112,7 @@ def test_nographic_has_its_monitor_and_leaves_the_terminal_as_it_was(home: Home,
 def test_terminal_is_restored_after_a_killed_qemu(home: Home, terminal: Terminal) -> None:
     on_stdio(home)
     terminal.start()
-    terminal.wait("vm: running")
+    terminal.wait("vm-under-test: running")
     assert termios.tcgetattr(terminal.slave) != terminal.before
     os.kill(home.record()["qemu"][0], signal.SIGKILL)
     assert terminal.end() == 128 + signal.SIGKILL
@@ -123,7 +123,7 @@ def test_terminal_is_restored_after_a_killed_qemu(home: Home, terminal: Terminal
 def test_ctrl_c_at_the_terminal_asks_and_a_second_cuts(home: Home, terminal: Terminal) -> None:
     home.define()
     terminal.start()
-    terminal.wait("vm: running")
+    terminal.wait("vm-under-test: running")
     terminal.type(b"\x03")
     terminal.wait("asked the guest to power down; Ctrl-C again cuts the power")
     terminal.type(b"\x03")
@@ -134,8 +134,8 @@ def test_closed_terminal_asks_the_guest(home: Home, terminal: Terminal) -> None:
     """The window is closed: SIGHUP to the whole session, and nobody reads what the launcher says."""
     home.define()
     terminal.start()
-    terminal.wait("vm: running")
-    qmp = Qmp(home.runtime / "qemu-launcher" / "vm.sock")
+    terminal.wait("vm-under-test: running")
+    qmp = Qmp(home.runtime / "qemu-launcher" / "vm-under-test.sock")
     os.close(terminal.master)
     os.close(terminal.slave)
     qmp.wait_event("POWERDOWN")
@@ -149,7 +149,7 @@ def test_closed_terminal_asks_the_guest(home: Home, terminal: Terminal) -> None:
 def test_launcher_in_the_background_leaves_the_terminal_alone(home: Home, terminal: Terminal) -> None:
     """The foreground belongs to somebody else by the time QEMU ends: his modes stay."""
     on_stdio(home)
-    argv = [sys.executable, "-c", SHELL, *home.command("run", "vm")]
+    argv = [sys.executable, "-c", SHELL, *home.command("run", "vm-under-test")]
     terminal.process = subprocess.Popen(
         argv,
         env=home.environment,
@@ -158,7 +158,7 @@ def test_launcher_in_the_background_leaves_the_terminal_alone(home: Home, termin
         stderr=terminal.slave,
         start_new_session=True,
     )
-    terminal.wait("vm: running")
+    terminal.wait("vm-under-test: running")
     terminal.process.send_signal(signal.SIGUSR1)
     terminal.wait("shell: mine again")
     os.kill(home.record()["qemu"][0], signal.SIGKILL)

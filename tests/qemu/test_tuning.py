@@ -29,7 +29,7 @@ def assert_never_ran(run: Run, *, message: str, status: int = 1) -> None:
     """It ended, said why and how to start all the same, and its guest was never let run."""
     assert run.end() == status
     assert message in run.output, run.output
-    assert run.output.rstrip().endswith("start it without tuning: qemu-launcher run --untuned vm")
+    assert run.output.rstrip().endswith("start it without tuning: qemu-launcher run --untuned vm-under-test")
     assert "running," not in run.output
     assert run.home.leftovers() == []
 
@@ -46,7 +46,7 @@ def test_order_of_a_start(home: Home, bus: PrivateBus) -> None:
     assert os.sched_getaffinity(vcpu["thread-id"]) == {CPU}
     qmp("quit")
     assert run.end() == 0
-    expected = [pid, "vm", [[vcpu["thread-id"], [CPU], True]], []]
+    expected = [pid, "vm-under-test", [[vcpu["thread-id"], [CPU], True]], []]
     assert [(call["member"], call["body"]) for call in bus.calls()[:1]] == [("PinThreads", expected)]
     assert {json.dumps(call["body"]) for call in bus.calls() if call["member"] == "PinThreads"} == {
         json.dumps(expected)
@@ -74,7 +74,7 @@ def test_guest_is_paused_until_the_helper_has_answered(home: Home, bus: PrivateB
     assert bus.members() == ["PinThreads"]
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "prelaunch"
-    assert "vm: starting" in home.ask("status").stdout
+    assert "vm-under-test: starting" in home.ask("status").stdout
     run.signal(signal.SIGINT)
     with pytest.raises(EOFError):
         qmp.wait_event("RESUME")
@@ -212,7 +212,7 @@ def test_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
     run = home.start(env=bus.environment)
     run.wait_line("reported success, but")
     (call,) = bus.calls()
-    assert call["body"][1:] == ["vm", 1 << 30]
+    assert call["body"][1:] == ["vm-under-test", 1 << 30]
     assert_never_ran(run, message=f"QEMU (PID {call['body'][0]}) may lock ")
 
 
@@ -234,7 +234,7 @@ def test_memlock_is_asked_for_before_qemu_exists(home: Home, bus: PrivateBus) ->
     run = home.start(env=bus.environment)
     assert "lockable" in run.wait_running()
     (call,) = bus.calls()
-    assert call["body"] == [run.qemu_pid, "vm", 2**64 - 1]
+    assert call["body"] == [run.qemu_pid, "vm-under-test", 2**64 - 1]
 
 
 def test_less_than_asked_is_refused_with_both_numbers(home: Home, bus: PrivateBus) -> None:
@@ -271,7 +271,7 @@ def test_continue_starts_it_untuned_with_a_warning(home: Home, bus: PrivateBus) 
     assert "warning: this kernel has no cpuset; it starts without tuning" in run.output
     # What may have been done is taken back, and what would have come next is left out.
     assert bus.members() == ["PinThreads", "Release"]
-    assert bus.calls()[1]["body"] == [os.geteuid(), "vm"]
+    assert bus.calls()[1]["body"] == [os.geteuid(), "vm-under-test"]
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "running"
     qmp("quit")
@@ -297,7 +297,7 @@ def test_continue_without_a_bus(home: Home) -> None:
 
 def test_untuned_asks_nobody(home: Home, bus: PrivateBus) -> None:
     home.define(**SHIELDED, scheduler="fifo", rlimit_memlock=True)
-    run = home.start("vm", "--untuned", env=bus.environment)
+    run = home.start("vm-under-test", "--untuned", env=bus.environment)
     assert "untuned" in run.wait_running()
     assert bus.calls() == []
 
@@ -342,7 +342,7 @@ def test_every_vcpu_of_a_machine_with_two_dies_is_pinned(home: Home) -> None:
 @needs_two_cpus
 def test_vcpus_that_share_a_thread_cannot_be_pinned_apart(home: Home) -> None:
     home.define(qemu=({"smp": 2}, {"accel": "tcg,thread=single"}), vcpu_pinning=[0, CPU], isolation="affinity")
-    path = home.configuration / "vm.yml"
+    path = home.configuration / "vm-under-test.yml"
     path.write_text(path.read_text().replace("tcg,thread=multi", "tcg,thread=single"))
     run = home.start()
     assert_never_ran(run, message="are one thread of QEMU's")
@@ -370,7 +370,7 @@ def test_launcher_killed_while_the_helper_thinks(home: Home, bus: PrivateBus) ->
     run.process.kill()
     run.process.wait()
     assert is_alive(pid)
-    assert "never started" in home.ask("status", "vm").stdout
+    assert "never started" in home.ask("status", "vm-under-test").stdout
     bus.plan()
-    assert home.ask("kill", "vm").returncode == 0
+    assert home.ask("kill", "vm-under-test").returncode == 0
     wait_gone(pid)

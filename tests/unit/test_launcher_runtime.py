@@ -18,6 +18,8 @@ from qemu_launcher.errors import AlreadyRunning, LauncherError
 from qemu_launcher.procfs import Process
 from qemu_launcher.runtime import RUNNING, STARTING, Found, Record
 
+# VMs are found wherever their files are: no real VM of whoever runs this, and no other run of it, has these names.
+NAME, OTHER = f"unit-test-{os.getpid()}", f"unit-test-{os.getpid()}-other"
 DEFINITION = Path("/etc/qemu-launcher/vms/win11.yml")
 
 
@@ -31,7 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def holder(place: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Another process that holds the lock of win11, as a QEMU does: it has inherited the open file."""
     place.mkdir(mode=0o700)
-    lock = os.open(place / "win11.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(place / f"{NAME}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     process = subprocess.Popen(["sleep", "1000"], pass_fds=[lock])
     os.close(lock)
@@ -42,7 +44,7 @@ def holder(place: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 def written(place: Path, **fields: object) -> None:
     record = replace(Record(definition=str(DEFINITION)), **fields)  # type: ignore[arg-type]  # names are checked at run time
-    (place / "win11.lock").write_bytes(record.encode())
+    (place / f"{NAME}.lock").write_bytes(record.encode())
 
 
 def process_of(child: "subprocess.Popen[bytes]") -> Process:
@@ -59,42 +61,50 @@ def ended() -> Process:
 
 
 def test_claim_writes_who_we_are_and_leaves_nothing(place: Path) -> None:
-    with runtime.claimed("win11", DEFINITION) as (claim, discarded):
+    with runtime.claimed(NAME, DEFINITION) as (claim, discarded):
         assert discarded is None
-        record = Record.decode((place / "win11.lock").read_bytes())
+        record = Record.decode((place / f"{NAME}.lock").read_bytes())
         assert record is not None
         assert record.launcher == Process.of(os.getpid())
         assert (record.qemu, record.state, record.definition) == (None, STARTING, str(DEFINITION))
         control = claim.listening_socket()
-        assert (place / "win11.sock").is_socket()
+        assert (place / f"{NAME}.sock").is_socket()
         control.close()
-        vm = runtime.find("win11")
+        vm = runtime.find(NAME)
         assert vm is not None
         assert vm.is_alive
         assert vm.qemu is None
-    assert (place / "win11.lock").read_bytes() == b""
-    assert not (place / "win11.sock").exists()
-    assert runtime.find("win11") is None
+    assert (place / f"{NAME}.lock").read_bytes() == b""
+    assert not (place / f"{NAME}.sock").exists()
+    assert runtime.find(NAME) is None
 
 
 def test_second_claim_of_the_same_name_is_refused_and_another_is_not(place: Path) -> None:
-    with runtime.claimed("win11", DEFINITION):
-        with pytest.raises(AlreadyRunning, match="win11 is already running"), runtime.claimed("win11", DEFINITION):
+    with runtime.claimed(NAME, DEFINITION):
+        with pytest.raises(AlreadyRunning, match=f"^{NAME} is already running"), runtime.claimed(NAME, DEFINITION):
             pass
-        with runtime.claimed("linux", DEFINITION):
-            assert {vm.name for vm in runtime.find_all()} == {"linux", "win11"}
+        with runtime.claimed(OTHER, DEFINITION):
+            assert {vm.name for vm in runtime.find_all()} >= {OTHER, NAME}
 
 
 def test_running_vm_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
-    with pytest.raises(AlreadyRunning, match=f"PID {holder.pid}"), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(AlreadyRunning, match=f"PID {holder.pid}"), runtime.claimed(NAME, DEFINITION):
         pass
     assert holder.poll() is None
 
 
 def test_starting_vm_of_a_living_launcher_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     written(place, qemu=process_of(holder), launcher=Process.of(os.getpid()))
-    with pytest.raises(AlreadyRunning), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(AlreadyRunning), runtime.claimed(NAME, DEFINITION):
+        pass
+    assert holder.poll() is None
+
+
+def test_vm_that_has_just_ended_is_told_so(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    written(place, qemu=ended(), launcher=process_of(holder), state=RUNNING)
+    message = rf"has just ended, and its launcher \(PID {holder.pid}\) is giving"
+    with pytest.raises(AlreadyRunning, match=message), runtime.claimed(NAME, DEFINITION):
         pass
     assert holder.poll() is None
 
@@ -102,7 +112,7 @@ def test_starting_vm_of_a_living_launcher_is_left_alone(place: Path, holder: "su
 def test_never_started_vm_is_ended_and_told(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     qemu = process_of(holder)
     written(place, qemu=qemu, launcher=ended())
-    with runtime.claimed("win11", DEFINITION) as (_, discarded):
+    with runtime.claimed(NAME, DEFINITION) as (_, discarded):
         assert discarded == qemu
     assert holder.wait() == -signal.SIGTERM
 
@@ -112,7 +122,7 @@ def test_record_of_a_recycled_pid_ends_nobody(place: Path, holder: "subprocess.P
     qemu = process_of(holder)
     written(place, qemu=Process(qemu.pid, qemu.start_time - 1), launcher=ended())
     named = rf"still hold its lock: {holder.pid} \(sleep\)"
-    with pytest.raises(AlreadyRunning, match=named), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(AlreadyRunning, match=named), runtime.claimed(NAME, DEFINITION):
         pass
     assert holder.poll() is None
 
@@ -120,32 +130,33 @@ def test_record_of_a_recycled_pid_ends_nobody(place: Path, holder: "subprocess.P
 def test_vm_without_its_directory_is_found_by_its_open_file(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     qemu = process_of(holder)
     written(place, qemu=qemu, launcher=ended(), state=RUNNING, vcpus={0: 17})
-    (place / "win11.lock").unlink()
+    (place / f"{NAME}.lock").unlink()
     place.rmdir()
-    vm = runtime.find("win11")
+    vm = runtime.find(NAME)
     assert vm is not None
     assert (vm.qemu, vm.socket, dict(vm.record.vcpus)) == (qemu, None, {0: 17})
-    with pytest.raises(AlreadyRunning), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(AlreadyRunning), runtime.claimed(NAME, DEFINITION):
         pass
 
 
 def test_dead_vms_are_not_found(place: Path) -> None:
     place.mkdir(mode=0o700)
     written(place, qemu=ended(), launcher=ended(), state=RUNNING)
-    assert runtime.find_all() == []
-    with runtime.claimed("win11", DEFINITION):
+    assert runtime.find(NAME) is None
+    with runtime.claimed(NAME, DEFINITION):
         pass
 
 
 def test_claims_race_and_one_wins(place: Path) -> None:
     script = (
         "import sys, pathlib\nfrom qemu_launcher import runtime, errors\n"
-        "try:\n  with runtime.claimed('win11', pathlib.Path('/x')):\n    print('won', flush=True); sys.stdin.read()\n"
+        "try:\n  with runtime.claimed(sys.argv[1], pathlib.Path('/x')):\n"
+        "    print('won', flush=True); sys.stdin.read()\n"
         "except errors.AlreadyRunning:\n  print('lost', flush=True)\n"
     )
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script, NAME],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": "launcher"},
@@ -167,7 +178,7 @@ def test_directory_that_others_may_enter_is_refused(place: Path, mode: int) -> N
     place.chmod(mode)
     with (
         pytest.raises(LauncherError, match="is not yours, or others may enter it"),
-        runtime.claimed("win11", DEFINITION),
+        runtime.claimed(NAME, DEFINITION),
     ):
         pass
     assert list(place.iterdir()) == []
@@ -177,7 +188,7 @@ def test_directory_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> Non
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     place.symlink_to(elsewhere)
-    with pytest.raises(LauncherError, match="is not yours"), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(LauncherError, match="is not yours"), runtime.claimed(NAME, DEFINITION):
         pass
 
 
@@ -185,8 +196,8 @@ def test_lock_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> None:
     place.mkdir(mode=0o700)
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (place / "win11.lock").symlink_to(victim)
-    with pytest.raises(LauncherError, match="cannot open"), runtime.claimed("win11", DEFINITION):
+    (place / f"{NAME}.lock").symlink_to(victim)
+    with pytest.raises(LauncherError, match="cannot open"), runtime.claimed(NAME, DEFINITION):
         pass
     assert victim.read_text() == "precious"
 
@@ -194,7 +205,7 @@ def test_lock_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> None:
 def test_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "qemu-launcher").write_text("a file")
-    with pytest.raises(LauncherError, match="cannot make"), runtime.claimed("win11", DEFINITION):
+    with pytest.raises(LauncherError, match="cannot make"), runtime.claimed(NAME, DEFINITION):
         pass
 
 
@@ -203,9 +214,9 @@ def test_deep_runtime_directory_has_a_socket_all_the_same(tmp_path: Path, monkey
     deep = tmp_path.joinpath(*["a" * 60] * 3)
     deep.mkdir(parents=True)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    with runtime.claimed("win11", DEFINITION) as (claim, _):
+    with runtime.claimed(NAME, DEFINITION) as (claim, _):
         control = claim.listening_socket()
-        with runtime.connected(deep / "qemu-launcher" / "win11.sock") as client:
+        with runtime.connected(deep / "qemu-launcher" / f"{NAME}.sock") as client:
             assert control.accept()[0] is not None
             assert client.fileno() >= 0
         control.close()
@@ -232,10 +243,10 @@ def test_records_survive_both_ways(record: Record) -> None:
 
 
 def test_shorter_record_written_over_a_longer_one(place: Path) -> None:
-    with runtime.claimed("win11", DEFINITION) as (claim, _):
+    with runtime.claimed(NAME, DEFINITION) as (claim, _):
         claim.update(vcpus={i: 1000 + i for i in range(100)})
         claim.update(vcpus={}, state=RUNNING)
-        vm = runtime.find("win11")
+        vm = runtime.find(NAME)
         assert vm is not None
         assert (dict(vm.record.vcpus), vm.record.state) == ({}, RUNNING)
 

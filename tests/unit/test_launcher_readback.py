@@ -1,0 +1,175 @@
+"""What the launcher sees for itself: threads of this very process, and a cgroup tree made of files."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_launcher import cgroups, procfs, readback
+from qemu_launcher.plan import Pin, ThreadPlan
+
+ALL = frozenset(os.sched_getaffinity(0))
+CPU = frozenset({max(ALL)})
+two_cpus = pytest.mark.skipif(len(ALL) < 2, reason="optional: needs two CPUs")
+
+
+@pytest.fixture
+def tid() -> Iterator[int]:
+    """A thread that stands for a vCPU."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert begun.wait(30)
+    assert thread.native_id is not None
+    yield thread.native_id
+    go_on.set()
+    thread.join()
+
+
+def plan(tid: int, isolation: Any = "cpuset", policy: str | None = None, priority: int = 0) -> ThreadPlan:
+    scheduled = (tid,) if policy else ()
+    return ThreadPlan((Pin(tid, CPU, (3,)),), isolation, scheduled, policy, priority)
+
+
+def differences(plan: ThreadPlan) -> list[str]:
+    return readback.thread_differences(os.getpid(), plan)
+
+
+@two_cpus
+def test_pin_as_planned_and_pin_that_is_not(tid: int) -> None:
+    (difference,) = differences(plan(tid))
+    assert difference.startswith(f"vCPU 3 (TID {tid}) may run on CPUs ")
+    os.sched_setaffinity(tid, CPU)
+    assert differences(plan(tid)) == []
+
+
+def test_thread_that_is_gone() -> None:
+    assert differences(plan(os.getppid())) == [f"vCPU 3 (TID {os.getppid()}) is no thread of QEMU's any more"]
+
+
+@two_cpus
+def test_shield_that_lets_others_in(tid: int) -> None:
+    os.sched_setaffinity(tid, CPU)
+    found = differences(plan(tid, "shield"))
+    cpu = max(ALL)
+    assert f"CPUs {cpu} are not shielded: QEMU's thread {os.getpid()} may run there" in found
+    assert f"CPUs {cpu} are not shielded: the launcher itself may run there" in found
+
+
+@two_cpus
+def test_shield_that_holds(tid: int) -> None:
+    os.sched_setaffinity(tid, CPU)
+    others = [other for other in procfs.tids(os.getpid()) if other != tid]
+    try:
+        for other in others:
+            os.sched_setaffinity(other, ALL - CPU)
+        assert differences(plan(tid, "shield")) == []
+    finally:
+        for other in others:
+            os.sched_setaffinity(other, ALL)
+
+
+def test_policy_priority_and_reset_on_fork_are_all_compared(tid: int) -> None:
+    os.sched_setaffinity(tid, CPU)
+    assert differences(plan(tid, policy="other")) == []
+    assert differences(plan(tid, policy="batch")) == [f"vCPU 3 (TID {tid}) is scheduled other, not batch"]
+    assert differences(plan(tid, policy="fifo", priority=1)) == [
+        f"vCPU 3 (TID {tid}) is scheduled other, not fifo 1 (reset on fork)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [
+        (procfs.Scheduling("fifo", 1, reset_on_fork=True), ("fifo", 1), True),
+        (procfs.Scheduling("fifo", 1, reset_on_fork=False), ("fifo", 1), False),
+        (procfs.Scheduling("fifo", 2, reset_on_fork=True), ("fifo", 1), False),
+        (procfs.Scheduling("rr", 1, reset_on_fork=True), ("fifo", 1), False),
+        (None, ("fifo", 1), False),
+        (procfs.Scheduling("batch", 0, reset_on_fork=True), ("batch", 0), True),
+    ],
+)
+def test_real_time_differences(
+    monkeypatch: pytest.MonkeyPatch, tid: int, found: procfs.Scheduling | None, wanted: tuple[str, int], same: bool
+) -> None:
+    """Real-time policies cannot be had here, so the kernel's answer is given."""
+    os.sched_setaffinity(tid, CPU)
+    monkeypatch.setattr(procfs, "scheduling", lambda _: found)
+    assert (differences(plan(tid, "cpuset", *wanted)) == []) is same
+
+
+def test_memlock_as_granted_and_not() -> None:
+    limits = procfs.memlock_limit(os.getpid())
+    assert limits is not None
+    soft, hard = limits
+    assert readback.memlock_differences(os.getpid(), soft, exactly=soft == hard) == []
+    for granted in (soft + 4096, soft - 4096):
+        (difference,) = readback.memlock_differences(os.getpid(), granted, exactly=True)
+        assert difference.startswith(f"QEMU (PID {os.getpid()}) may lock ")
+    assert readback.memlock_differences(os.getpid(), soft - 4096, exactly=False) == []
+    assert readback.memlock_differences(2**22 + 5, 1, exactly=True) == [
+        "the limits of QEMU (PID 4194309) cannot be read"
+    ]
+
+
+# The cgroup tree
+
+SCOPE = "user.slice/user-1000.slice/qemu-launcher-1000-win11.scope"
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cgroup mount and a /proc with one QEMU, PID 50: thread 50 in emulator/, thread 51 in vcpus/51."""
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    for name, state in (("", "member"), ("emulator", "member"), ("vcpus", "isolated"), ("vcpus/51", "member")):
+        place = root / SCOPE / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "cpuset.cpus.partition").write_text(f"{state}\n")
+    (root / SCOPE / "cgroup.procs").write_text("50\n52\n")
+    (root / SCOPE / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    for path, where in (("50", ""), ("50/task/50", "/emulator"), ("50/task/51", "/vcpus/51"), ("60", None)):
+        place = proc / path
+        place.mkdir(parents=True, exist_ok=True)
+        text = "0::/user.slice/user-1000.slice/session-2.scope\n" if where is None else f"0::/{SCOPE}{where}\n"
+        (place / "cgroup").write_text(text)
+    monkeypatch.setattr(cgroups, "ROOT", root)
+    monkeypatch.setattr(cgroups, "PROC", proc)
+    return root / SCOPE
+
+
+def test_vcpu_in_a_partition_is_shielded_and_an_emulator_thread_is_not(tree: Path) -> None:
+    assert cgroups.is_shielded(50, 51)
+    assert not cgroups.is_shielded(50, 50)
+    assert cgroups.partition_of(50, 51) == "isolated"
+    assert cgroups.partition_of(50, 50) is None
+
+
+def test_invalid_partition_shields_nobody_and_says_why(tree: Path) -> None:
+    (tree / "vcpus" / "cpuset.cpus.partition").write_text("isolated invalid (Cpu list in cpuset.cpus not exclusive)\n")
+    assert not cgroups.is_shielded(50, 51)
+    assert cgroups.partition_of(50, 51) == "isolated invalid (Cpu list in cpuset.cpus not exclusive)"
+
+
+def test_partition_that_cannot_be_read_is_none(tree: Path) -> None:
+    (tree / "vcpus" / "cpuset.cpus.partition").unlink()
+    assert cgroups.partition_of(50, 51) is None
+
+
+def test_scopes_members_and_life(tree: Path) -> None:
+    assert list(cgroups.scopes(1000)) == [("win11", tree)]
+    assert list(cgroups.scopes(1001)) == []
+    assert cgroups.members(tree) == [50, 52]
+    assert cgroups.scope_of(50) == tree
+    assert cgroups.scope_of(60) is None
+    assert cgroups.is_populated(tree)
+    (tree / "cgroup.events").write_text("populated 0\nfrozen 0\n")
+    assert not cgroups.is_populated(tree)
+    assert not cgroups.is_populated(tree / "gone")
