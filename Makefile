@@ -85,7 +85,7 @@ apt:
 	{ echo "$$mark"; $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["optional-dependencies"]["dev"], sep="\n")'; } > .venv/dev.new; \
 	cmp -s .venv/dev.new .venv/dev.txt || { echo "Installing Python tools into .venv"; \
-		$(VENV)/python -m pip install --quiet --disable-pip-version-check --retries 5 -r .venv/dev.new; \
+		$(VENV)/python -m pip install --quiet --quiet --disable-pip-version-check --retries 5 -r .venv/dev.new; \
 		mv .venv/dev.new .venv/dev.txt; }; \
 	rm -f .venv/dev.new; touch $@
 
@@ -103,7 +103,7 @@ unit: setup ## the tests that take seconds and touch nothing
 	$(PYTEST) -q tests/unit tests/contract
 
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
-	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/package tests/bus tests/qemu tests/system
+	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/package tests/lab tests/bus tests/qemu tests/system
 
 demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real-time, started by an ordinary user
 	PYTHONPATH=tests $(VENV)/python -m demo

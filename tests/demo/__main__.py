@@ -7,16 +7,16 @@ the user named; what follows is the answer. Exit status 1 if anything is not as 
 
 import json
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lab
+from contract.test_helper_source import MECHANISMS, SOURCES, lines_of_code, name
 from demo.guest import FAREWELL, GREETING, boot_sector
+from demo.terminal import Terminal, observe, terminal
 from package.bench import COMMAND_BUDGET, command_ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,7 @@ HOST_MIB = 4096  # of which the helper leaves 2 GiB to the host
 CALLS = "/run/calls"
 CALL_BUDGET = 4
 EXPOSURE_BUDGET = 1.6
+SIZE_BUDGET = 1000
 DEFINITION = f"""\
 launcher:
   binary: qemu-system-x86_64
@@ -54,8 +55,6 @@ until grep -q GetId {CALLS}; do
     sleep 0.2
 done
 """
-TERMINAL_SECONDS = 900  # then the login is cut, and the claims fail
-ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1bc|\r")
 
 
 class Story:
@@ -108,13 +107,6 @@ def cpus(numbers: Iterable[int]) -> str:
     return ",".join(text) or "none"
 
 
-def observe(vm: lab.Vm) -> dict[str, Any]:
-    """What the kernel inside says now."""
-    source = (ROOT / "tests/demo/observe.py").read_bytes()
-    facts: dict[str, Any] = json.loads(vm.run("python3 -I -", input=source).stdout)
-    return facts
-
-
 def cpu_map(facts: dict[str, Any]) -> str:
     """Each CPU of the host as one letter: H where host tasks may run, V where only a virtual CPU does."""
     virtual = {thread["cpus"][0] for one in facts["machines"] for thread in one["threads"] if len(thread["cpus"]) == 1}
@@ -139,41 +131,6 @@ def host_as_before(story: Story, facts: dict[str, Any]) -> None:
     story.claim(facts["init_cpus"] == facts["online"], "PID 1 may run on all CPUs", cpus(facts["init_cpus"]))
     story.claim(facts["fresh_cpus"] == facts["online"], "so may a new process", cpus(facts["fresh_cpus"]))
     story.claim(facts["scopes"] == [], "no scope of a virtual machine", facts["scopes"] or "none")
-
-
-class Terminal:
-    """alice's terminal: a login with a pseudo-terminal of its own, in which the launcher runs in the foreground."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        self._seen = b""
-
-    def lines_until(self, wanted: bytes) -> Iterator[str]:
-        """What appears, line by line, up to the line with `wanted`; everything up to the end if that never comes."""
-        assert self.process.stdout is not None
-        for raw in self.process.stdout:
-            line = ESCAPES.sub(b"", raw)
-            if line.strip():
-                yield line.decode(errors="replace").rstrip()
-            if wanted and wanted in line:
-                return
-
-
-@contextmanager
-def terminal(vm: lab.Vm, user: str, command: str) -> Iterator[Terminal]:
-    """Run a command on a terminal inside; hanging up ends it if it has not ended."""
-    process = subprocess.Popen(
-        ["timeout", str(TERMINAL_SECONDS), *vm.ssh(user, "-tt"), command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        yield Terminal(process)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate()
 
 
 def while_it_runs(story: Story, facts: dict[str, Any]) -> None:
@@ -255,6 +212,13 @@ def figures(story: Story, vm: lab.Vm, calls: list[str]) -> None:
         exposure is not None and float(exposure[1]) <= EXPOSURE_BUDGET,
         f"systemd-analyze security, at most {EXPOSURE_BUDGET}",
         exposure[1] if exposure else done.stdout,
+    )
+    sizes = {name(path): lines_of_code(path) for path in SOURCES}
+    mechanisms = sum(sizes.pop(mechanism, 0) for mechanism in MECHANISMS)
+    story.claim(
+        sum(sizes.values()) <= SIZE_BUDGET,
+        f"lines of code that may run as root, at most {SIZE_BUDGET}",
+        f"{sum(sizes.values())}, and {mechanisms} that shield",
     )
     ratio = min(command_ratio() for _ in range(2))
     story.claim(
