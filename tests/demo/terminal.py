@@ -1,4 +1,4 @@
-"""A user's terminal in the lab, and what the kernel in there says: for the demo and for tests that look from outside."""
+"""A user's terminal in the lab, and what the kernel in there says: for the demo, and tests that look from outside."""
 
 import json
 import re
