@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -152,11 +153,11 @@ class Vm:
         if done.returncode != 0:
             self.check_alive()
             raise CommandFailed(f"root: cannot read {remote}", done.returncode, done.stderr.decode(errors="replace"))
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
-            for member in tar.getmembers():
-                rest = member.name[len(name) :].lstrip("/")
-                member.name = f"{target.name}/{rest}" if rest else target.name
-                tar.extract(member, target.parent, filter="data")
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".lab-") as scratch:
+            # tar itself, since Python 3.11.2 cannot yet be told to refuse names that lead out of the folder.
+            unpack = ["tar", "-x", "--no-same-owner", "-C", scratch]
+            subprocess.run(unpack, input=done.stdout, check=True)
+            (Path(scratch) / name).rename(target)
 
     def install(self, deb: Path | str) -> None:
         """Installs a Debian package whose dependencies the image already has (there is no network outside)."""

@@ -1,0 +1,131 @@
+"""How system tests travel: pytest as it runs inside, here, and its reports read as they are out here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.inside import REPORT_FD, REQUEST_VARIABLE
+from lab.outside import REMOTE, SystemRun
+from lab.recipe import PROJECT
+
+CONFTEST = "from lab.inside import pytest_configure\n"
+TESTS = """
+import os
+import pytest
+
+@pytest.mark.parametrize("value", ["a b", "c/d[e]", "\\u00fc"])
+def test_value(value):
+    assert value
+
+def test_fails():
+    print("some output")
+    os.write(1, b"straight to the descriptor")
+    assert {"a": 1} == {"a": 2}
+
+def test_skips():
+    pytest.skip("for a reason")
+
+@pytest.mark.xfail(reason="known")
+def test_known():
+    assert False
+
+@pytest.fixture
+def late():
+    yield
+    raise ValueError("at the end")
+
+def test_late(late):
+    pass
+
+def test_ends_everything():
+    os._exit(3)
+
+@pytest.mark.outside
+def test_unwanted():
+    raise SystemExit("must not run")
+"""
+
+
+def events_of(folder: Path, wanted: list[str]) -> list[dict[str, Any]]:
+    """What pytest inside says when asked for the tests `wanted`."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_it.py").write_text(TESTS)
+    (folder / "request").write_text(json.dumps(wanted))
+    reading, writing = os.pipe()
+    environment = {**os.environ, REQUEST_VARIABLE: str(folder / "request"), "PYTHONPATH": str(PROJECT / "tests")}
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider --rootdir=. --strict-markers . {REPORT_FD}>&{writing}"
+    with subprocess.Popen(
+        ["bash", "-c", command], cwd=folder, env=environment, pass_fds=(writing,), stdout=subprocess.DEVNULL
+    ):
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> SystemRun:
+    return SystemRun(request.config, [])
+
+
+def feed(run: SystemRun, events: list[dict[str, Any]]) -> None:
+    for event in [*events, None]:
+        run.events.put(event)
+
+
+def outcomes(run: SystemRun, name: str) -> list[tuple[str, str]]:
+    return [(report.when or "", report.outcome) for report in run.reports_of(f"test_it.py::{name}")]
+
+
+PASSED = [("setup", "passed"), ("call", "passed"), ("teardown", "passed")]
+
+
+def test_exactly_the_wanted_tests_run_in_their_order(tmp_path: Path) -> None:
+    wanted = ["test_it.py::test_skips", "test_it.py::test_value[\\xfc]", "test_it.py::test_value[c/d[e]]"]
+    finished = [event["finish"] for event in events_of(tmp_path, wanted) if "finish" in event]
+    assert finished == wanted
+
+
+def test_reports_come_out_as_they_were(tmp_path: Path, run: SystemRun) -> None:
+    names = ["test_value[a b]", "test_fails", "test_skips", "test_known", "test_late"]
+    feed(run, events_of(tmp_path, [f"test_it.py::{name}" for name in names]))
+    assert outcomes(run, "test_value[a b]") == PASSED
+    assert outcomes(run, "test_late") == [*PASSED[:2], ("teardown", "failed")]
+    failure = run.reports_of("test_it.py::test_fails")[1]
+    assert "Differing items" in failure.longreprtext
+    assert failure.capstdout == "some output\nstraight to the descriptor"
+    skip = run.reports_of("test_it.py::test_skips")[1]
+    assert isinstance(skip.longrepr, tuple)
+    assert skip.longrepr[2] == "Skipped: for a reason"
+    assert run.reports_of("test_it.py::test_known")[1].wasxfail == "known"
+    assert run.complaint == ""
+
+
+def test_place_of_a_skip_is_translated(run: SystemRun) -> None:
+    report = pytest.TestReport("a::b", ("a", 1, "b"), {}, "skipped", None, "call")
+    data = run.config.hook.pytest_report_to_serializable(config=run.config, report=report)
+    data["longrepr"] = [f"{REMOTE}/tests/system/test_a.py", 7, "Skipped: no"]
+    feed(run, [{"report": data}, {"finish": "a::b"}])
+    assert run.reports_of("a::b")[0].longrepr == (f"{PROJECT}/tests/system/test_a.py", 7, "Skipped: no")
+
+
+def test_end_in_the_middle_leaves_the_rest_without_reports(tmp_path: Path, run: SystemRun) -> None:
+    names = ["test_value[a b]", "test_ends_everything", "test_skips"]
+    feed(run, events_of(tmp_path, [f"test_it.py::{name}" for name in names]))
+    assert outcomes(run, "test_value[a b]") == PASSED
+    assert outcomes(run, "test_ends_everything") == []
+    assert "ended without reporting" in run.complaint
+    assert outcomes(run, "test_skips") == []
+
+
+def test_collection_error_is_told(tmp_path: Path, run: SystemRun, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_broken.py").write_text("import a_module_nobody_has\n")
+    feed(run, events_of(tmp_path, ["test_broken.py::test_any"]))
+    assert outcomes(run, "test_any") == []
+    assert "a_module_nobody_has" in capsys.readouterr().err
