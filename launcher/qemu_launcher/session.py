@@ -45,6 +45,7 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
     for warning in definition.warnings:
         voice.warn(warning)
     async with AsyncExitStack() as stack:
+        # From here on a signal is a wish, not an end; and nobody else starts this VM.
         signals = stack.enter_context(Signals())
         claim, discarded = stack.enter_context(runtime.claimed(definition.name, definition.path))
         if discarded is not None:
@@ -53,12 +54,14 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
         tuning = await stack.enter_async_context(Tuning(definition, voice, untuned=untuned))
         holds_guest = tuning.wanted
 
+        # The child waits at its gate; before it may pass, the lock file says that it exists.
         with monitors.made(claim.listening_socket()) as made:
             qemu = forked(_command(definition, claim, tuning, made))
             stack.callback(made.ours.close)
         await stack.enter_async_context(qemu)
         claim.update(qemu=qemu.process)
 
+        # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
         start = _Start(definition, voice, claim, tuning, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
         outcome = await _started(start, made, signals)
@@ -66,6 +69,7 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
             return outcome
         voice.note(f"running, {tuning.summary()}, {time.monotonic() - began:.1f} s")
 
+        # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(tuning.after_cont(qemu))
         shutdown = Shutdown(qemu, outcome, voice, definition.shutdown_timeout)
         status = await shutdown.until_ended(signals)

@@ -12,6 +12,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qemu.launched import Home, Run, is_alive, wait_gone
 
 TUNED: dict[str, Any] = {"scheduler": "batch"}  # tuned without a helper
@@ -141,8 +143,9 @@ def test_signal_while_qemu_starts(home: Home) -> None:
     assert home.leftovers() == []
 
 
-def test_launcher_killed_later_leaves_the_vm_alone(home: Home) -> None:
-    home.define()
+@pytest.mark.parametrize("tuning", [{}, TUNED], ids=["untuned", "tuned"])
+def test_launcher_killed_later_leaves_the_vm_alone(home: Home, tuning: dict[str, Any]) -> None:
+    home.define(**tuning)
     run = home.start()
     run.wait_running()
     pid = run.qemu_pid

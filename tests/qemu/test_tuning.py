@@ -208,12 +208,18 @@ def test_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
 
 
 def test_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
-    home.define(rlimit_memlock="1G")
+    """Found out while the child still waits at its gate: QEMU is never executed."""
+    executed = home.configuration / "executed"
+    wrapper = home.configuration / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\ntouch {executed}\nexec qemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    home.define(binary=str(wrapper), rlimit_memlock="1G")
     run = home.start(env=bus.environment)
     run.wait_line("reported success, but")
     (call,) = bus.calls()
     assert call["body"][1:] == ["vm-under-test", 1 << 30]
     assert_never_ran(run, message=f"QEMU (PID {call['body'][0]}) may lock ")
+    assert not executed.exists()
 
 
 # Memory lock
