@@ -15,7 +15,7 @@ PYTHON = "/usr/bin/python3"
 ROUNDS = 15
 
 BARE = [PYTHON, "-c", "pass"]
-COMMAND = [PYTHON, "-m", "qemu_launcher", "command", str(ROOT / "launcher/examples/win11.yml")]
+COMMAND = [PYTHON, "-m", "qemu_launcher", "command", str(ROOT / "launcher/examples/vfio.yml")]
 COMMAND_BUDGET = 6.0
 
 

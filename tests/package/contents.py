@@ -21,7 +21,7 @@ FILES = {
     "usr/share/man/man8/qemu-launcher-helper.8": 0o644,
     "usr/share/doc/qemu-launcher/examples/first.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/tuned.yml": 0o644,
-    "usr/share/doc/qemu-launcher/examples/win11.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/vfio.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/helper.toml": 0o644,
 }
 PACKAGES = "usr/lib/python3/dist-packages"
