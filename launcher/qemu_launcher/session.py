@@ -14,7 +14,9 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads
@@ -202,13 +204,25 @@ def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monit
     """QEMU's own options come last: one whose value is missing must not swallow ours."""
     binary, *options = cmdline.qemu_argv(definition)
     hold = ("-S",) if tuning.wanted else ()
-    env = {} if definition.clear_env else dict(os.environ)
+    env = {**({} if definition.clear_env else os.environ), **dict(definition.env)}
+    _check_binary(binary, env)
     return Command(
         argv=(binary, *made.arguments, *hold, *options),
-        env={**env, **dict(definition.env)},
+        env=env,
         working_directory=definition.working_directory,
         inherited=(claim.lock_fd, *made.inherited),
         soft_memlock=tuning.soft_memlock,
+    )
+
+
+def _check_binary(binary: str, env: Mapping[str, str]) -> None:
+    """A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing."""
+    if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
+        return
+    raise QemuFailed(
+        f"cannot start {binary!r}: it is in no folder of PATH ({':'.join(os.get_exec_path(env))})",
+        "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path",
+        argv=(binary,),
     )
 
 

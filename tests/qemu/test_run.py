@@ -171,11 +171,27 @@ def test_qemu_that_only_prints_something_is_no_failure(home: Home) -> None:
     assert run.end() == 0
 
 
-def test_binary_that_does_not_exist(home: Home) -> None:
-    home.define(binary="qemu-system-nowhere")
+def test_binary_that_is_not_in_path(home: Home) -> None:
+    home.define(binary="qemu-system-nowhere", env={"PATH": "/usr/bin:/nowhere"})
     run = home.start()
     assert run.end() == 1
-    assert "cannot start 'qemu-system-nowhere': could not execute it: No such file or directory" in run.output
+    assert "cannot start 'qemu-system-nowhere': it is in no folder of PATH (/usr/bin:/nowhere)" in run.output
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "why"),
+    [(None, 0, "No such file or directory"), ("x", 0o644, "Permission denied"), ("x", 0o755, "Exec format error")],
+)
+def test_binary_that_cannot_be_executed(home: Home, content: str | None, mode: int, why: str) -> None:
+    binary = home.configuration / "qemu"
+    if content is not None:
+        binary.write_text(content)
+        binary.chmod(mode)
+    home.define(binary=str(binary))
+    run = home.start()
+    assert run.end() == 1
+    assert f"cannot start '{binary}': could not execute it: {why}" in run.output
+    assert home.leftovers() == []
 
 
 def test_working_directory_environment_and_clear_env(home: Home, tmp_path: Path) -> None:

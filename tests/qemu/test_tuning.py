@@ -380,3 +380,18 @@ def test_launcher_killed_while_the_helper_thinks(home: Home, bus: PrivateBus) ->
     bus.plan()
     assert home.ask("kill", "vm-under-test").returncode == 0
     wait_gone(pid)
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(("display", "flag"), [({}, 0), ({"WAYLAND_DISPLAY": "wayland-0"}, 4), ({"DISPLAY": ":0"}, 4)])
+def test_polkit_may_ask_only_where_somebody_can_answer(
+    home: Home, bus: PrivateBus, display: dict[str, str], flag: int
+) -> None:
+    """ALLOW_INTERACTIVE_AUTHORIZATION, 0x4 of the message's flags; giving back never asks."""
+    home.define(**SHIELDED)
+    run = home.start(env={**bus.environment, **display})
+    run.wait_running()
+    home.ask("kill", run.name)
+    assert run.end() == 0
+    flags = {(call["member"], call["flags"] & 4) for call in bus.calls()}
+    assert flags == {("PinThreads", flag), ("Release", 0)}
