@@ -46,7 +46,7 @@ def guarded(home: Home) -> list[str]:
 @pytest.mark.parametrize("way", ["ctrl-c twice", "sigterm and timeout", "killed qemu"])
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="optional: a shield needs a CPU for the others")
 def test_nothing_is_imported_after_cont(home: Home, bus: PrivateBus, way: str) -> None:
-    """With a helper, so that the release at the end is on the way too: where there is no scope it is always asked for."""
+    """With a helper, so that the release is on the way too: where there is no scope it is always asked for."""
     home.define(vcpu_pinning=[CPU], shutdown_timeout=1)
     run = home.start(argv=guarded(home), env=bus.environment)
     run.wait_running()
