@@ -10,6 +10,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from lab.vm import Vm
 def main(arguments: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status. Errors of the lab itself: 1, with their text on stderr."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so that what we started ends
     try:
         status: int = options.act(options)
     except CommandFailed as error:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
+import time
 from pathlib import Path
 
 from lab.image import Image, say
@@ -23,6 +25,7 @@ CPU = {
 PROBE_SECONDS = 60.0
 # Without a disk the kernel comes this far and no further; printed by init/do_mounts.c.
 ALIVE = b"VFS: Unable to mount root fs"
+BROKEN = b"KVM internal error"  # QEMU's words, after which the machine stands still for ever
 
 
 def choose(picture: Image, cache: Path) -> str:
@@ -50,10 +53,25 @@ def kvm_boots(picture: Image) -> bool:
         "-machine", "q35", "-accel", KVM, "-cpu", CPU[KVM], "-m", "512M",
         "-kernel", str(picture.kernel), "-append", "console=ttyS0 panic=-1", "-serial", "stdio",
     ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return ALIVE in done.stdout
+    return says_alive(command, PROBE_SECONDS)
+
+
+def says_alive(command: list[str], seconds: float) -> bool:
+    """Whether `command` prints ALIVE within `seconds`, before it ends or prints BROKEN; it is ended then."""
+    deadline = time.monotonic() + seconds
+    seen = b""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while ALIVE not in seen and BROKEN not in seen:
+                if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    return False
+                chunk = os.read(process.stdout.fileno(), 65536)
+                if not chunk:
+                    return False
+                seen += chunk
+        finally:
+            process.kill()
+    return ALIVE in seen

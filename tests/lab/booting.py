@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -43,6 +44,8 @@ KERNEL_ARGUMENTS = (
     "systemd.ssh_auto=no",  # systemd 256 and later: no second sshd on vsock
 )  # fmt: skip
 
+_counter = itertools.count(1)
+
 
 @contextlib.contextmanager
 def boot(recipe: Recipe = TRIXIE, machine: Machine = Machine(), *, cache: Path = CACHE) -> Iterator[Vm]:  # noqa: B008
@@ -51,7 +54,7 @@ def boot(recipe: Recipe = TRIXIE, machine: Machine = Machine(), *, cache: Path =
     Waits for a slot. Raises MissingTool, LabError (image, accelerator), or LabDied when it does not come up.
     """
     _forget_dead_sessions(cache / "run")
-    folder = cache / "run" / f"session-{os.getpid()}"
+    folder = cache / "run" / f"session-{os.getpid()}-{next(_counter)}"
     vm = start(folder, recipe, machine, cache=cache)
     try:
         yield vm
@@ -76,7 +79,9 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
         arguments = qemu_arguments(picture, machine, accel)
         session = _Session(folder, picture, arguments, slot, kept)
         begun = time.monotonic()
-        vm = _resumed(session) if machine.resumable else _booted(session)
+        # Under KVM a boot is nearly as fast as reading its result, and need not trust that every CPU state migrates.
+        resume = machine.resumable and accel == accelerator.TCG
+        vm = _resumed(session) if resume else _booted(session)
         say(f"{folder.name} is up after {time.monotonic() - begun:.0f} s ({accel})")
         return vm
     finally:
@@ -186,6 +191,7 @@ def _qemu(
             start_new_session=True,  # Ctrl-C is for us; what ends QEMU is our close, or our death
         )
     try:
+        Vm(folder, process.pid, 0).save()  # so that a kept lab can be stopped even if we do not live to see it up
         _wait_monitor(folder, process)
         yield process
     except BaseException:
@@ -213,7 +219,7 @@ def _wait_monitor(folder: Path, process: subprocess.Popen[bytes]) -> None:
 def _forget_dead_sessions(folder: Path) -> None:
     """Removes the folders of sessions that were killed; their QEMU died with them."""
     for session in folder.glob("session-*"):
-        if not Path(f"/proc/{session.name.removeprefix('session-')}").exists():
+        if not Path(f"/proc/{session.name.split('-')[1]}").exists():
             shutil.rmtree(session, ignore_errors=True)
 
 

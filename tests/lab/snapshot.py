@@ -23,6 +23,7 @@ from lab.monitor import Monitor, monitor
 from lab.vm import Vm
 
 MIGRATION_SECONDS = 300.0
+KEPT = 3  # snapshots of one image: those used last
 # What a test would otherwise read from the disk first: into the page cache with it.
 WARM_UP = """
 python3 -c 'import asyncio, dbus_next.aio, prctl, pytest, rich.console, yaml'
@@ -57,9 +58,11 @@ class Snapshot:
 def snapshot_of(picture: Image, arguments: list[str]) -> Snapshot:
     """Where the snapshot of a machine with these QEMU `arguments` lies, whether it exists or not."""
     version = subprocess.run([arguments[0], "--version"], check=True, capture_output=True).stdout
-    cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if "-accel kvm" in " ".join(arguments) else ""
-    digest = hashlib.sha256(version + json.dumps([*arguments, cpu]).encode()).hexdigest()[:16]
-    return Snapshot(picture.folder / f"booted-{digest}")
+    digest = hashlib.sha256(version + json.dumps(arguments).encode()).hexdigest()[:16]
+    found = Snapshot(picture.folder / f"booted-{digest}")
+    if found.exists:
+        os.utime(found.folder)  # when it was used last
+    return found
 
 
 def write(vm: Vm, target: Snapshot) -> None:
@@ -83,6 +86,9 @@ def write(vm: Vm, target: Snapshot) -> None:
         shutil.rmtree(unfinished)
     else:
         unfinished.rename(target.folder)
+    older = sorted(target.folder.parent.glob("booted-*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in older[:-KEPT]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def resume(folder: Path) -> None:

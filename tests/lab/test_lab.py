@@ -202,6 +202,22 @@ def test_kvm_is_tried_once_a_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(tried) == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "answer"),
+    [
+        ("echo 'VFS: Unable to mount root fs on unknown-block(0,0)'; exec sleep 600", True),
+        ("echo 'KVM internal error. Suberror: 1' >&2; exec sleep 600", False),
+        ("echo 'Linux version 6'; exit 1", False),
+    ],
+)
+def test_kvm_is_judged_by_what_the_kernel_says(script: str, answer: bool) -> None:
+    assert accelerator.says_alive(["sh", "-c", script], 60.0) is answer
+
+
+def test_kvm_that_says_nothing_does_not_work() -> None:
+    assert not accelerator.says_alive(["sleep", "600"], 0.2)
+
+
 def test_no_kvm_device_is_emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(accelerator, "kvm_boots", lambda image: pytest.fail("tried"))
@@ -393,10 +409,10 @@ def test_console_tail_is_a_tail(tmp_path: Path) -> None:
 def test_dead_sessions_are_forgotten(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    for name in (f"session-{gone.pid}", f"session-{os.getpid()}", "kept-mine"):
+    for name in (f"session-{gone.pid}-1", f"session-{os.getpid()}-2", "kept-mine"):
         (tmp_path / name).mkdir()
     booting._forget_dead_sessions(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-mine", f"session-{os.getpid()}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-mine", f"session-{os.getpid()}-2"]
 
 
 @pytest.mark.parametrize("program", ["lab", "shell"])
