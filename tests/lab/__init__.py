@@ -12,10 +12,11 @@ which an engineer starts and stops by hand, is the one exception). Only the stan
 
 from lab.booting import boot
 from lab.errors import CommandFailed, CommandTimeout, LabDied, LabError, MissingTool
-from lab.recipe import TRIXIE, Machine, Recipe
+from lab.recipe import BOOKWORM, TRIXIE, Machine, Recipe
 from lab.vm import Finished, Vm
 
 __all__ = [
+    "BOOKWORM",
     "TRIXIE",
     "CommandFailed",
     "CommandTimeout",

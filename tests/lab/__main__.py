@@ -18,7 +18,7 @@ from pathlib import Path
 from lab import booting, image
 from lab.errors import CommandFailed, LabError
 from lab.image import say
-from lab.recipe import CACHE, TRIXIE, Machine
+from lab.recipe import CACHE, RECIPES, TRIXIE, Machine
 from lab.vm import Vm
 
 
@@ -40,18 +40,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    sys.stdout.write(f"{image.ensure(TRIXIE).folder}\n")
+    sys.stdout.write(f"{image.ensure(RECIPES[options.recipe]).folder}\n")
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
-    with booting.boot(TRIXIE, _machine(options)) as vm:
+    with booting.boot(RECIPES[options.recipe], _machine(options)) as vm:
         _prepare(vm, options)
         return _command(vm, options)
 
 
 def _shell(options: argparse.Namespace) -> int:
-    with booting.boot(TRIXIE, _machine(options)) as vm:
+    with booting.boot(RECIPES[options.recipe], _machine(options)) as vm:
         _prepare(vm, options)
         return _console(vm, options.user, "the machine ends with it")
 
@@ -60,7 +60,7 @@ def _start(options: argparse.Namespace) -> int:
     folder = _folder(options.name)
     if _running(folder):
         raise LabError(f"lab {options.name} runs already")
-    vm = booting.start(folder, TRIXIE, _machine(options), kept=True)
+    vm = booting.start(folder, RECIPES[options.recipe], _machine(options), kept=True)
     try:
         _prepare(vm, options)
     except BaseException:
@@ -158,7 +158,9 @@ def _running(folder: Path) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab", description="A disposable Debian host for tests.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    boots = argparse.ArgumentParser(add_help=False)
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument("--recipe", choices=RECIPES, default=TRIXIE.name, help="which system (default: %(default)s)")
+    boots = argparse.ArgumentParser(add_help=False, parents=[images])
     boots.add_argument("--append", default="", metavar="ARGS", help="further kernel arguments")
     boots.add_argument("--fresh", action="store_true", help="boot, even if a booted state is at hand")
     fills = argparse.ArgumentParser(add_help=False)
@@ -177,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(act=act)
         return sub
 
-    add("build", _build, "build the image, if the cache has it not, and print its folder")
+    add("build", _build, "build the image, if the cache has it not, and print its folder", images)
     add("run", _run, "boot, run a command, end", boots, fills, user, command)
     add("shell", _shell, "boot, give an interactive shell, end", boots, fills, user)
     add("start", _start, "boot a lab and keep it", boots, fills, named)

@@ -84,6 +84,8 @@ class Machine:
 
 
 TRIXIE = Recipe()
+BOOKWORM = Recipe(name="bookworm", suite="bookworm")
+RECIPES = {recipe.name: recipe for recipe in (TRIXIE, BOOKWORM)}
 
 
 def _files(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -378,6 +378,16 @@ def test_put_follows_a_link_to_the_thing(here: Here, tmp_path: Path) -> None:
     assert not (tmp_path / "there.deb").is_symlink()
 
 
+def test_a_deep_folder_has_no_shared_connection(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 90)
+    shared = [Vm(folder, os.getpid(), 1).ssh("root") for folder in (Path("/short"), deep)]
+    assert ["ControlPath" in " ".join(arguments) for arguments in shared] == [True, False]
+
+
+def test_users_never_share_a_connection() -> None:
+    assert "ControlPath" not in " ".join(Vm(Path("/short"), os.getpid(), 1).ssh("alice"))
+
+
 def test_get_of_nothing_is_an_error(here: Here, tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="cannot read"):
         here.get(str(tmp_path / "nothing"), tmp_path / "back")
