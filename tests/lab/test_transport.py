@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lab.errors import LabError, MissingTool
 from lab.inside import REPORT_FD, REQUEST_VARIABLE
-from lab.outside import REMOTE, SystemRun
+from lab.outside import REMOTE, SystemRun, _results
 from lab.recipe import PROJECT
 
-CONFTEST = "from lab.inside import pytest_configure\n"
+CONFTEST = "from lab.errors import LabError, MissingTool
+from lab.inside import pytest_configure\n"
 TESTS = """
 import os
 import pytest
@@ -129,3 +132,26 @@ def test_collection_error_is_told(tmp_path: Path, run: SystemRun, capsys: pytest
     feed(run, events_of(tmp_path, ["test_broken.py::test_any"]))
     assert outcomes(run, "test_any") == []
     assert "a_module_nobody_has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", "failed"), ("", "skipped")])
+@pytest.mark.parametrize("error", [MissingTool("mmdebstrap", "mmdebstrap"), LabError("no mirror")])
+def test_lab_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, error: LabError, ci: str, outcome: str
+) -> None:
+    """A missing tool skips on a desk and fails in CI; anything else fails everywhere, and is told once in full."""
+
+    def begin(run: SystemRun) -> None:
+        raise error
+
+    monkeypatch.setattr(SystemRun, "begin", begin)
+    monkeypatch.setenv("CI", ci)
+    session = SimpleNamespace(stash=pytest.Stash(), items=[])
+    item: Any = SimpleNamespace(
+        session=session, config=request.config, nodeid="a::b", location=("a", 1, "b"), path=Path("a"), keywords={}
+    )
+    expected = outcome if isinstance(error, MissingTool) else "failed"
+    for _ in range(2):
+        (report,) = _results(item)
+        assert report.outcome == expected
+        assert str(error) in str(report.longrepr)
