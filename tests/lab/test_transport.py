@@ -17,8 +17,7 @@ from lab.inside import REPORT_FD, REQUEST_VARIABLE
 from lab.outside import REMOTE, SystemRun, _results
 from lab.recipe import PROJECT
 
-CONFTEST = "from lab.errors import LabError, MissingTool
-from lab.inside import pytest_configure\n"
+CONFTEST = "from lab.inside import pytest_configure\n"
 TESTS = """
 import os
 import pytest
