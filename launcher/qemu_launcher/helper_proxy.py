@@ -1,7 +1,12 @@
-"""The helper, as six typed methods. The launcher's only importer of dbus_next.
+"""The helper, as six typed methods, and systemd's wish to end a VM. The launcher's only importer of dbus_next.
 
 Why it exists: D-Bus, its library and its error names end here; what leaves this module are values and TuningFailed.
 It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start.
+
+The connection on which the helper was called is the Controller= of the VM's scope (systemd.scope's D-Bus interface,
+org.freedesktop.systemd1(5)): before systemd ends the scope it sends RequestStop there and waits. So the connection
+stays as long as the VM, and everybody on the bus may send us signals: one is believed only if its sender owns systemd's
+name at that moment. Nothing that comes over the bus, or its loss, raises anything into the session.
 
 An answer of another shape than the contract's is refused like an error. After any TuningFailed from here the helper
 has said no, or is gone: nothing is known of what it did, and the caller undoes through `release`.
@@ -9,8 +14,9 @@ The contract is dbus/org.qemulauncher.Helper1.xml; METHODS restates it, and a te
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 from dbus_next import BusType, Message, MessageFlag, MessageType
@@ -37,6 +43,9 @@ METHODS = {
 # The members that polkit guards: only these may put a question to a person. Giving back never waits for one.
 _MAY_ASK = {"SetMemlock", "PinThreads", "SetScheduler"}
 
+SYSTEMD = "org.freedesktop.systemd1"
+_DAEMON = {"destination": "org.freedesktop.DBus", "path": "/org/freedesktop/DBus", "interface": "org.freedesktop.DBus"}
+
 DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification, "System message bus"
 
 # dbus-daemon gives up on an activation after 25 s and answers itself. What is left is a helper that hangs, and a
@@ -44,6 +53,7 @@ DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification
 CONNECT_TIMEOUT = 30.0  # seconds
 CALL_TIMEOUT = 60.0
 DIALOG_TIMEOUT = 600.0
+_LONGEST_AUTH_LINE = 16384  # bytes; dbus-daemon's own limit (dbus-auth.c, MAX_BUFFER)
 
 
 class GrantedVm(NamedTuple):
@@ -58,22 +68,53 @@ class GrantedVm(NamedTuple):
     mechanism: str
 
 
+class _Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
+    """The library's connection, with an end: it closes what it has opened, and a bus that hangs up is noticed."""
+
+    async def _auth_readline(self) -> str:
+        # The library's own waits for ever, at full speed, on a bus that closes the connection here (it is full, say).
+        line = b""
+        while not line.endswith(b"\r\n"):
+            byte = await self._loop.sock_recv(self._sock, 1)
+            if not byte or len(line) > _LONGEST_AUTH_LINE:
+                raise ConnectionError("it closed the connection")
+            line += byte
+        return line[:-2].decode()
+
+    def _finalize(self, err: BaseException | None = None) -> None:
+        if self._sock.fileno() >= 0:  # else the number may already be somebody else's
+            super()._finalize(err)
+            for end in (self._stream, self._sock):
+                with contextlib.suppress(OSError):  # what could not be sent any more
+                    end.close()
+
+    def leave(self) -> None:
+        self._user_disconnect = True
+        self._finalize()
+
+
 class Helper:
     """A connection to the helper. Made by `connected`, ended by `close`."""
 
-    def __init__(self, bus: Any, *, interactive: bool) -> None:
+    def __init__(self, bus: _Bus, *, interactive: bool) -> None:
         self._bus = bus
         self._interactive = interactive
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
+        self._lost.add_done_callback(_retrieved)
+        self._checks: dict[str, asyncio.Task[None]] = {}  # by sender
 
     @classmethod
     async def connected(cls, *, interactive: bool) -> Self:
         """Join the system bus. `interactive`: polkit may ask the person in front of this terminal or display."""
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
         try:
-            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM)
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                await bus.connect()
+            bus = _Bus(bus_address=address, bus_type=BusType.SYSTEM)
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    await bus.connect()
+            except BaseException:
+                bus.leave()
+                raise
         except Exception as err:  # the library raises anything from OSError to bare Exception
             raise TuningFailed(
                 f"there is no system bus at {address}: {str(err) or type(err).__name__}", access.HOW_TO_INSTALL
@@ -82,16 +123,35 @@ class Helper:
 
     def wake(self) -> None:
         """Have the helper started while we do something else. Whether that worked, the first call will tell."""
-        message = Message(
-            destination="org.freedesktop.DBus",
-            path="/org/freedesktop/DBus",
-            interface="org.freedesktop.DBus",
-            member="StartServiceByName",
-            signature="su",
-            body=[BUS_NAME, 0],
-            flags=MessageFlag.NO_REPLY_EXPECTED,
-        )
-        self._bus.send(message).add_done_callback(_retrieved)
+        silent = MessageFlag.NO_REPLY_EXPECTED
+        message = Message(**_DAEMON, member="StartServiceByName", signature="su", body=[BUS_NAME, 0], flags=silent)
+        if self._bus.connected:
+            self._bus.send(message).add_done_callback(_retrieved)
+
+    def on_request_stop(self, vm: str, act: Callable[[], None]) -> None:
+        """Call `act` whenever systemd wants the scope of our `vm` to end. It must not block."""
+        path = scope_path(os.geteuid(), vm)
+
+        async def check(sender: str) -> None:
+            if await self._owner(SYSTEMD) == sender:
+                act()
+
+        def receive(message: Any) -> None:
+            # Sent to us alone, so that no match rule is needed (and none is added: it would let others' signals in).
+            what = (message.message_type, message.path, message.interface, message.member)
+            # One question about each sender at a time: no impostor can push the real one out.
+            if (
+                what == (MessageType.SIGNAL, path, f"{SYSTEMD}.Scope", "RequestStop")
+                and message.sender not in self._checks
+            ):
+                task = self._checks[message.sender] = asyncio.ensure_future(check(message.sender))
+                task.add_done_callback(lambda _: self._checks.pop(message.sender, None))
+
+        self._bus.add_message_handler(receive)
+
+    async def until_lost(self) -> None:
+        """Return when the bus has closed the connection."""
+        await asyncio.wait([self._lost])
 
     async def set_memlock(self, pid: int, vm: str, size: int) -> int:
         """Let `pid` lock `size` bytes, INFINITY for as much as this user may. Returns what was granted, in bytes."""
@@ -130,9 +190,10 @@ class Helper:
 
     async def close(self) -> None:
         """Leave the bus. A call that is still under way is given up; the helper notices."""
-        self._bus.disconnect()
-        self._lost.cancel()
-        await asyncio.wait([self._lost])
+        self._bus.leave()
+        for task in (checks := list(self._checks.values())):
+            task.cancel()
+        await asyncio.wait([self._lost, *checks])
 
     async def _call(self, member: str, *body: Any) -> list[Any]:
         wanted, answered = METHODS[member]
@@ -157,6 +218,8 @@ class Helper:
 
     async def _reply(self, member: str, message: Any, seconds: float) -> Any:
         """The answer to a call; the library itself waits for ever, also on a connection that is lost."""
+        if not self._bus.connected:
+            raise TuningFailed("the system bus has closed the connection", access.LOOK_AT_JOURNAL)
         call = asyncio.ensure_future(self._bus.call(message))
         try:
             await asyncio.wait([call, self._lost], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -169,6 +232,22 @@ class Helper:
             raise TuningFailed(f"qemu-launcher-helper did not answer {member}", access.LOOK_AT_JOURNAL)
         finally:
             call.cancel()
+
+    async def _owner(self, name: str) -> str | None:
+        """Unique name of the connection that owns `name` now; None if nobody does, or the bus does not say."""
+        message = Message(**_DAEMON, member="GetNameOwner", signature="s", body=[name])
+        try:
+            reply = await self._reply(message.member, message, CALL_TIMEOUT)
+        except TuningFailed:
+            return None
+        return str(reply.body[0]) if reply.message_type is MessageType.METHOD_RETURN and reply.body else None
+
+
+def scope_path(uid: int, vm: str) -> str:
+    """Object path of a VM's scope, escaped as sd_bus_path_encode(3) tells."""
+    name = f"qemu-launcher-{uid}-{vm}.scope"
+    label = "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
+    return f"/org/freedesktop/systemd1/unit/{label}"
 
 
 def _nonsense(member: str) -> TuningFailed:

@@ -53,7 +53,9 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
         if discarded is not None:
             voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
         stack.enter_context(terminal.kept())
-        tuning = await stack.enter_async_context(Tuning(definition, voice, untuned=untuned))
+        tuning = await stack.enter_async_context(
+            Tuning(definition, voice, lambda: signals.put(signal.SIGTERM), untuned=untuned)
+        )
         holds_guest = tuning.wanted
 
         # The child waits at its gate; before it may pass, the lock file says that it exists.
@@ -157,7 +159,7 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
             return _early_end(qemu)
         if starting.done():
             if interrupted.done():
-                signals.put_back(interrupted.result())
+                signals.put(interrupted.result())
             return await _result_or_quit(start, starting)
         starting.cancel()
         await asyncio.wait([starting])

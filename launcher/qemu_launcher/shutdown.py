@@ -3,6 +3,7 @@
     Ctrl-C, SIGHUP    ask the guest to power down, and wait without limit
     Ctrl-C again      cut the power: `quit`; a third time: SIGKILL
     SIGTERM           ask the guest; `quit` after shutdown_timeout, SIGKILL if QEMU does not take that either
+    RequestStop       of systemd, when it ends the VM's scope: as SIGTERM
 
 SIGHUP never cuts: a login that ends sends SIGTERM and SIGHUP in one go (SendSIGHUP= of systemd.kill(5)), and a closing
 terminal may send SIGHUP twice. Signals that were ignored when the launcher was started, as nohup(1) and background
@@ -51,8 +52,8 @@ class Signals:
         """The next signal."""
         return await self._queue.get()
 
-    def put_back(self, number: signal.Signals) -> None:
-        """A signal that was taken and not acted on."""
+    def put(self, number: signal.Signals) -> None:
+        """As if this signal had come: one that was taken and not acted on, or a wish that came another way."""
         self._queue.put_nowait(number)
 
 

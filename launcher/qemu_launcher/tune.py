@@ -11,7 +11,7 @@ defined or not at all.
 import contextlib
 import os
 import resource
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -35,11 +35,15 @@ _UNAIDED_POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": o
 
 
 class Tuning:
-    """What one VM is given. An async context manager; the steps are called in the order they are written in."""
+    """What one VM is given. An async context manager; the steps are called in the order they are written in.
 
-    def __init__(self, definition: VmDefinition, voice: Voice, *, untuned: bool) -> None:
+    `on_stop` is called when systemd, which has made the VM's scope for us, wants it to end.
+    """
+
+    def __init__(self, definition: VmDefinition, voice: Voice, on_stop: Callable[[], None], *, untuned: bool) -> None:
         self._definition = definition
         self._voice = voice
+        self._on_stop = on_stop
         self._left_out = untuned
         self._memlock: MemlockNeed | None = None
         self._granted: int | None = None
@@ -82,17 +86,24 @@ class Tuning:
         await self._attempt(self._tune_threads(qemu, threads), qemu)
 
     async def after_cont(self, qemu: Qemu) -> None:
-        """Once more the same map: threads born inside a vCPU's cgroup move out. The guest runs: no failure ends it."""
+        """Once more the same map: threads born inside a vCPU's cgroup move out. The guest runs: no failure ends it.
+
+        Then stay on the bus, to hear systemd; to be cancelled when QEMU has ended.
+        """
         if self._plan is not None and self._by_helper and not self._left_out and self._plan.pins:
             try:
                 await self._pin_by_helper(self._plan, qemu)
                 self._check(readback.thread_differences(qemu.pid, self._plan))
             except TuningFailed as err:
                 self._voice.warn(f"{err.message}; the guest runs on")
+        if self._helper is not None and self._by_helper:
+            await self._helper.until_lost()
+            self._voice.warn("lost the system bus; systemd cannot ask for a power-down any more, the guest runs on")
         await self._leave_bus()
 
     async def after_end(self) -> None:
         """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back."""
+        await self._leave_bus()
         if self._by_helper and (self._scope is None or cgroups.is_populated(self._scope)):
             await self._release()
 
@@ -206,6 +217,7 @@ class Tuning:
 
             interactive = os.isatty(0) or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
             self._helper = await helper_proxy.Helper.connected(interactive=interactive)
+            self._helper.on_request_stop(self._definition.name, self._on_stop)
         return self._helper
 
     async def _leave_bus(self) -> None:
@@ -214,6 +226,9 @@ class Tuning:
             await helper.close()
 
     async def _release(self) -> None:
+        # Over a new connection. The old one may be lost; and as long as it is there systemd, told to end what is left
+        # in the scope, would ask us to do it.
+        await self._leave_bus()
         try:
             helper = await self._join_bus()
             await self._patiently(helper.release(os.geteuid(), self._definition.name))

@@ -59,6 +59,7 @@ class FakeHelper:
             "body": message.body,
             "flags": int(message.flags),
             "launcher": launcher,
+            "sender": message.sender,
         }
         with self.log.open("a") as log:
             log.write(json.dumps(entry) + "\n")

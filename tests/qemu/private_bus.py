@@ -17,7 +17,7 @@ CONFIGURATION = """\
 <!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
-  <listen>unix:dir={place}</listen>
+  <listen>unix:path={place}/socket</listen>
   <auth>EXTERNAL</auth>
   {services}
   <policy context="default">
@@ -57,12 +57,15 @@ class PrivateBus:
 
 @contextmanager
 def private_bus(place: Path, *, helper: bool = True, policy: str = "") -> Iterator[PrivateBus]:
-    """Start the daemon; it ends the helper with itself, by closing the helper's connection."""
+    """Start the daemon; it ends the helper with itself, by closing the helper's connection.
+
+    A daemon that is started again in the same `place` has the same address.
+    """
     if shutil.which("dbus-daemon") is None:
         pytest.skip("dbus-daemon is not installed")
-    place.mkdir()
     services = place / "services"
-    services.mkdir()
+    services.mkdir(parents=True, exist_ok=True)
+    (place / "socket").unlink(missing_ok=True)
     if helper:
         script = Path(__file__).with_name("fake_helper.py")
         (services / "org.qemulauncher.Helper1.service").write_text(

@@ -21,3 +21,9 @@ def test_methods_names_and_path_are_those_of_the_contract() -> None:
     assert node.get("name") == helper_proxy.OBJECT_PATH
     assert interface.get("name") == helper_proxy.INTERFACE == helper_proxy.BUS_NAME
     assert set(helper_proxy.METHODS) > helper_proxy._MAY_ASK
+
+
+def test_object_path_of_a_scope_is_systemds() -> None:
+    """Every byte but ASCII letters and digits as _xx: sd_bus_path_encode(3)."""
+    path = helper_proxy.scope_path(1000, "Win_11-b")
+    assert path == "/org/freedesktop/systemd1/unit/qemu_2dlauncher_2d1000_2dWin_5f11_2db_2escope"
