@@ -11,46 +11,42 @@ import signal
 import sys
 from typing import Any
 
-from . import privileges
+from . import limits, privileges
 from .bus import DAEMON, SOCKET, SystemBus
 from .contract import BUS_NAME, IDLE_SECONDS
 from .errors import CallFailed, Refusal
-from .limits import PATH, Configuration
 from .operations import Operations
 from .service import Service
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 _STOP_SECONDS = 20.0
 
-_log = logging.getLogger(__name__)
 
-
-async def serve(socket: str = SOCKET, toml: str = PATH, idle: float = IDLE_SECONDS, acting: Any = Operations) -> int:
+async def serve(socket: str = SOCKET, idle: float = IDLE_SECONDS, acting: Any = Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
     bus = await SystemBus.connect(socket)
-    configuration = Configuration(toml)
-    operations = acting(bus, configuration)
+    operations = acting(bus)
     await operations.reconcile()
-    service = Service(bus, configuration, operations, idle)
+    service = Service(bus, operations, idle)
     bus.on_call = service.receive
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.idle.set)
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
-    if await bus.call(*DAEMON, "RequestName", "su", [BUS_NAME, 4]) != [1]:
-        _log.error("%s has another owner", BUS_NAME)
+    if await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u") != [1]:
+        logging.error("%s has another owner", BUS_NAME)
         return 1
     waiting = asyncio.create_task(service.idle.wait())
     await asyncio.wait({waiting, bus.reading}, return_when="FIRST_COMPLETED")
-    if not bus.reading.done():
-        # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
-        await bus.daemon("ReleaseName", BUS_NAME)
-        if service.tasks:
-            await asyncio.wait(service.tasks, timeout=_STOP_SECONDS)
-        # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
-        await operations.reconcile()
-        await bus.close()
-        return 0
-    _log.error("lost the bus: %s", ascii(str(bus.reading.exception())))
-    return 1
+    if bus.reading.done():
+        logging.error("lost the bus: %a", str(bus.reading.exception()))
+        return 1
+    # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
+    await bus.daemon("ReleaseName", BUS_NAME, answer="u")
+    if service.tasks:
+        await asyncio.wait(service.tasks, timeout=_STOP_SECONDS)
+    # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
+    await operations.reconcile()
+    await bus.close()
+    return 0
 
 
 def main() -> int:
@@ -59,11 +55,12 @@ def main() -> int:
     os.umask(0o077)
     try:
         if "--check" in sys.argv:
-            return 0 if Configuration().settings else 1
+            limits.load()
+            return 0
         privileges.drop()
         return asyncio.run(serve())
     except (Refusal, CallFailed, OSError) as err:
-        _log.error("cannot serve: %s", ascii(str(err)))
+        logging.critical("cannot serve: %a", str(err))
         return 1
 
 

@@ -19,24 +19,23 @@ import asyncio
 import io
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
-from dbus_next.signature import Variant
+from dbus_next.signature import Variant as Variant  # noqa: PLC0414  for all who make or read values of type v
 
-from .arguments import Typed
 from .contract import CALL_SECONDS, JOB_SECONDS, MAX_MESSAGE_BYTES
 from .errors import CallFailed
 
 SOCKET = "/run/dbus/system_bus_socket"
-DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
-SYSTEMD = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
-_RULE = "type='signal',sender='{}',path='{}',interface='{}',member='{}'"
 INTERACTIVE = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+Peer = tuple[str, str, str]  # bus name, object path, interface
+DAEMON: Peer = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+SYSTEMD: Peer = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 _FIXED_HEADER = 16  # bytes up to and including the length of the header fields
 
 
@@ -60,10 +59,7 @@ class SystemBus:
         self._reader, self._writer = reader, writer
         self._serials = itertools.cycle(range(1, 2**32))
         self._waiting: dict[int, tuple[str, asyncio.Future[Message | None]]] = {}
-        self._gone: dict[str, asyncio.Event] = {}
-        self._systemd = ""  # systemd's unique name, once its signals are wanted
-        self._jobs: dict[str, asyncio.Future[str]] = {}
-        self._one_job = asyncio.Lock()
+        self._listening: list[tuple[str, str, asyncio.Queue[list[Any]]]] = []
         self.reading = asyncio.create_task(self._read_forever())
 
     @classmethod
@@ -76,7 +72,7 @@ class SystemBus:
                 raise ConnectionError("the bus refused the authentication")
             writer.write(b"BEGIN\r\n")
         bus = cls(reader, writer)
-        await bus.daemon("Hello")
+        await bus.daemon("Hello", answer="s")
         return bus
 
     async def close(self) -> None:
@@ -86,78 +82,84 @@ class SystemBus:
         await self._writer.wait_closed()
 
     async def call(
-        self, destination: str, path: str, interface: str, member: str, signature: str = "", body: Sequence[Any] = (),
-        *, answer: str | None = None, timeout: float = CALL_SECONDS
-    ) -> list[Any]:  # fmt: skip
-        """Call, wait at most `timeout` seconds, return the body; variants come as their bare values.
+        self, to: Peer, member: str, signature: str, body: list[Any], answer: str, seconds: float = CALL_SECONDS
+    ) -> list[Any]:
+        """Call, wait at most `seconds` for the reply, return its body, which has the signature `answer`.
 
-        Raises CallFailed for an error, for silence, for a lost bus, and for a signature other than `answer`.
+        Raises CallFailed for an error, for silence, for a lost bus, and for another signature.
         """
         future: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
-        serial = self._send(Message(destination, path, interface, member, signature=signature, body=_wire(body)))
-        self._waiting[serial] = (destination, future)
+        serial = self._send(Message(*to, member, signature=signature, body=body))
+        self._waiting[serial] = (to[0], future)
         try:
-            async with asyncio.timeout(timeout):
-                reply = await future
-        except TimeoutError as err:
-            raise CallFailed("timeout", f"no answer to {member} in {timeout:.0f} s") from err
+            await asyncio.wait({future, self.reading}, timeout=seconds, return_when="FIRST_COMPLETED")
         finally:
             del self._waiting[serial]
+        if not future.done():
+            raise CallFailed("lost" if self.reading.done() else "timeout", f"no answer to {member}")
+        reply = future.result()
         if reply is not None and reply.message_type is MessageType.ERROR:
             raise CallFailed(str(reply.error_name), str(reply.body[0]) if reply.body else "")
-        if reply is None or (answer is not None and reply.signature != answer):
+        if reply is None or reply.signature != answer:
             raise CallFailed("unexpected", f"the answer to {member} is malformed")
-        return [_plain(value) for value in reply.body]
+        return list(reply.body)
 
-    async def daemon(self, member: str, *strings: str, answer: str | None = None) -> list[Any]:
+    async def daemon(self, member: str, *strings: str, answer: str = "") -> list[Any]:
         """Call the bus itself, with strings."""
-        return await self.call(*DAEMON, member, "s" * len(strings), strings, answer=answer)
+        return await self.call(DAEMON, member, "s" * len(strings), list(strings), answer)
 
-    def tell(self, destination: str, path: str, interface: str, member: str, text: str) -> None:
+    def tell(self, to: Peer, member: str, text: str) -> None:
         """Call with one string, and expect no reply."""
-        silent = MessageFlag.NO_REPLY_EXPECTED
-        self._send(Message(destination, path, interface, member, flags=silent, signature="s", body=[text]))
+        self._send(Message(*to, member, flags=MessageFlag.NO_REPLY_EXPECTED, signature="s", body=[text]))
 
     async def until_gone(self, name: str) -> None:
-        """Return when unique name `name` has left the bus. Once at a time for one name."""
-        rule = _RULE.format(*DAEMON, "NameOwnerChanged") + f",arg0='{name}'"
-        gone = self._gone[name] = asyncio.Event()
-        try:
-            await self.daemon("AddMatch", rule)
+        """Return when unique name `name` has left the bus."""
+        async with self._signals(DAEMON, "NameOwnerChanged", f",arg0='{name}'") as changes:
             if await self.daemon("NameHasOwner", name, answer="b") == [True]:
-                await gone.wait()
-        finally:
-            del self._gone[name]
-            self.tell(*DAEMON, "RemoveMatch", rule)
+                while await changes.get() != [name, name, ""]:
+                    pass
 
-    async def systemd_job(self, member: str, signature: str, body: Sequence[Any]) -> str:
+    async def systemd_job(self, member: str, signature: str, body: list[Any]) -> str:
         """Call systemd's Manager.`member`, which answers with a job; wait for the job; return its result ("done", ...).
 
-        Raises CallFailed, with name "timeout" if the job takes longer than JOB_SECONDS. One job at a time.
+        Raises CallFailed, with name "timeout" if the job takes longer than JOB_SECONDS.
         """
-        async with self._one_job:
-            [owner] = await self.daemon("GetNameOwner", SYSTEMD[0], answer="s")
-            if owner != self._systemd:  # the first time, or systemd was re-executed and has a new connection
-                await self.daemon("AddMatch", _RULE.format(*SYSTEMD, "JobRemoved"))
-                await self.call(owner, *SYSTEMD[1:], "Subscribe")
-                self._systemd = owner
-            # From here on every JobRemoved is kept, so ours may come before we know its name.
-            self._jobs.clear()
-            [job] = await self.call(owner, *SYSTEMD[1:], member, signature, body, answer="o")
+        # Its unique name, of this moment (a re-executed systemd has a new one): whoever else sends signals is not it.
+        [owner] = await self.daemon("GetNameOwner", SYSTEMD[0], answer="s")
+        systemd = (owner, *SYSTEMD[1:])
+        # Every JobRemoved is kept from here on, so ours may come before we know its name.
+        async with self._signals(systemd, "JobRemoved") as ended:
+            with suppress(CallFailed):  # AlreadySubscribed, by our job before
+                await self.call(systemd, "Subscribe", "", [], "")
+            [job] = await self.call(systemd, member, signature, body, "o")
             try:
                 async with asyncio.timeout(JOB_SECONDS):
-                    return await self._job(job)
+                    while True:
+                        _, path, _, result = await ended.get()
+                        if path == job:
+                            return str(result)
             except TimeoutError as err:
                 raise CallFailed("timeout", f"systemd's {member} is not done in {JOB_SECONDS:.0f} s") from err
 
-    def _job(self, path: str) -> "asyncio.Future[str]":
-        return self._jobs.setdefault(path, asyncio.get_running_loop().create_future())
+    @asynccontextmanager
+    async def _signals(self, of: Peer, member: str, more: str = "") -> AsyncIterator[asyncio.Queue[list[Any]]]:
+        """Collect, during the block, the bodies of the signals `member`; `more` restricts the match rule."""
+        sender, path, interface = of
+        rule = f"type='signal',sender='{sender}',path='{path}',interface='{interface}',member='{member}'{more}"
+        listener = sender, member, asyncio.Queue[list[Any]]()
+        self._listening.append(listener)
+        try:
+            await self.daemon("AddMatch", rule)
+            yield listener[2]
+        finally:
+            self._listening.remove(listener)
+            self.tell(DAEMON, "RemoveMatch", rule)
 
-    def reply(self, call: Call, signature: str, body: Sequence[Any], error: str | None = None) -> None:
+    def reply(self, call: Call, signature: str, body: list[Any], error: str | None = None) -> None:
         """Send the result, or an error of that name; unless the caller wants neither."""
         if not call.header.flags & MessageFlag.NO_REPLY_EXPECTED:
             answer = Message.new_error(call.header, error, "") if error else Message.new_method_return(call.header)
-            answer.signature, answer.body = signature, _wire(body)
+            answer.signature, answer.body = signature, body
             self._send(answer)
 
     def _send(self, message: Message) -> int:
@@ -166,18 +168,13 @@ class SystemBus:
         return serial
 
     async def _read_forever(self) -> None:
-        try:
-            while True:
-                data = await self._receive()
-                # With a body of no length, the parser reads the header and nothing of the body.
-                message = _parse(data[:4] + bytes(4) + data[8:])
-                if message is not None and isinstance(message.sender, str):
-                    self._dispatch(message, data)
-                await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
-        finally:
-            for _, future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(CallFailed("lost", "the bus is gone"))
+        while True:
+            data = await self._receive()
+            # With a body of no length, the parser reads the header and nothing of the body.
+            message = _parse(data[:4] + bytes(4) + data[8:])
+            if message is not None and isinstance(message.sender, str):
+                self._dispatch(message, data)
+            await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
 
     async def _receive(self) -> bytes:
         """All bytes of the next message; none if it is too large. Raises OSError or EOFError at the end."""
@@ -197,8 +194,9 @@ class SystemBus:
         if message.message_type is MessageType.METHOD_CALL:
             self.on_call(Call(message, data))
         elif message.message_type is MessageType.SIGNAL:
-            if message.sender in (DAEMON[0], self._systemd):
-                self._signal(_parse(data))
+            for sender, member, queue in self._listening:
+                if (message.sender, message.member) == (sender, member):
+                    queue.put_nowait(Call(message, data).body())
         elif isinstance(message.reply_serial, int) and message.reply_serial in self._waiting:
             destination, future = self._waiting[message.reply_serial]
             # The bus lets nobody reply but the one we called; where we know his unique name, we look ourselves.
@@ -206,36 +204,9 @@ class SystemBus:
             if not future.done() and (not known or message.sender == destination):
                 future.set_result(_parse(data))
 
-    def _signal(self, message: Message | None) -> None:
-        match message:
-            case Message(sender="org.freedesktop.DBus", member="NameOwnerChanged", body=[name, _, ""]):
-                if name in self._gone:
-                    self._gone[name].set()
-            case Message(sender=self._systemd, member="JobRemoved", body=[_, path, _, result]):
-                if self._one_job.locked() and not (job := self._job(path)).done():
-                    job.set_result(result)
-
 
 def _parse(data: bytes) -> Message | None:
     """Parse one message from its own bytes; None if that is not possible, and nobody would know what to do about it."""
     with suppress(Exception):  # the parser raises whatever Python raises on data it did not expect
         return Unmarshaller(io.BytesIO(data)).unmarshall()
     return None
-
-
-def _plain(value: Any) -> Any:
-    """Take the library's variants out of a received value."""
-    if isinstance(value, Variant):
-        return _plain(value.value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _wire(value: Any) -> Any:
-    """Put our Typed values into the library's variants, and tuples into lists."""
-    if isinstance(value, Typed):
-        return Variant(value.signature, _wire(value.value))
-    if isinstance(value, dict):
-        return {key: _wire(item) for key, item in value.items()}
-    return [_wire(item) for item in value] if isinstance(value, list | tuple) else value

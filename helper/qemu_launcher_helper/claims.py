@@ -9,15 +9,15 @@ children that QEMU forks are bounded only by MemoryMax= on the user's slice (qem
 """
 
 import os
-import pwd
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .contract import INFINITY
 from .cpulist import format_cpulist, parse_cpulist
 from .errors import Conflict, InvalidArguments, LimitExceeded
-from .limits import Limits
+from .limits import Limits, user_name
 from .records import Record
 
 CPU = Path("/sys/devices/system/cpu")
@@ -43,8 +43,7 @@ def read_cores() -> Cores:
 def free_for(limits: Limits, cores: Cores, records: Iterable[Record]) -> frozenset[int]:
     """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
     live = [record for record in records if not record.stray]
-    shielded = union(record.shielded for record in live)
-    taken = shielded.union(*(record.pinned for record in live))
+    shielded, taken = union(record.shielded for record in live), union(record.cpus for record in live)
     free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
     if not any(core.isdisjoint(shielded) for core in cores if core not in free):
         free = free[1:]
@@ -55,15 +54,13 @@ def check_count(uid: int, limits: Limits, records: Iterable[Record]) -> None:
     """Refuse (LimitExceeded) a new VM that would be one more than its owner may have."""
     count = sum(record.uid == uid for record in records)
     if count >= limits.max_vms:
-        raise LimitExceeded(f"you have {count} VMs, and may have {limits.max_vms} ({limits.source})")
+        raise LimitExceeded(f"You have {count} VMs, and may have {limits.max_vms} ({limits.source})")
 
 
-def check(
-    claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores, records: Collection[Record]
-) -> frozenset[int]:
-    """Return what to shield for a VM that asks for claim.shielded, claim.pinned, and `emulator` for its other threads.
+def check(claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores, records: Iterable[Record]) -> Record:
+    """Return what a VM gets that asks for claim.shielded, claim.pinned, and `emulator` for its other threads.
 
-    That is claim.shielded in whole cores. Raises InvalidArguments, LimitExceeded or Conflict when it may not be.
+    That is `claim`, shielded in whole cores. Raises InvalidArguments, LimitExceeded or Conflict when it may not be.
     """
     others = [record for record in records if record.key != claim.key]
     shared = claim.pinned | emulator
@@ -76,22 +73,21 @@ def check(
     if limits.cpus is not None and (outside := (shield | shared) - limits.cpus):
         own = f"{format_cpulist(limits.cpus)} ({limits.source})"
         raise LimitExceeded(f"CPUs {format_cpulist(outside)} are not among yours, {own}; {free}")
-    asked = shield | claim.pinned
-    held = union(record.shielded | record.pinned for record in others if record.uid == claim.uid)
-    if limits.max_cpus is not None and len(asked | held) > limits.max_cpus:
-        with_held = f" with {format_cpulist(held)} that you hold already" if held else ""
-        count = f"{len(asked | held)}, and you may have {limits.max_cpus} at once ({limits.source})"
-        raise LimitExceeded(f"CPUs {format_cpulist(asked)}{with_held} are {count}")
+    used = shield.union(*(record.cpus for record in (claim, *others) if record.uid == claim.uid))
+    if limits.max_cpus is not None and len(used) > limits.max_cpus:
+        count = f"{len(used)}, and you may have {limits.max_cpus} at once ({limits.source})"
+        raise LimitExceeded(f"CPUs {format_cpulist(used)} of all your VMs are {count}")
     live = [record for record in others if not record.stray]
     for record in live:
-        if overlap := shield & (record.shielded | record.pinned) | shared & record.shielded:
+        if overlap := shield & record.cpus | shared & record.shielded:
             since = time.strftime("%H:%M", time.localtime(record.since))
             holder = f"VM {record.vm} of {user_name(record.uid)} since {since}"
             raise Conflict(f"CPUs {format_cpulist(overlap)} are held by {holder}; {free}")
     gone = shield.union(*(record.shielded for record in live))
-    if shield and not any(core.isdisjoint(gone) for core in cores):
-        raise LimitExceeded(f"at least one whole core must stay with the host; {free}")
-    return shield
+    if shield and all(core & gone for core in cores):
+        whole = "at least one whole core must stay with the host"
+        raise LimitExceeded(f"CPUs {format_cpulist(shield)} are too many: {whole}; {free}")
+    return replace(claim, shielded=shield)
 
 
 def lockable_bytes() -> int:
@@ -100,7 +96,7 @@ def lockable_bytes() -> int:
     return max(0, total - max(HOST_BYTES, total * HOST_SHARE // 100))
 
 
-def grant_memlock(asked: int, own: Record, limits: Limits, records: Collection[Record], lockable: int) -> int:
+def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Record], lockable: int) -> int:
     """Return how many of the `asked` bytes the VM `own` may lock; INFINITY only where the administrator wrote it.
 
     LimitExceeded when nothing is left. `lockable`: lockable_bytes().
@@ -109,18 +105,9 @@ def grant_memlock(asked: int, own: Record, limits: Limits, records: Collection[R
         return asked
     others = [record for record in records if record.key != own.key]
     held = sum(record.memlock for record in others if record.uid == own.uid)
-    left_on_host = lockable - sum(min(record.memlock, lockable) for record in others)
-    left = left_on_host if limits.memlock is None else min(left_on_host, limits.memlock - held)
+    most = lockable if limits.memlock is None else limits.memlock
+    left = min(most - held, lockable - sum(min(record.memlock, lockable) for record in others))
     if left <= 0:
-        rule = f"{limits.memlock} bytes ({limits.source})" if limits.memlock is not None else f"{lockable} on this host"
-        raise LimitExceeded(f"no memory is left to lock: your VMs hold {held} bytes of {rule}")
+        rule = f"{most} bytes ({'this host' if limits.memlock is None else limits.source})"
+        raise LimitExceeded(f"No memory is left to lock: your VMs hold {held} bytes of {rule}")
     return min(asked, left)
-
-
-def user_name(uid: int) -> str:
-    """Return the account's name, or the number when it has none or one that is no plain word."""
-    try:
-        name = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-    return name if name.isascii() and name.translate(str.maketrans("", "", "-_.")).isalnum() else str(uid)

@@ -15,16 +15,15 @@ PIN_THREADS = "org.qemulauncher.pin-threads"
 SET_SCHEDULER = "org.qemulauncher.set-scheduler"
 MANAGE_OTHERS = "org.qemulauncher.manage-others"
 
-
-# Signature of the arguments, signature of the answer, polkit action (None: needs none). MANAGE_OTHERS is asked only
-# about requests that reach beyond the caller's own VMs.
+# By member: signature of the arguments, signature of the answer, polkit action (None: needs none), and the method of
+# operations.Operation that serves it. MANAGE_OTHERS is asked only about requests that reach beyond one's own VMs.
 METHODS = {
-    "SetMemlock": ("ust", "t", SET_MEMLOCK),
-    "PinThreads": ("usa(uaub)au", "", PIN_THREADS),
-    "SetScheduler": ("usausu", "", SET_SCHEDULER),
-    "Release": ("us", "", MANAGE_OTHERS),
-    "ListVms": ("b", "a(susutss)", MANAGE_OTHERS),
-    "GetLimits": ("", "a{sv}", None),
+    "SetMemlock": ("ust", "t", SET_MEMLOCK, "set_memlock"),
+    "PinThreads": ("usa(uaub)au", "", PIN_THREADS, "pin_threads"),
+    "SetScheduler": ("usausu", "", SET_SCHEDULER, "set_scheduler"),
+    "Release": ("us", "", MANAGE_OTHERS, "release"),
+    "ListVms": ("b", "a(susutss)", MANAGE_OTHERS, "list_vms"),
+    "GetLimits": ("", "a{sv}", None, "get_limits"),
 }
 
 # "As much as I may have", or "no limit": what RLIM_INFINITY is in 64 bits, setrlimit(2).
@@ -32,6 +31,9 @@ INFINITY = 2**64 - 1
 
 # A VM name becomes part of a unit name, a file name, log lines and polkit details: it can do no harm in any of them.
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")
+
+# The unit in which systemd keeps a VM's processes: uid and name of the VM.
+SCOPE = "qemu-launcher-{}-{}.scope"
 
 # sched(7). SCHED_DEADLINE is not among them: its admission control is global, one user could starve the host.
 POLICIES = ("other", "batch", "idle", "fifo", "rr")

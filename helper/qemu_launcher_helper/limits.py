@@ -13,8 +13,8 @@ import re
 import stat
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from .contract import INFINITY, MAX_CPUS, MAX_PRIORITY, MAX_VMS, POLICIES
 from .cpulist import parse_cpulist
@@ -23,13 +23,11 @@ from .errors import Failed
 PATH = "/etc/qemu-launcher/helper.toml"
 # A hundred entries fit many times; a device or a runaway file does not.
 MAX_FILE_BYTES = 64 * 1024
-BROKEN = "The helper's configuration is broken; ask the administrator to run: qemu-launcher-helper --check"
+# What may appear in a polkit dialog and in a log line: no markup, no second line, no terminal escape can be made of it.
+_PLAIN = re.compile(r"[A-Za-z0-9 ,._-]{1,64}")
 
-_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What a user may have; one [[limits]] entry of the file.
 
     cpus: None means every CPU; max_cpus: None means no number of its own; the housekeeping core stays in both cases.
@@ -50,8 +48,7 @@ class Limits:
     groups: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The whole file. comm: patterns of process names that may be tuned (fnmatch; it catches mistakes and is no
     boundary). services: system services whose processes may be targets, for example "my-vm.service".
     """
@@ -60,32 +57,13 @@ class Settings:
     comm: tuple[str, ...] = ("qemu-system-*", "qemu-kvm")
     services: tuple[str, ...] = ()
 
-
-class Configuration:
-    """The settings in force now."""
-
-    def __init__(self, path: str = PATH) -> None:
-        self._path = path
-
-    @property
-    def settings(self) -> Settings:
-        """The settings as the file has them now. Raises Failed while it is broken or unsafe."""
-        try:
-            return read(self._path)
-        except FileNotFoundError:
-            return Settings()
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
-            _log.error("no service, %s: %s", self._path, ascii(str(err)))
-            raise Failed(BROKEN) from err
-
     def limits_for(self, uid: int) -> Limits:
-        """The first entry that names the user or one of his groups, or everybody; else the defaults. Raises Failed."""
-        try:
+        """Return the first entry that names the user or one of his groups, or everybody; else the defaults."""
+        name, gids = "", list[int]()  # a uid without a name is only ever everybody
+        with suppress(KeyError):
             user = pwd.getpwuid(uid)
             name, gids = user.pw_name, os.getgrouplist(user.pw_name, user.pw_gid)
-        except KeyError:
-            name, gids = "", []  # a uid without a name is only ever everybody
-        for entry in self.settings.entries:
+        for entry in self.entries:
             everybody = not entry.users and not entry.groups
             if everybody or name in entry.users or any(_gid(group) in gids for group in entry.groups):
                 return entry
@@ -93,10 +71,28 @@ class Configuration:
 
 
 def _gid(group: str) -> int | None:
-    try:
+    with suppress(KeyError):
         return grp.getgrnam(group).gr_gid
-    except KeyError:
-        return None
+    return None
+
+
+def user_name(uid: int) -> str:
+    """Return the account's name; "uid 1000" when there is none, or one that would not be plain text for a person."""
+    name = ""
+    with suppress(KeyError):
+        name = pwd.getpwuid(uid).pw_name
+    return name if _PLAIN.fullmatch(name) else f"uid {uid}"
+
+
+def load() -> Settings:
+    """Return the settings as the file has them now. Raises Failed while it is broken or unsafe."""
+    try:
+        return read(PATH)
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
+        logging.critical("no service, %s: %a", PATH, str(err))
+        raise Failed("The helper's configuration is broken; journalctl -u qemu-launcher-helper says where") from err
 
 
 def read(path: str) -> Settings:
@@ -105,18 +101,16 @@ def read(path: str) -> Settings:
     Raises OSError; ValueError that says which key; or what Python says of a document of quite another shape.
     """
     # O_NONBLOCK: a FIFO in this place must not hold the helper up before it is refused.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode) or info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise ValueError("not a regular file that root alone can write")
         text = file.read(MAX_FILE_BYTES)
     if len(text) == MAX_FILE_BYTES:
         raise ValueError("too large")
     document = tomllib.loads(text.decode())
-    tables = document.pop("limits", [])
     entries = []
-    for number, table in enumerate(tables, 1):
+    for number, table in enumerate(document.pop("limits", []), 1):
         place = f"[[limits]] entry {number}"
         entries.append(Limits(source=f"{path}, {place}", **_values(table, _ENTRY, place)))
     if not all(entry.users or entry.groups for entry in entries[:-1]):

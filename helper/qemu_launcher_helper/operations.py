@@ -3,188 +3,218 @@
 One lock is held over all of it. There is no `await` between the last verification of a target and the act on it. When
 a step fails after the record was written, all grants of that VM are withdrawn by the same code that
 reconcile uses: a VM is tuned as asked or not at all.
+
+Each VM has a systemd scope of its own. Nothing of what systemd is told comes from a user but the PID and the validated
+VM name; and as it answers before it has moved the process, the target is verified after that.
 """
 
 import asyncio
-import resource
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import Any
 
-from . import arguments, claims, scheduling, systemd
-from .arguments import Caller, Request, Typed
-from .bus import SystemBus
-from .contract import INFINITY, REALTIME_POLICIES, VERSION
+from . import claims, scheduling
+from .arguments import Caller, Pin
+from .bus import SystemBus, Variant
+from .contract import INFINITY, METHODS, REALTIME_POLICIES, SCOPE, VERSION
 from .cpulist import format_cpulist
-from .cpuset.partition import Partition
-from .errors import Conflict, Failed, TargetRefused, Unsupported
-from .limits import Configuration, Limits
-from .reconcile import Reconciler
-from .records import Record
+from .cpuset.partition import CGROUP
+from .errors import CallFailed, Conflict, Failed, TargetRefused, Unsupported
+from .limits import Limits, Settings, user_name
+from .records import Reconciler, Record
 from .target import Target
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One authorised request about one verified process: whose, within which limits, beside which live VMs."""
-
-    caller: Caller
-    limits: Limits
-    live: list[Record]
-    target: Target
-    record: Record
+_HELPER_UNIT = "qemu-launcher-helper.service"
 
 
 class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
-    def __init__(self, bus: SystemBus, configuration: Configuration) -> None:
-        self.bus, self.configuration = bus, configuration
-        self.mechanism = Partition()
-        self.reconciler = Reconciler(bus, self.mechanism)
-        self._lock = asyncio.Lock()
+    def __init__(self, bus: SystemBus) -> None:
+        self._lock, self._reconciler = asyncio.Lock(), Reconciler(bus)
 
     async def reconcile(self) -> None:
-        """Bring the host to what the records say; see reconcile.py."""
+        """Bring the host to what the records say; see Reconciler."""
         async with self._lock:
-            await self.reconciler.run()
+            await self._reconciler.run()
 
-    async def perform(self, caller: Caller, request: Request) -> list[Any]:
-        """Do what the authorised `caller` asks and return the reply's body; Refusal otherwise."""
+    async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
+        """Do what the authorised `caller` asks and return the reply's body.
+
+        `member` is one of METHODS, `arguments` are what arguments.parse made of its body. Raises Refusal, or OSError
+        where the kernel refused a step; no grant of the VM is left then.
+        """
         async with self._lock:
-            live = await self.reconciler.run()
-            limits = self.configuration.limits_for(caller.uid)
-            match request:
-                case arguments.ListRequest():
-                    return [[self._row(record) for record in live if request.all or record.uid == caller.uid]]
-                case arguments.LimitsRequest():
-                    return [self._limits(limits, live)]
-                case arguments.ReleaseRequest():
-                    return await self._release(request, live)
-            with Target(request.pid) as target:
-                self._verify(target, caller, request.vm)
-                record = _record_of(target, caller, request.vm, limits, live)
-                work = Work(caller, limits, live, target, record)
-                match request:
-                    case arguments.MemlockRequest():
-                        return await self._set_memlock(work, request)
-                    case arguments.PinRequest():
-                        return await self._pin_threads(work, request)
-                    case arguments.SchedulerRequest():
-                        return await self._set_scheduler(work, request)
+            live = await self._reconciler.run()
+            operation = Operation(caller, settings, settings.limits_for(caller.uid), live, self._reconciler)
+            body: list[Any] = await getattr(operation, METHODS[member][3])(**arguments)
+            return body
 
-    async def _set_memlock(self, work: Work, request: arguments.MemlockRequest) -> list[Any]:
-        granted = claims.grant_memlock(request.bytes, work.record, work.limits, work.live, claims.lockable_bytes())
-        before = work.record.memlock_before or scheduling.rlimit(work.target, resource.RLIMIT_MEMLOCK)
-        async with self._granting(work, memlock=granted, memlock_before=before):
-            limit = resource.RLIM_INFINITY if granted == INFINITY else granted
-            scheduling.rlimit(work.target, resource.RLIMIT_MEMLOCK, (limit, limit))
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One authorised call: whose, within which limits, beside which live VMs. A method per member of the contract."""
+
+    caller: Caller
+    settings: Settings
+    limits: Limits
+    live: list[Record]
+    reconciler: Reconciler
+
+    async def set_memlock(self, pid: int, vm: str, bytes: int) -> list[Any]:  # noqa: A002  the wire's word
+        """Raise the target's RLIMIT_MEMLOCK to as much of `bytes` as the caller may have; return that."""
+        with Target(pid) as target:
+            record = self._record_of(target, vm)
+            granted = claims.grant_memlock(bytes, record, self.limits, self.live, claims.lockable_bytes())
+            before = record.memlock_before or scheduling.rlimit(target, RLIMIT_MEMLOCK)
+            async with self._granting(target, replace(record, memlock=granted, memlock_before=before)):
+                limit = RLIM_INFINITY if granted == INFINITY else granted
+                scheduling.rlimit(target, RLIMIT_MEMLOCK, (limit, limit))
         return [granted]
 
-    async def _pin_threads(self, work: Work, request: arguments.PinRequest) -> list[Any]:
-        if lacking := self.mechanism.lacks():
+    async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> list[Any]:
+        """Put every thread of the target where the map wants it."""
+        mechanism = self.reconciler.mechanism
+        if lacking := mechanism.lacks():
             raise Unsupported(lacking)
-        target = work.target
-        target.verify_comm(self.configuration.settings.comm)
-        start_times = target.verify_threads(pin.tid for pin in request.pins)
-        shielded = claims.union(pin.cpus for pin in request.pins if pin.shielded)
-        pinned = claims.union(pin.cpus for pin in request.pins if not pin.shielded)
-        claim = replace(work.record, shielded=shielded, pinned=pinned)
-        reserved = claims.check(claim, request.others, work.limits, claims.read_cores(), work.live)
-        async with self._granting(work, shielded=reserved, pinned=pinned) as granted:
-            still = self.mechanism.shielded_threads(granted.scope) if reserved == work.record.shielded else None
-            stay = [pin.tid for pin in request.pins if pin.shielded and (still or {}).get(pin.tid) == pin.cpus]
-            scheduling.take_realtime(target, stay)  # whoever leaves a shielded CPU leaves real time first
-            others = [record for record in work.live if record.key != granted.key]
-            self.mechanism.settle(self.reconciler.reserved([*others, granted]))
-            self.mechanism.apply(granted.scope, request.pins, reserved, request.others)
-            if target.verify_threads(start_times) != start_times:
-                raise TargetRefused("a thread changed while it was pinned")
+        with Target(pid) as target:
+            before = self._record_of(target, vm, self.settings.comm)
+            start_times = target.verify_threads(pin.tid for pin in pins)
+            shielded = claims.union(pin.cpus for pin in pins if pin.shielded)
+            pinned = claims.union(pin.cpus for pin in pins if not pin.shielded)
+            asked = replace(before, shielded=shielded, pinned=pinned)
+            wanted = claims.check(asked, others, self.limits, claims.read_cores(), self.live)
+            async with self._granting(target, wanted):
+                still = self._shielded(before) if wanted.shielded == before.shielded else {}
+                stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
+                scheduling.take_realtime(target, stay)  # whoever leaves a shielded CPU leaves real time first
+                self.reconciler.settle([wanted, *(record for record in self.live if record.key != wanted.key)])
+                mechanism.apply(wanted.scope, pins, wanted.shielded, others)
+                if target.verify_threads(start_times) != start_times:
+                    raise TargetRefused("A thread changed while it was pinned")
         return []
 
-    async def _set_scheduler(self, work: Work, request: arguments.SchedulerRequest) -> list[Any]:
-        target, record = work.target, work.record
-        target.verify_comm(self.configuration.settings.comm)
-        start_times = target.verify_threads(request.tids)
-        shielded = self.mechanism.shielded_threads(record.scope) if record.shielded else None
-        realtime = frozenset(record.realtime) - frozenset(request.tids)
-        scheduling.check(request, work.limits, shielded or {}, realtime)
-        if request.policy in REALTIME_POLICIES:
-            realtime |= frozenset(request.tids)
-        before = record.rttime_before or scheduling.rlimit(target, resource.RLIMIT_RTTIME)
-        async with self._granting(work, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None):
-            # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
-            scheduling.rlimit(target, resource.RLIMIT_RTTIME, scheduling.UNLIMITED if realtime else before)
-            scheduling.set_policy(target, start_times, request.policy, request.priority)
+    async def set_scheduler(self, pid: int, vm: str, tids: tuple[int, ...], policy: str, priority: int) -> list[Any]:
+        """Set policy and priority of threads of the target; while any has real time, lift its limit on that."""
+        with Target(pid) as target:
+            record = self._record_of(target, vm, self.settings.comm)
+            start_times = target.verify_threads(tids)
+            realtime = set(record.realtime).difference(tids)
+            scheduling.check(tids, policy, priority, self.limits, self._shielded(record), realtime)
+            if policy in REALTIME_POLICIES:
+                realtime.update(tids)
+            before = record.rttime_before or scheduling.rlimit(target, RLIMIT_RTTIME)
+            granted = replace(record, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
+            async with self._granting(target, granted):
+                # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
+                scheduling.rlimit(target, RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
+                scheduling.set_policy(target, start_times, policy, priority)
         return []
 
-    async def _release(self, request: arguments.ReleaseRequest, live: list[Record]) -> list[Any]:
-        for record in live:
-            if record.key == (request.uid, request.vm):
-                await self.reconciler.withdraw(record, stray=False)
-                await self.reconciler.run()
+    async def release(self, uid: int, vm: str) -> list[Any]:
+        """Take all grants of a VM back; harmless when it has none."""
+        await self.reconciler.run(release=(uid, vm))
         return []
 
-    def _row(self, record: Record) -> list[Any]:
-        cpus = format_cpulist(record.shielded | record.pinned)
-        name = self.mechanism.name if cpus else "none"
-        return [record.vm, record.uid, claims.user_name(record.uid), record.pid, record.start_time, cpus, name]
+    async def list_vms(self, *, everybody: bool) -> list[Any]:
+        """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
+        rows = []
+        for record in self.live:
+            if everybody or record.uid == self.caller.uid:
+                who = [record.vm, record.uid, user_name(record.uid), record.pid, record.start_time]
+                how = self.reconciler.mechanism.name if record.cpus else "none"
+                rows.append([*who, format_cpulist(record.cpus), how])
+        return [rows]
 
-    def _limits(self, limits: Limits, live: list[Record]) -> dict[str, Typed]:
-        cores = claims.read_cores()
+    async def get_limits(self) -> list[Any]:
+        """Return what the caller may have, and who decides it."""
+        limits, cores, lacking = self.limits, claims.read_cores(), self.reconciler.mechanism.lacks()
         cpus = claims.union(cores) if limits.cpus is None else limits.cpus
-        return {
-            "version": Typed("s", VERSION),
-            "mechanism": Typed("s", "none" if self.mechanism.lacks() else self.mechanism.name),
-            "reason": Typed("s", self.mechanism.lacks() or "the kernel has remote cpuset partitions"),
-            "limits_source": Typed("s", limits.source),
-            "cpus": Typed("s", format_cpulist(cpus)),
-            "max_cpus": Typed("u", len(cpus) if limits.max_cpus is None else limits.max_cpus),
-            "max_vms": Typed("u", limits.max_vms),
-            "memlock": Typed("t", claims.lockable_bytes() if limits.memlock is None else min(limits.memlock, INFINITY)),
-            "policies": Typed("as", sorted(limits.policies)),
-            "max_priority": Typed("u", limits.max_priority),
-            "realtime": Typed("s", limits.realtime),
-            "free_cpus": Typed("s", format_cpulist(claims.free_for(limits, cores, live))),
+        answer = {
+            "version": Variant("s", VERSION),
+            "mechanism": Variant("s", "none" if lacking else self.reconciler.mechanism.name),
+            "reason": Variant("s", lacking or "The kernel has remote cpuset partitions"),
+            "limits_source": Variant("s", limits.source),
+            "cpus": Variant("s", format_cpulist(cpus)),
+            "max_cpus": Variant("u", len(cpus) if limits.max_cpus is None else limits.max_cpus),
+            "max_vms": Variant("u", limits.max_vms),
+            "memlock": Variant("t", claims.lockable_bytes() if limits.memlock is None else limits.memlock),
+            "policies": Variant("as", sorted(limits.policies)),
+            "max_priority": Variant("u", limits.max_priority),
+            "realtime": Variant("s", limits.realtime),
+            "free_cpus": Variant("s", format_cpulist(claims.free_for(limits, cores, self.live))),
         }
+        return [answer]
 
-    def _verify(self, target: Target, caller: Caller, vm: str) -> tuple[str, str]:
-        return target.verify(caller, systemd.scope_name(caller.uid, vm), self.configuration.settings.services)
+    def _shielded(self, record: Record) -> scheduling.Shielded:
+        return self.reconciler.mechanism.shielded_threads(record.scope) or {} if record.shielded else {}
+
+    def _verify(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> str:
+        return target.verify(self.caller, vm, self.settings.services, comm)
+
+    def _record_of(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> Record:
+        """Verify the target; return the VM's record, or a new one. Conflict when the VM is another live process."""
+        slice_path = self._verify(target, vm, comm).rpartition("/")[0]
+        for record in self.live:
+            if record.key == (self.caller.uid, vm):
+                if (record.pid, record.start_time) != (target.pid, target.start_time):
+                    raise Conflict(f"VM {vm} is running already, as process {record.pid}")
+                if record.stray:
+                    raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
+                return record
+        claims.check_count(self.caller.uid, self.limits, self.live)
+        scope = f"{slice_path}/{SCOPE.format(self.caller.uid, vm)}"
+        return Record(self.caller.uid, vm, target.pid, target.start_time, int(time.time()), scope)
 
     @asynccontextmanager
-    async def _granting(self, work: Work, **grants: Any) -> AsyncIterator[Record]:
+    async def _granting(self, target: Target, record: Record) -> AsyncIterator[None]:
         """Record, move the target into its scope, verify, let the caller act, verify again; or withdraw everything."""
-        caller, target, vm = work.caller, work.target, work.record.vm
-        name = systemd.scope_name(caller.uid, vm)
-        slice_path, unit = self._verify(target, caller, vm)
-        record = replace(work.record, scope=f"{slice_path}/{name}", **grants)
         record.write()
         try:
-            if unit != name:
-                await systemd.start_scope(self.bus, target, record, unit)
+            unit = self._verify(target, record.vm)
+            if unit != record.scope:
+                await self._start_scope(target, record, unit.rpartition("/")[2])
             # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
-            if self._verify(target, caller, vm)[1] != name:
+            if self._verify(target, record.vm) != record.scope:
                 raise Failed(f"systemd did not move process {target.pid} into its scope")
-            yield record
-            self._verify(target, caller, vm)
-        except BaseException as err:
-            await self.reconciler.withdraw(record, stray=False)
-            await self.reconciler.run()
-            if isinstance(err, OSError):
-                raise Failed(f"the kernel refused a step of tuning {vm}: error {err.errno}") from err
+            yield
+            self._verify(target, record.vm)
+        except BaseException:
+            await self.reconciler.run(release=record.key)
             raise
 
+    async def _start_scope(self, target: Target, record: Record, unit: str) -> None:
+        """Have systemd move the target into record.scope, beside the `unit` it lives in."""
+        slice_path, _, name = record.scope.rpartition("/")
+        properties = [
+            ["Description", Variant("s", f"Virtual machine {record.vm} of {self.caller.user}")],
+            ["PIDs", Variant("au", [target.pid])],
+            ["Slice", Variant("s", slice_path.rpartition("/")[2])],
+            ["DelegateControllers", Variant("as", ["cpuset"])],
+            # Without it a scope that failed (SIGKILL of QEMU) stays loaded and blocks the VM's next start.
+            ["CollectMode", Variant("s", "inactive-or-failed")],
+            # The helper is not resident: systemd starts it to reconcile when the scope ends.
+            ["OnSuccess", Variant("as", [_HELPER_UNIT])],
+            ["OnFailure", Variant("as", [_HELPER_UNIT])],
+            # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
+            ["Before", Variant("as", [unit])],
+        ]
+        request = [name, "fail", properties, []]
+        try:
+            await self.reconciler.bus.systemd_job("StartTransientUnit", "ssa(sv)a(sa(sv))", request)
+        except CallFailed as err:
+            why = "that of an earlier one is still ending" if err.name.endswith(".UnitExists") else err.name
+            raise Failed(f"systemd does not make a scope for VM {record.vm}: {why}; try again") from err
+        if not target.is_alive():
+            _give_back(target.pid, record.scope)
 
-def _record_of(target: Target, caller: Caller, vm: str, limits: Limits, live: list[Record]) -> Record:
-    """Return the VM's record, or a new one; Conflict when the name belongs to another live process."""
-    for record in live:
-        if record.key == (caller.uid, vm):
-            if (record.pid, record.start_time) != (target.pid, target.start_time):
-                raise Conflict(f"VM {vm} is running already, as process {record.pid}")
-            if record.stray:
-                raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
-            return record
-    claims.check_count(caller.uid, limits, live)
-    return Record(caller.uid, vm, target.pid, target.start_time, int(time.time()))
+
+def _give_back(pid: int, scope: str) -> None:
+    """Put a process that inherited the target's number, and was moved in its place, back beside its parent."""
+    with suppress(OSError, TargetRefused), Target(pid) as stranger:
+        if stranger.cgroup() == scope:
+            with Target(int(stranger.status()["PPid"])) as parent:
+                (CGROUP / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))

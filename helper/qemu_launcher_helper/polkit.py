@@ -12,15 +12,13 @@ import itertools
 import logging
 from collections import Counter, defaultdict
 
-from .arguments import Caller, Typed
-from .bus import SystemBus
+from .arguments import Caller
+from .bus import SystemBus, Variant
 from .contract import CALL_SECONDS, DIALOG_QUEUE, DIALOG_SECONDS, MAX_DIALOGS
 from .errors import CallFailed, LimitExceeded
 
 POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority")
 _ALLOW_USER_INTERACTION = 1
-
-_log = logging.getLogger(__name__)
 
 
 class Authority:
@@ -32,21 +30,18 @@ class Authority:
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._asked: Counter[int] = Counter()  # per uid: the dialog that is open, and calls that wait for their turn
 
-    async def check(
-        self, caller: Caller, action: str, details: dict[str, str], flags: int = 0, number: str = ""
-    ) -> tuple[bool, bool]:
-        """Return (yes, a password might make it a yes); with the defaults no person is asked.
+    async def check(self, caller: Caller, action: str, details: dict[str, str], dialog: str = "") -> tuple[bool, bool]:
+        """Return (yes, a password might make it a yes). No person is asked, unless under the name `dialog`.
 
         Never raises for what polkit answers, or does not: that is (False, False).
         """
-        body = [["system-bus-name", {"name": Typed("s", caller.sender)}], action, details, flags, number]
-        seconds = self._dialog_seconds if flags else CALL_SECONDS
+        subject = ["system-bus-name", {"name": Variant("s", caller.sender)}]
+        flags, seconds = (_ALLOW_USER_INTERACTION, self._dialog_seconds) if dialog else (0, CALL_SECONDS)
+        body = [subject, action, details, flags, dialog]
         try:
-            answer = await self._bus.call(
-                *POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us", body, answer="(bba{ss})", timeout=seconds
-            )
+            answer = await self._bus.call(POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us", body, "(bba{ss})", seconds)
         except CallFailed as err:
-            _log.warning("polkit gave no answer: %s", ascii(str(err)))
+            logging.warning("polkit gave no answer: %a", str(err))
             return False, False
         match answer:
             case [[granted, challenge, _]]:
@@ -60,27 +55,25 @@ class Authority:
         again afterwards. Ends early when the caller leaves the bus. Raises LimitExceeded when too many wait already.
         """
         uid = caller.uid
-        if self._asked.get(uid, 0) > DIALOG_QUEUE or (uid not in self._asked and len(self._asked) >= MAX_DIALOGS):
+        if self._asked[uid] > DIALOG_QUEUE or (uid not in self._asked and len(self._asked) >= MAX_DIALOGS):
             raise LimitExceeded("Too many calls wait for a password already")
         self._asked[uid] += 1
         try:
             async with self._turns[uid]:
                 return await self._ask_person(caller, action, details)
         finally:
-            self._asked[uid] -= 1
-            if not self._asked[uid]:
-                del self._asked[uid], self._turns[uid]
+            self._asked -= Counter([uid])  # which also forgets a user who has none left
 
     async def _ask_person(self, caller: Caller, action: str, details: dict[str, str]) -> bool:
-        number = f"qemu-launcher-{next(self._numbers)}"
-        asking = asyncio.create_task(self.check(caller, action, details, _ALLOW_USER_INTERACTION, number))
+        name = f"qemu-launcher-{next(self._numbers)}"
+        asking = asyncio.create_task(self.check(caller, action, details, name))
         leaving = asyncio.create_task(self._bus.until_gone(caller.sender))
         try:
             await asyncio.wait({asking, leaving}, timeout=self._dialog_seconds, return_when="FIRST_COMPLETED")
             return asking.done() and asking.result()[0]
         finally:
             if not asking.done():
-                self._bus.tell(*POLKIT, "CancelCheckAuthorization", number)
+                self._bus.tell(POLKIT, "CancelCheckAuthorization", name)
             asking.cancel()
             leaving.cancel()
             await asyncio.gather(asking, leaving, return_exceptions=True)

@@ -1,19 +1,32 @@
-"""What has been granted, to which process: one root-owned file per VM below /run.
+"""What has been granted, to which process, and the one way to clean up.
 
-A record is written (temp + rename) *before* the act it describes, so that a helper killed between any two steps
-leaves at worst a record of something that did not happen; reconcile takes that back. A record counts while
-the process with that PID and that start time lives. Nothing here acts on a process.
+A record is a root-owned file below /run, one per VM. It is written (temp + rename) *before* the act it describes, so
+that a helper killed between any two steps leaves at worst a record of something that did not happen; reconcile takes
+that back. A record counts while the process with that PID and that start time lives.
+
+The Reconciler derives the wanted state from the records, /proc and the cgroup tree, and applies it. It runs when the
+helper starts (systemd starts it when a scope ends), before each grant and after any failed step. Guarantees: a record's
+process that ended leaves no shield and no scope; a process that left its scope, or whose shield is no longer valid,
+keeps no real time and no raised limit. Real time always ends before a shield does. A step that fails for one VM is
+logged and does not keep the others from being served.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import Any, Self
 
+from . import scheduling
+from .bus import SYSTEMD, SystemBus
+from .cpuset.partition import Partition
+from .errors import CallFailed, Refusal, TargetRefused
+from .target import Target
+
 GRANTS = Path("/run/qemu-launcher/grants")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +38,7 @@ class Record:
     pid: int
     start_time: int  # clock ticks since boot
     since: int  # seconds since the epoch, for people
-    scope: str = ""  # cgroup path, once a scope has been asked for
+    scope: str  # cgroup path of its own scope, which may not be there yet
     memlock: int = 0  # bytes granted, counted against the uid
     memlock_before: tuple[int, int] | None = None
     rttime_before: tuple[int, int] | None = None
@@ -38,6 +51,11 @@ class Record:
     def key(self) -> tuple[int, str]:
         """What names a VM on this host."""
         return self.uid, self.vm
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """All CPUs that its threads are pinned to, or kept for them."""
+        return self.shielded | self.pinned
 
     @property
     def path(self) -> Path:
@@ -72,7 +90,78 @@ def read_all() -> Iterator[Record]:
             if record.path != path:
                 raise ValueError("its name and its content differ")
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as err:
-            log.warning("removing %a, which is no record: %a", path.name, str(err))
+            logging.warning("removing %a, which is no record: %a", path.name, str(err))
             path.unlink(missing_ok=True)
         else:
             yield record
+
+
+class Reconciler:
+    """Applies the records to the host. Every method is to be called under the operations' lock."""
+
+    def __init__(self, bus: SystemBus) -> None:
+        self.bus, self.mechanism = bus, Partition()
+
+    async def run(self, release: tuple[int, str] | None = None) -> list[Record]:
+        """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
+        live: list[Record] = []
+        for record in list(read_all()):
+            released = record.key == release
+            left = record if not released and self._holds(record) else await self._withdraw(record, stray=not released)
+            live += [left] if left else []
+        with _logged("giving CPUs back"):
+            for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
+                logging.warning("withdrawing a shield without a record: %a", scope)
+                self.mechanism.withdraw(scope)
+            self.settle(live)
+        return live
+
+    def settle(self, live: Iterable[Record]) -> None:
+        """Let the levels above the scopes hold what these VMs shield, and nothing else."""
+        self.mechanism.settle({record.scope: record.shielded for record in live if not record.stray})
+
+    async def _withdraw(self, record: Record, *, stray: bool) -> Record | None:
+        """Take every grant of the VM back; return what is left of its record, None when its process has ended.
+
+        Never raises: what fails is logged.
+        """
+        left = None
+        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+            left = record.without_grants(stray=stray)
+            with _logged("taking real time and limits back"):
+                if record.realtime:
+                    scheduling.take_realtime(process)
+                for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
+                    if before:
+                        scheduling.rlimit(process, which, before)
+        with _logged("withdrawing a shield"):
+            self.mechanism.withdraw(record.scope)
+        if left:
+            left.write()
+            if stray:
+                logging.warning("VM %s of uid %d left its scope or lost its shield", record.vm, record.uid)
+            return left
+        with _logged("ending a scope"):
+            if self.mechanism.exists(record.scope):
+                # A child of QEMU's lives on. No waiting: one that ignores SIGTERM must not hold us up.
+                await self.bus.call(SYSTEMD, "StopUnit", "ss", [record.scope.rpartition("/")[2], "fail"], "o")
+        record.path.unlink(missing_ok=True)
+        return None
+
+    def _holds(self, record: Record) -> bool:
+        """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
+        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+            if record.stray:
+                return True
+            inside = f"{process.cgroup()}/".startswith(f"{record.scope}/")
+            # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
+            return inside and (not record.shielded or self.mechanism.shielded_threads(record.scope) is not None)
+        return False
+
+
+@contextmanager
+def _logged(step: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, Refusal, CallFailed) as err:
+        logging.warning("%s failed: %a", step, str(err))

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import privileges
-from .arguments import SchedulerRequest
 from .contract import REALTIME_POLICIES
 from .errors import Failed, LimitExceeded, TargetRefused, Unsupported
 from .limits import Limits
@@ -26,59 +25,56 @@ POLICY = {
     "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK,
 }
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
-UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+# The CPUs of each thread of a VM that is pinned inside its shield, as the kernel has them.
+Shielded = Mapping[int, frozenset[int]]
 
 
-def check(
-    request: SchedulerRequest, limits: Limits, shielded: Mapping[int, frozenset[int]], realtime: Iterable[int]
-) -> None:
-    """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set.
+def check(tids: Iterable[int], policy: str, priority: int, limits: Limits, shielded: Shielded, rest: set[int]) -> None:
+    """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set for threads `tids`.
 
-    `shielded`: the CPUs of each thread of the VM that is pinned inside its shield, as the kernel has them. `realtime`:
-    the VM's other threads that have real time already.
+    `rest`: the VM's other threads that have real time already.
     """
-    if request.policy not in limits.policies:
+    if policy not in limits.policies:
         allowed = ", ".join(sorted(limits.policies))
-        raise LimitExceeded(f"policy {request.policy} is not among yours, {allowed} ({limits.source})")
-    if request.policy not in REALTIME_POLICIES:
+        raise LimitExceeded(f"Policy {policy} is not among yours, {allowed} ({limits.source})")
+    if priority > limits.max_priority:
+        raise LimitExceeded(f"Priority {priority} is above yours, {limits.max_priority} ({limits.source})")
+    if policy in REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:
+        raise Unsupported("Real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
+    if policy not in REALTIME_POLICIES or limits.realtime == "anywhere":
         return
-    if request.priority > limits.max_priority:
-        raise LimitExceeded(f"priority {request.priority} is above yours, {limits.max_priority} ({limits.source})")
-    if int(RT_RUNTIME.read_text()) == -1:
-        raise Unsupported("real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
-    if limits.realtime == "anywhere":
-        return
-    used = {cpu for tid in realtime for cpu in shielded.get(tid, ())}
-    for tid in request.tids:
+    used = {cpu for tid in rest for cpu in shielded.get(tid, ())}
+    for tid in tids:
         cpus = shielded.get(tid, frozenset())
         if len(cpus) != 1:
-            raise TargetRefused(f"real time needs thread {tid} to be pinned to one shielded CPU of its own")
+            raise TargetRefused(f"Real time needs thread {tid} to be pinned to one shielded CPU of its own")
         if cpus & used:
-            raise TargetRefused(f"real time for two threads on CPU {min(cpus)} would hang the guest")
+            raise TargetRefused(f"Real time for two threads on CPU {min(cpus)} would hang the guest")
         if 0 in cpus:
-            raise LimitExceeded(f'real time on CPU 0 needs realtime = "anywhere" ({limits.source})')
+            raise LimitExceeded(f'Real time on CPU 0 needs realtime = "anywhere" ({limits.source})')
         used |= cpus
 
 
 def set_policy(target: Target, start_times: Mapping[int, int], policy: str, priority: int) -> None:
-    """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself."""
+    """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself.
+
+    OSError when the kernel refuses (ProcessLookupError: the thread has ended); sched_setscheduler(2).
+    """
     for tid, start_time in start_times.items():
+        before = os.sched_getscheduler(tid), os.sched_getparam(tid)
         if target.task_start_time(tid) != start_time:
-            raise TargetRefused(f"thread {tid} is gone")
-        try:
-            before = os.sched_getscheduler(tid), os.sched_getparam(tid)
-            _set(tid, POLICY[policy], os.sched_param(priority))
-            after = os.sched_getscheduler(tid), os.sched_getparam(tid).sched_priority
-        except ProcessLookupError as err:
-            raise TargetRefused(f"thread {tid} is gone") from err
-        except OSError as err:
-            raise Failed(f"the kernel refuses policy {policy} for thread {tid}: error {err.errno}") from err
+            raise TargetRefused(f"Thread {tid} is gone")
+        _set(tid, POLICY[policy], os.sched_param(priority))
         if target.task_start_time(tid) != start_time:
-            with suppress(ProcessLookupError):
-                _set(tid, *before)
-            raise TargetRefused(f"thread {tid} is gone")
-        if after != (POLICY[policy], priority):
-            raise Failed(f"thread {tid} did not take policy {policy}")
+            _set(tid, *before)
+            raise TargetRefused(f"Thread {tid} is gone")
+        if (os.sched_getscheduler(tid), os.sched_getparam(tid).sched_priority) != (POLICY[policy], priority):
+            raise Failed(f"Thread {tid} did not take policy {policy}")
+
+
+def _set(tid: int, policy: int, param: os.sched_param) -> None:
+    with privileges.raised("sys_nice"):
+        os.sched_setscheduler(tid, policy, param)
 
 
 def take_realtime(target: Target, keep: Iterable[int] = ()) -> None:
@@ -92,19 +88,12 @@ def take_realtime(target: Target, keep: Iterable[int] = ()) -> None:
 def rlimit(target: Target, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
     """Return one limit of the target as it was, (soft, hard), -1 for infinity, and set it to `limit` if given.
 
-    TargetRefused, and the old limit put back, when the number is another process's by then. prlimit(2).
+    TargetRefused, and the old limit put back, when the number is another process's by then; ProcessLookupError when
+    it is nobody's. prlimit(2).
     """
-    try:
-        with privileges.raised("sys_resource"):
-            before = resource.prlimit(target.pid, which, *([limit] if limit else []))
-            if target.is_alive():
-                return before
+    with privileges.raised("sys_resource"):
+        before = resource.prlimit(target.pid, which, *([limit] if limit else []))
+        if not target.is_alive():
             resource.prlimit(target.pid, which, before)
-    except ProcessLookupError:
-        pass
-    raise TargetRefused(f"process {target.pid} is gone")
-
-
-def _set(tid: int, policy: int, param: os.sched_param) -> None:
-    with privileges.raised("sys_nice"):
-        os.sched_setscheduler(tid, policy, param)
+            raise TargetRefused(f"Process {target.pid} is gone")
+    return before

@@ -30,11 +30,11 @@ def test_one_prompt_per_start(strict_host: World, member: User) -> None:
     assert prompt["message"] == (
         f"Authentication is required to let virtual machine win11 of {member.name} lock its memory"
     )
-    assert [act["kind"] for act in strict_host.recorded()] == [
-        "MemlockRequest",
-        "PinRequest",
-        "SchedulerRequest",
-        "PinRequest",
+    assert [act["member"] for act in strict_host.recorded()] == [
+        "SetMemlock",
+        "PinThreads",
+        "SetScheduler",
+        "PinThreads",
     ]
 
 

@@ -91,7 +91,7 @@ def test_large_messages(host: World, member: User, other: User) -> None:
     assert using(host, member, calls) == ["ok"]
     assert served(host, other) == pid
     assert peak(pid) < 80 * MIB
-    assert [act["kind"] for act in host.recorded(member)] == ["LimitsRequest"]
+    assert [act["member"] for act in host.recorded(member)] == ["GetLimits"]
 
 
 def test_the_limit_of_size_is_where_it_says(host: World, member: User) -> None:

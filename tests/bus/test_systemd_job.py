@@ -55,7 +55,7 @@ def run(host: World, script: Callable[[FakeSystemd, Message], None]) -> tuple[An
 
     async def ask() -> str:
         bus = await SystemBus.connect(host.socket)
-        await bus.call(*DAEMON, "RequestName", "su", [BUS_NAME, 4])
+        await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u")
         try:
             return await bus.systemd_job("StartTransientUnit", *ARGUMENTS)
         except CallFailed as err:

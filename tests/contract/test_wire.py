@@ -9,6 +9,7 @@ import pytest
 from qemu_launcher import helper_proxy
 from qemu_launcher_helper import contract, errors
 from qemu_launcher_helper.bus import DAEMON
+from qemu_launcher_helper.operations import Operation
 
 ROOT = Path(__file__).parents[2]
 XML = ET.parse(ROOT / "dbus/org.qemulauncher.Helper1.xml").getroot()
@@ -46,6 +47,13 @@ def test_helpers_table() -> None:
     assert {name: method[:2] for name, method in contract.METHODS.items()} == xml_methods()
 
 
+def test_every_method_has_its_operation() -> None:
+    """What is looked up by name is a method of Operation's own, and each of these belongs to one member."""
+    named = [method[3] for method in contract.METHODS.values()]
+    own = [name for name, member in vars(Operation).items() if callable(member) and not name.startswith("_")]
+    assert sorted(named) == sorted(own)
+
+
 def test_launchers_table() -> None:
     assert xml_methods() == helper_proxy.METHODS
 
@@ -60,7 +68,7 @@ def test_actions_in_the_xml() -> None:
 
 
 def test_polkit_knows_exactly_our_actions() -> None:
-    actions = {action for _, _, action in contract.METHODS.values() if action}
+    actions = {method[2] for method in contract.METHODS.values() if method[2]}
     assert {action.attrib["id"] for action in POLICY.findall("action")} == actions
 
 

@@ -1,6 +1,7 @@
 """arguments.parse: what passes is in range, and nothing but the two refusals ever comes out (attack A18)."""
 
 import contextlib
+import inspect
 import io
 from typing import Any
 
@@ -11,17 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_launcher_helper import contract
-from qemu_launcher_helper.arguments import (
-    ListRequest,
-    MemlockRequest,
-    Pin,
-    PinRequest,
-    ReleaseRequest,
-    SchedulerRequest,
-    parse,
-)
+from qemu_launcher_helper.arguments import Pin, parse
 from qemu_launcher_helper.bus import Call
 from qemu_launcher_helper.errors import InvalidArguments, TargetRefused
+from qemu_launcher_helper.operations import Operation
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 TASK = st.integers(2, 2**22)
@@ -54,25 +48,31 @@ def through_the_wire(member: str, body: list[Any]) -> list[Any]:
 @given(data=st.data())
 def test_fuzzed_values(member: str, data: st.DataObject) -> None:
     body = data.draw(BODIES[member])
-    request: Any = None
-    refusal = ""
+    refusal, named = "", dict[str, Any]()
     try:
-        request = parse(member, through_the_wire(member, body))
+        named = parse(member, through_the_wire(member, body))
     except (InvalidArguments, TargetRefused) as err:
-        refusal = str(err)
-    assert (refusal == "") == (request is not None)
+        refusal = str(err) or "an empty one\n"
     assert refusal.isascii()
     assert refusal.isprintable()
-    assert 2 <= getattr(request, "pid", 2) <= 2**22
-    assert contract.VM_NAME.fullmatch(getattr(request, "vm", "x"))
-    if isinstance(request, PinRequest):
-        assert 1 <= len(request.pins) <= 1024
-        assert len({pin.tid for pin in request.pins}) == len(request.pins)
-        assert all(2 <= pin.tid <= 2**22 and pin.cpus for pin in request.pins)
-        assert all(0 <= cpu < 8192 for pin in request.pins for cpu in pin.cpus | request.others)
-    if isinstance(request, SchedulerRequest):
-        assert request.priority == 0 or (request.policy in ("fifo", "rr") and 1 <= request.priority <= 99)
-        assert all(2 <= tid <= 2**22 for tid in request.tids)
+    if refusal:
+        return
+    inspect.signature(getattr(Operation, contract.METHODS[member][3])).bind(None, **named)
+    assert 2 <= named.get("pid", 2) <= 2**22
+    assert 0 <= named.get("uid", 0) < 2**32 - 1
+    assert contract.VM_NAME.fullmatch(named.get("vm", "x"))
+    if member == "SetMemlock":
+        assert 1 <= named["bytes"] < 2**64
+    if member == "PinThreads":
+        pins = named["pins"]
+        assert 1 <= len(pins) <= 1024
+        assert len({pin.tid for pin in pins}) == len(pins)
+        assert all(2 <= pin.tid <= 2**22 and pin.cpus for pin in pins)
+        assert all(0 <= cpu < 8192 for pin in pins for cpu in pin.cpus | named["others"])
+    if member == "SetScheduler":
+        assert named["priority"] == 0 or (named["policy"] in ("fifo", "rr") and 1 <= named["priority"] <= 99)
+        assert all(2 <= tid <= 2**22 for tid in named["tids"])
+        assert len(set(named["tids"])) == len(named["tids"])
 
 
 anything = st.recursive(
@@ -91,14 +91,30 @@ def test_values_that_no_codec_would_give(member: str, body: list[Any]) -> None:
 
 
 def test_what_passes() -> None:
-    assert parse("SetMemlock", [2, "win11", 2**64 - 1]) == MemlockRequest(2, "win11", contract.INFINITY)
+    everything = {"pid": 2, "vm": "win11", "bytes": contract.INFINITY}
+    assert parse("SetMemlock", [2, "win11", 2**64 - 1]) == everything
     pins = [[7, [1, 2], True], [8, [3], False]]
     parsed = (Pin(7, frozenset({1, 2}), shielded=True), Pin(8, frozenset({3}), shielded=False))
-    assert parse("PinThreads", [4, "a-b_C", pins, [0]]) == PinRequest(4, "a-b_C", parsed, frozenset({0}))
-    assert parse("SetScheduler", [4, "x", [5, 6], "rr", 99]) == SchedulerRequest(4, "x", (5, 6), "rr", 99)
-    assert parse("SetScheduler", [4, "x", [5], "idle", 0]) == SchedulerRequest(4, "x", (5,), "idle", 0)
-    assert parse("Release", [0, "x" * 48]) == ReleaseRequest(0, "x" * 48)
-    assert parse("ListVms", [True]) == ListRequest(all=True)
+    assert parse("PinThreads", [4, "a-b_C", pins, [0]]) == {
+        "pid": 4,
+        "vm": "a-b_C",
+        "pins": parsed,
+        "others": frozenset({0}),
+    }
+    scheduler = {"pid": 4, "vm": "x", "tids": (5, 6), "policy": "rr", "priority": 99}
+    assert parse("SetScheduler", [4, "x", [5, 6], "rr", 99]) == scheduler
+    idle = scheduler | {"tids": (5,), "policy": "idle", "priority": 0}
+    assert parse("SetScheduler", [4, "x", [5], "idle", 0]) == idle
+    assert parse("Release", [0, "x" * 48]) == {"uid": 0, "vm": "x" * 48}
+    assert parse("ListVms", [True]) == {"everybody": True}
+    assert parse("GetLimits", []) == {}
+
+
+def test_a_thread_is_named_once() -> None:
+    with pytest.raises(InvalidArguments, match="A thread is named twice"):
+        parse("SetScheduler", [4, "x", [5, 6, 5], "fifo", 1])
+    with pytest.raises(InvalidArguments, match="A thread is named twice"):
+        parse("PinThreads", [4, "x", [[5, [1], True], [5, [2], True]], []])
 
 
 @pytest.mark.parametrize(
@@ -125,4 +141,4 @@ def test_more_pins_than_a_host_has_cpus() -> None:
     pins = [[number, [1], False] for number in range(2, 1027)]
     with pytest.raises(InvalidArguments, match="1 to 1024"):
         parse("PinThreads", [4, "x", pins, []])
-    assert isinstance(parse("PinThreads", [4, "x", pins[1:], []]), PinRequest)
+    assert len(parse("PinThreads", [4, "x", pins[1:], []])["pins"]) == 1024

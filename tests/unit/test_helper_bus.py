@@ -15,8 +15,7 @@ from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from qemu_launcher_helper.arguments import Typed
-from qemu_launcher_helper.bus import Call, SystemBus
+from qemu_launcher_helper.bus import DAEMON, Call, SystemBus
 from qemu_launcher_helper.errors import CallFailed
 
 NAME, PATH = "org.qemulauncher.Helper1", "/org/qemulauncher/Helper1"
@@ -141,7 +140,7 @@ def test_a_call_and_its_answers(tmp_path: Path) -> None:
         [received] = calls
         assert (received.header.sender, received.header.member, received.header.signature) == (":1.5", "Ping", "us")
         assert received.body() == [7, "x"]
-        bus.reply(received, "a{sv}", [{"a": Typed("as", ["b"])}])
+        bus.reply(received, "a{sv}", [{"a": Variant("as", ["b"])}])
         bus.reply(received, "s", ["no"], "org.qemulauncher.Error.Failed")
         while len(daemon.received) < 3:
             daemon.arrived.clear()
@@ -288,7 +287,7 @@ def test_only_the_one_we_called_may_answer(tmp_path: Path) -> None:
         assert await bus.daemon("GetId", answer="s") == ["true"]
         daemon.answers["GetId"] = lambda message: daemon.result(message, "s", ["forged"], ":1.666")
         with pytest.raises(CallFailed, match="timeout"):
-            await bus.call("org.freedesktop.DBus", "/", "a.b", "GetId", timeout=0.1)
+            await bus.call(DAEMON, "GetId", "", [], "s", seconds=0.1)
         # Late and unasked-for replies find nobody.
         daemon.writer.write(daemon.result(call(serial=2), "s", ["late"]))
 
@@ -318,7 +317,7 @@ def test_an_error_is_named(tmp_path: Path) -> None:
 
         daemon.answers["GetId"] = error
         with pytest.raises(CallFailed) as caught:
-            await bus.daemon("GetId")
+            await bus.daemon("GetId", answer="s")
         assert (caught.value.name, caught.value.text) == ("a.b.Wrong", "it went wrong")
 
     scene(tmp_path, play)

@@ -41,7 +41,7 @@ def claim(shielded: str = "", pinned: str = "", others: str = "", uid: int = ALI
 
 
 def check(wanted: Claim, *live: Record, limits: Limits | None = None, cores: claims.Cores = CORES) -> str:
-    return format_cpulist(claims.check(wanted.record, wanted.others, limits or Limits(), cores, live))
+    return format_cpulist(claims.check(wanted.record, wanted.others, limits or Limits(), cores, live).shielded)
 
 
 def test_a_shield_takes_whole_cores() -> None:
@@ -76,7 +76,7 @@ def test_a_new_shield_over_a_pinned_cpu_is_a_conflict() -> None:
 
 def test_one_core_stays_with_the_host() -> None:
     assert check(claim("0-5")) == "0-5"
-    with pytest.raises(LimitExceeded, match="at least one whole core must stay with the host"):
+    with pytest.raises(LimitExceeded, match="CPUs 0-7 are too many: at least one whole core must stay with the host"):
         check(claim("0-7"))
     with pytest.raises(LimitExceeded, match="at least one whole core"):
         check(claim("0,2"), record(BOB, "work", "4-7"))
@@ -118,7 +118,7 @@ def test_a_strays_cpus_are_free_for_others() -> None:
 def test_number_of_vms() -> None:
     limits = Limits(max_vms=2)
     claims.check_count(ALICE, limits, [record(ALICE, "a"), record(BOB, "b"), record(BOB, "c")])
-    with pytest.raises(LimitExceeded, match="you have 2 VMs, and may have 2"):
+    with pytest.raises(LimitExceeded, match="You have 2 VMs, and may have 2"):
         claims.check_count(ALICE, limits, [record(ALICE, "a"), record(ALICE, "b")])
 
 
@@ -159,13 +159,14 @@ class Claims(RuleBasedStateMachine):
         wanted = Record(uid, vm, 2, 1, 0, "", shielded=shielded, pinned=pinned)
         free = claims.free_for(self.limits[uid], CORES, [r for r in self.live.values() if r.key != (uid, vm)])
         try:
-            shield = claims.check(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
+            granted = claims.check(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
         except Refusal:
             # What was offered as free must really have been: only the count or the shared part can refuse it.
             whole = whole_cores(shielded)
             assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - claims.union(CORES)
         else:
-            self.live[uid, vm] = replace(wanted, shielded=shield)
+            assert granted == replace(wanted, shielded=whole_cores(shielded))
+            self.live[uid, vm] = granted
         return uid, vm
 
     @rule(key=consumes(vms))

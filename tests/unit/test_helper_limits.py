@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qemu_launcher_helper import limits
 from qemu_launcher_helper.contract import INFINITY
 from qemu_launcher_helper.errors import Failed
-from qemu_launcher_helper.limits import Configuration, Limits, Settings
+from qemu_launcher_helper.limits import Limits, Settings, load
 
 USER = pwd.getpwuid(os.geteuid())
 
@@ -21,19 +21,19 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="helper.toml must belo
 
 
 @pytest.fixture
-def toml(tmp_path: Path) -> Path:
+def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(limits, "PATH", str(tmp_path / "helper.toml"))
     return tmp_path / "helper.toml"
 
 
-def configured(toml: Path, text: str) -> Configuration:
+def configure(toml: Path, text: str) -> None:
     toml.write_text(text)
     toml.chmod(0o644)
-    return Configuration(str(toml))
 
 
 def test_without_a_file(toml: Path) -> None:
-    assert Configuration(str(toml)).limits_for(1000) == Limits()
-    assert Configuration(str(toml)).settings == Settings()
+    assert load() == Settings()
+    assert load().limits_for(1000) == Limits()
     assert Limits().max_vms == 8
     assert Limits().max_priority == 10
     assert Limits().realtime == "shielded"
@@ -41,7 +41,7 @@ def test_without_a_file(toml: Path) -> None:
 
 
 def test_every_key(toml: Path) -> None:
-    config = configured(
+    configure(
         toml,
         """
         comm = ["qemu-*"]
@@ -58,9 +58,9 @@ def test_every_key(toml: Path) -> None:
         realtime = "anywhere"
         """,
     )
-    assert config.settings.comm == ("qemu-*",)
-    assert config.settings.services == ("my-vm.service",)
-    assert config.limits_for(0) == Limits(
+    assert load().comm == ("qemu-*",)
+    assert load().services == ("my-vm.service",)
+    assert load().limits_for(0) == Limits(
         cpus=frozenset({8, 9, 10, 11, 15}),
         max_cpus=4,
         max_vms=2,
@@ -78,13 +78,14 @@ def test_every_key(toml: Path) -> None:
     ("text", "value"), [("1K", 2**10), ("512M", 2**29), ("16G", 2**34), ("2T", 2**41), ("infinity", INFINITY)]
 )
 def test_sizes(toml: Path, text: str, value: int) -> None:
-    assert configured(toml, f'[[limits]]\nmemlock = "{text}"\n').limits_for(0).memlock == value
+    configure(toml, f'[[limits]]\nmemlock = "{text}"\n')
+    assert load().limits_for(0).memlock == value
 
 
 def test_the_first_match_wins(toml: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     group = grp.getgrgid(nobody.pw_gid).gr_name
-    config = configured(
+    configure(
         toml,
         f"""
         [[limits]]
@@ -100,15 +101,15 @@ def test_the_first_match_wins(toml: Path) -> None:
         max_vms = 4
         """,
     )
-    assert config.limits_for(0).max_vms == 1
-    assert config.limits_for(nobody.pw_uid).max_vms == 2
-    assert config.limits_for(2**31).max_vms == 4
-    assert config.limits_for(0).source.endswith("entry 1")
+    assert load().limits_for(0).max_vms == 1
+    assert load().limits_for(nobody.pw_uid).max_vms == 2
+    assert load().limits_for(2**31).max_vms == 4
+    assert load().limits_for(0).source.endswith("entry 1")
 
 
 def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
-    config = configured(toml, '[[limits]]\nusers = ["somebody-else"]\nmax_vms = 1\n')
-    assert config.limits_for(0) == Limits()
+    configure(toml, '[[limits]]\nusers = ["somebody-else"]\nmax_vms = 1\n')
+    assert load().limits_for(0) == Limits()
 
 
 @pytest.mark.parametrize(
@@ -158,41 +159,40 @@ def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
     ],
 )
 def test_what_is_not_understood_stops_all_service(toml: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = configured(toml, text)
-    with pytest.raises(Failed, match="qemu-launcher-helper --check"):
-        config.limits_for(0)
+    configure(toml, text)
+    with pytest.raises(Failed, match="journalctl -u qemu-launcher-helper"):
+        load().limits_for(0)
     assert all(record.getMessage().isascii() and record.getMessage().isprintable() for record in caplog.records)
     assert str(toml) in caplog.text
 
 
 def test_latin1_is_refused(toml: Path) -> None:
-    config = configured(toml, "")
+    configure(toml, "")
     toml.write_bytes(b'comm = ["\xff"]')
     with pytest.raises(Failed):
-        _ = config.settings
+        load()
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
 def test_a_file_that_others_can_write(toml: Path, mode: int) -> None:
-    config = configured(toml, "[[limits]]\nmax_vms = 1\n")
-    assert config.limits_for(0).max_vms == 1
+    configure(toml, "[[limits]]\nmax_vms = 1\n")
+    assert load().limits_for(0).max_vms == 1
     toml.chmod(mode)
     with pytest.raises(Failed):
-        config.limits_for(0)
+        load().limits_for(0)
 
 
 def test_a_file_of_somebody_else(toml: Path) -> None:
-    config = configured(toml, "")
-    assert config.settings == Settings()
+    configure(toml, "")
+    assert load() == Settings()
     os.chown(toml, 65534, 65534)
     with pytest.raises(Failed):
-        _ = config.settings
+        load()
 
 
 def test_what_is_no_regular_file(tmp_path: Path, toml: Path) -> None:
     real = tmp_path / "real"
     real.write_text("")
-    config = Configuration(str(toml))
     makers: list[Callable[[], object]] = [
         lambda: toml.symlink_to(real),
         lambda: toml.symlink_to("nowhere"),
@@ -202,24 +202,24 @@ def test_what_is_no_regular_file(tmp_path: Path, toml: Path) -> None:
     for make in makers:
         make()
         with pytest.raises(Failed):
-            _ = config.settings
+            load()
         if toml.is_dir():
             toml.rmdir()
         else:
             toml.unlink()
-    assert config.settings == Settings()
+    assert load() == Settings()
 
 
 def test_it_is_read_afresh(toml: Path) -> None:
-    config = configured(toml, "[[limits]]\nmax_vms = 1\n")
-    assert config.limits_for(0).max_vms == 1
+    configure(toml, "[[limits]]\nmax_vms = 1\n")
+    assert load().limits_for(0).max_vms == 1
     toml.write_text("[[limits]]\nmax_vms = 2\n")
-    assert config.limits_for(0).max_vms == 2
+    assert load().limits_for(0).max_vms == 2
     toml.write_text("[[limits]]\nmax_vms = x\n")
     with pytest.raises(Failed):
-        config.limits_for(0)
+        load().limits_for(0)
     toml.unlink()
-    assert config.limits_for(0) == Limits()
+    assert load().limits_for(0) == Limits()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from qemu_launcher_helper.errors import LimitExceeded
-from qemu_launcher_helper.quotas import Quotas
+from qemu_launcher_helper.service import Quotas
 
 
 class Clock:

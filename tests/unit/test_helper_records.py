@@ -139,7 +139,7 @@ def test_memlock_asked_again_counts_once() -> None:
 def test_memlock_all_gone() -> None:
     with pytest.raises(LimitExceeded, match=f"your VMs hold {16 * GIB} bytes of {16 * GIB} bytes"):
         grant(1, vm("other", 16), limits=Limits(memlock=16 * GIB))
-    with pytest.raises(LimitExceeded, match="no memory is left to lock"):
+    with pytest.raises(LimitExceeded, match="No memory is left to lock"):
         grant(1, vm("other", 30, uid=1001))
 
 

@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 from dbus_next.constants import MessageFlag
 from dbus_next.message import Message
+from dbus_next.signature import Variant
 
-from qemu_launcher_helper import contract
-from qemu_launcher_helper.arguments import Caller, Request
+from qemu_launcher_helper import contract, limits
+from qemu_launcher_helper.arguments import Caller
 from qemu_launcher_helper.bus import Call
 from qemu_launcher_helper.errors import CallFailed
-from qemu_launcher_helper.limits import Configuration
+from qemu_launcher_helper.limits import Settings
 from qemu_launcher_helper.service import Service
 
-GOOD = [{"UnixUserID": 1000, "ProcessID": 4242, "UnixGroupIDs": [1000]}]
+
+def who(**facts: tuple[str, Any]) -> list[Any]:
+    """An answer to GetConnectionCredentials."""
+    return [{key: Variant(signature, value) for key, (signature, value) in facts.items()}]
+
+
+GOOD = who(UnixUserID=("u", 1000), ProcessID=("u", 4242), UnixGroupIDs=("au", [1000]))
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 YES = [[True, False, {}]]
 
@@ -37,7 +44,7 @@ class FakeBus:
         return identity
 
     async def call(self, *arguments: Any, **more: Any) -> Any:
-        self.questions.append(arguments[3])
+        self.questions.append(arguments[1])
         return self.polkit
 
     def reply(self, call: Call, signature: str, body: list[Any], error: str | None = None) -> None:
@@ -49,7 +56,7 @@ class Recording:
         self.bus = bus
         self.acts: list[Caller] = []
 
-    async def perform(self, caller: Caller, request: Request) -> list[Any]:
+    async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         self.bus.questions.append("act")
         self.acts.append(caller)
         return [5]
@@ -62,11 +69,16 @@ def a_call(member: str = "SetMemlock", signature: str = "ust", body: list[Any] |
     return Call(message, bytes(message._marshall()))
 
 
-def serve(bus: FakeBus, *calls: Call, toml: str = "/nonexistent/helper.toml") -> Recording:
+@pytest.fixture(autouse=True)
+def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PATH", "/nonexistent/helper.toml")
+
+
+def serve(bus: FakeBus, *calls: Call) -> Recording:
     recording = Recording(bus)
 
     async def run() -> None:
-        service = Service(bus, Configuration(toml), recording)  # type: ignore[arg-type]
+        service = Service(bus, recording)  # type: ignore[arg-type]
         for call in calls:
             service.receive(call)
         await asyncio.wait(service.tasks)
@@ -89,15 +101,17 @@ def test_the_procedure() -> None:
     [
         [],
         [{}],
-        [{"UnixUserID": 1000}],
-        [{"ProcessID": 4242}],
-        [{"UnixUserID": "1000", "ProcessID": 4242}],
-        [{"UnixUserID": 1000, "ProcessID": "4242"}],
-        [{"UnixUserID": None, "ProcessID": 4242}],
-        [{"UnixUserID": 1000, "ProcessID": 0}],
-        [{"UnixUserID": -1, "ProcessID": 4242}],
-        [{"UnixUserID": 2**32 - 1, "ProcessID": 4242}],
-        [{"UnixUserID": OVERFLOW, "ProcessID": 4242}],
+        who(UnixUserID=("u", 1000)),
+        who(ProcessID=("u", 4242)),
+        who(UnixUserID=("s", "1000"), ProcessID=("u", 4242)),
+        who(UnixUserID=("u", 1000), ProcessID=("s", "4242")),
+        who(UnixUserID=("b", False), ProcessID=("u", 4242)),
+        who(UnixUserID=("u", 1000), ProcessID=("u", 0)),
+        who(UnixUserID=("i", -1), ProcessID=("u", 4242)),
+        who(UnixUserID=("i", 0), ProcessID=("u", 4242)),
+        who(UnixUserID=("u", 2**32 - 1), ProcessID=("u", 4242)),
+        who(UnixUserID=("u", OVERFLOW), ProcessID=("u", 4242)),
+        [{"UnixUserID": 1000, "ProcessID": 4242}],
         [GOOD[0], 1],
         CallFailed("org.freedesktop.DBus.Error.NameHasNoOwner", "gone"),
         CallFailed("timeout", "silence"),
@@ -117,8 +131,8 @@ def test_whoever_cannot_be_named_is_refused(identity: Any) -> None:
     "later",
     [
         CallFailed("org.freedesktop.DBus.Error.NameHasNoOwner", "gone"),
-        [{"UnixUserID": 1001, "ProcessID": 4242}],
-        [{"UnixUserID": 1000, "ProcessID": 4243}],
+        who(UnixUserID=("u", 1001), ProcessID=("u", 4242)),
+        who(UnixUserID=("u", 1000), ProcessID=("u", 4243)),
         [],
     ],
     ids=repr,

@@ -13,6 +13,7 @@ from qemu_launcher_helper.arguments import Caller
 from qemu_launcher_helper.errors import TargetRefused
 from qemu_launcher_helper.target import Target
 
+VM = "win11"
 SCOPE = "qemu-launcher-1000-win11.scope"
 CALLER = Caller(":1.7", 1000, 4242, "alice")
 
@@ -55,13 +56,13 @@ def facts(tmp_path: Path, child: "subprocess.Popen[bytes]", monkeypatch: pytest.
     return Facts(tmp_path, child.pid)
 
 
-def verify(facts: Facts, **more: tuple[str, ...]) -> tuple[str, str]:
+def verify(facts: Facts, **more: tuple[str, ...]) -> str:
     with Target(facts.pid) as opened:
-        return opened.verify(CALLER, SCOPE, **more)
+        return opened.verify(CALLER, VM, **more)
 
 
 def test_the_callers_own_child_in_his_session_passes(facts: Facts) -> None:
-    assert verify(facts) == ("/user.slice/user-1000.slice", "session-3.scope")
+    assert verify(facts) == "/user.slice/user-1000.slice/session-3.scope"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_the_callers_own_child_in_his_session_passes(facts: Facts) -> None:
 )
 def test_one_wrong_fact_refuses(facts: Facts, change: dict[str, str], words: str) -> None:
     facts.say(**change)
-    with pytest.raises(TargetRefused, match=f"process {facts.pid} {words}"):
+    with pytest.raises(TargetRefused, match=f"Process {facts.pid} {words}"):
         verify(facts)
 
 
@@ -114,7 +115,7 @@ def test_another_user_namespace(facts: Facts) -> None:
 )
 def test_places_a_target_may_live_in(facts: Facts, cgroup: str, unit: str) -> None:
     facts.write("cgroup", f"0::{cgroup}\n")
-    assert verify(facts)[1] == unit
+    assert verify(facts) == f"/user.slice/user-1000.slice/{unit}"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_places_it_may_not(facts: Facts, cgroup: str) -> None:
 def test_a_service_that_the_administrator_named(facts: Facts) -> None:
     for unit in ("my-vm.service", SCOPE):
         facts.write("cgroup", f"0::/system.slice/{unit}\n")
-        assert verify(facts, services=("my-vm.service",))[1] == unit
+        assert verify(facts, services=("my-vm.service",)) == f"/system.slice/{unit}"
     facts.write("cgroup", "0::/system.slice/my-vmxservice\n")
     with pytest.raises(TargetRefused):
         verify(facts, services=("my-vm.service",))
@@ -154,12 +155,12 @@ def test_a_process_that_ended_is_refused_although_its_descriptors_are_held(
     facts: Facts, child: "subprocess.Popen[bytes]"
 ) -> None:
     with Target(facts.pid) as opened:
-        opened.verify(CALLER, SCOPE)
+        opened.verify(CALLER, VM)
         child.kill()
         child.wait()
         assert not opened.is_alive()
         with pytest.raises(TargetRefused, match="is dead"):
-            opened.verify(CALLER, SCOPE)
+            opened.verify(CALLER, VM)
 
 
 def test_no_process_no_target() -> None:
@@ -186,10 +187,11 @@ def test_a_thread_is_no_process(child: "subprocess.Popen[bytes]") -> None:
 
 def test_comm_catches_mistakes(facts: Facts) -> None:
     with Target(facts.pid) as opened:
-        opened.verify_comm(["qemu-system-*"])
+        opened.verify(CALLER, VM, comm=["qemu-kvm", "qemu-system-*"])
         facts.say(Name="evil\x1b[2J")
-        with pytest.raises(TargetRefused) as caught:
-            opened.verify_comm(["qemu-system-*"])
+        opened.verify(CALLER, VM)
+        with pytest.raises(TargetRefused, match="is not a QEMU by its name") as caught:
+            opened.verify(CALLER, VM, comm=["qemu-kvm", "qemu-system-*"])
     assert str(caught.value).isprintable()
 
 
@@ -216,4 +218,4 @@ def test_facts_cannot_be_swapped_under_an_open_target(facts: Facts, tmp_path: Pa
     with Target(facts.pid) as opened:
         shutil.rmtree(tmp_path / str(facts.pid))
         with pytest.raises(TargetRefused, match="is gone"):
-            opened.verify(CALLER, SCOPE)
+            opened.verify(CALLER, VM)

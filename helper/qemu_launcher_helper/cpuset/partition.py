@@ -35,7 +35,11 @@ class Partition:
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
         usable = (self.root / "cpuset.cpus.isolated").exists()
-        return "" if usable else "shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+        return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+
+    def exists(self, scope: str) -> bool:
+        """Tell whether anything is left of the scope."""
+        return self._dir(scope).is_dir()
 
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
         """Make the levels above the scopes hold exactly what `live` (scope path -> reserved CPUs) needs."""
@@ -83,10 +87,10 @@ class Partition:
         for pin in pins:
             effective = _read(places[pin.tid] / "cpuset.cpus.effective")
             if effective != pin.cpus:
-                raise Failed(f"thread {pin.tid} got CPUs {format_cpulist(effective)}, not {format_cpulist(pin.cpus)}")
+                raise Failed(f"Thread {pin.tid} got CPUs {format_cpulist(effective)}, not {format_cpulist(pin.cpus)}")
         effective = _read(emulator / "cpuset.cpus.effective")
         if others and effective != others:
-            raise Failed(f"the emulator threads got CPUs {format_cpulist(effective)}")
+            raise Failed(f"The emulator threads got CPUs {format_cpulist(effective)}")
 
     def withdraw(self, scope: str) -> None:
         """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent."""
@@ -143,7 +147,7 @@ class Partition:
                 (vcpus / "cpuset.cpus.partition").write_text(kind)
         state = (vcpus / "cpuset.cpus.partition").read_text().strip()
         if state != kind or self._reserved(vcpus) != reserved:
-            raise Failed(f"the kernel does not make the partition: {state!a}")
+            raise Failed(f"The kernel does not make the partition: {state!a}")
 
     def _sweep(self, base: Path, places: Mapping[int, Path]) -> None:
         """Move all threads but the named ones into emulator/, those born meanwhile included."""
@@ -164,7 +168,7 @@ def _drain(source: Path, emulator: Path, keep: str = "") -> None:
         for tid in tids:
             with suppress(ProcessLookupError):
                 (emulator / "cgroup.threads").write_text(tid)
-    raise Failed("threads are born faster than they can be moved")
+    raise Failed("Threads are born faster than they can be moved")
 
 
 def _threaded(path: Path) -> Path:
@@ -191,4 +195,4 @@ def _exclusive(path: Path, cpus: frozenset[int]) -> None:
     except OSError as err:
         if err.errno != errno.EINVAL:
             raise
-        raise Conflict(f"the kernel refuses CPUs {format_cpulist(cpus)}: another cpuset holds some of them") from err
+        raise Conflict(f"The kernel refuses CPUs {format_cpulist(cpus)}: another cpuset holds some of them") from err
