@@ -24,6 +24,7 @@ from dbus_next.aio import MessageBus
 
 from . import access
 from .errors import TuningFailed
+from .patience import retrieved
 from .procfs import INFINITY
 
 BUS_NAME = "org.qemulauncher.Helper1"
@@ -100,7 +101,7 @@ class Helper:
         self._bus = bus
         self._interactive = interactive
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
-        self._lost.add_done_callback(_retrieved)
+        self._lost.add_done_callback(retrieved)
         self._checks: dict[str, asyncio.Task[None]] = {}  # by sender
 
     @classmethod
@@ -126,7 +127,7 @@ class Helper:
         silent = MessageFlag.NO_REPLY_EXPECTED
         message = Message(**_DAEMON, member="StartServiceByName", signature="su", body=[BUS_NAME, 0], flags=silent)
         if self._bus.connected:
-            self._bus.send(message).add_done_callback(_retrieved)
+            self._bus.send(message).add_done_callback(retrieved)
 
     def on_request_stop(self, vm: str, act: Callable[[], None]) -> None:
         """Call `act` whenever systemd wants the scope of our `vm` to end. It must not block."""
@@ -255,9 +256,3 @@ def _nonsense(member: str) -> TuningFailed:
         f"qemu-launcher-helper answered {member} with something that the contract does not know",
         "launcher and helper may be of different versions: reinstall the package",
     )
-
-
-def _retrieved(future: asyncio.Future[Any]) -> None:
-    """Look at the outcome, so that the loop does not complain about one that nobody looked at."""
-    if not future.cancelled():
-        future.exception()

@@ -14,6 +14,7 @@ NEXT_WORD = 10.0
 async def patiently(work: Coroutine[Any, Any, T], tell: Callable[[], None]) -> T:
     """The result of `work`; `tell` is called after 3 s and then every 10 s. Cancelled, it cancels `work`."""
     task = asyncio.ensure_future(work)
+    task.add_done_callback(retrieved)
     pause = FIRST_WORD
     try:
         while not (await asyncio.wait([task], timeout=pause))[0]:
@@ -24,3 +25,9 @@ async def patiently(work: Coroutine[Any, Any, T], tell: Callable[[], None]) -> T
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+
+
+def retrieved(future: asyncio.Future[Any]) -> None:
+    """Look at the outcome: where it is of no interest any more, asyncio would print it as an error nobody looked at."""
+    if not future.cancelled():
+        future.exception()

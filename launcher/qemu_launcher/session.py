@@ -23,7 +23,7 @@ from . import cmdline, host, identity, monitors, procfs, runtime, terminal, thre
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .monitors import Monitors
-from .patience import patiently
+from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
 from .runtime import Claim
@@ -149,6 +149,7 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
     """The monitor of a running guest; the exit status if QEMU has ended, or a signal has ended it, before that."""
     qemu = start.qemu
     starting = asyncio.ensure_future(start.run(made))
+    starting.add_done_callback(retrieved)
     interrupted = asyncio.ensure_future(signals.next())
     waited: set[asyncio.Future[Any]] = {starting, interrupted, qemu.ended}
     try:

@@ -118,6 +118,7 @@ class Run:
         while data := _read_until(self.process.stderr.fileno(), PATIENCE):
             self.output += data.decode()
         status = self.process.wait(PATIENCE)
+        assert "Traceback" not in self.output, self.output
         return 128 - status if status < 0 else status
 
 
