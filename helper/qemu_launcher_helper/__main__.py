@@ -34,8 +34,7 @@ async def serve(socket: str = SOCKET, idle: float = IDLE_SECONDS, acting: Any = 
     if await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u") != [1]:
         logging.error("%s has another owner", BUS_NAME)
         return 1
-    waiting = asyncio.create_task(service.idle.wait())
-    await asyncio.wait({waiting, bus.reading}, return_when="FIRST_COMPLETED")
+    await asyncio.wait({asyncio.create_task(service.idle.wait()), bus.reading}, return_when="FIRST_COMPLETED")
     if bus.reading.done():
         logging.error("lost the bus: %a", str(bus.reading.exception()))
         return 1

@@ -119,10 +119,10 @@ class SystemBus:
                 while await changes.get() != [name, name, ""]:
                     pass
 
-    async def systemd_job(self, member: str, signature: str, body: list[Any]) -> str:
-        """Call systemd's Manager.`member`, which answers with a job; wait for the job; return its result ("done", ...).
+    async def start_unit(self, name: str, properties: list[Any]) -> str:
+        """Have systemd start a transient unit; wait for that job; return its result ("done", ...), or "timeout".
 
-        Raises CallFailed, with name "timeout" if the job takes longer than JOB_SECONDS.
+        Raises CallFailed when systemd does not take the job; the wait for its end is at most JOB_SECONDS.
         """
         # Its unique name, of this moment (a re-executed systemd has a new one): whoever else sends signals is not it.
         [owner] = await self.daemon("GetNameOwner", SYSTEMD[0], answer="s")
@@ -131,15 +131,15 @@ class SystemBus:
         async with self._signals(systemd, "JobRemoved") as ended:
             with suppress(CallFailed):  # AlreadySubscribed, by our job before
                 await self.call(systemd, "Subscribe", "", [], "")
-            [job] = await self.call(systemd, member, signature, body, "o")
-            try:
+            body = [name, "fail", properties, []]  # no other unit may be in the way
+            [job] = await self.call(systemd, "StartTransientUnit", "ssa(sv)a(sa(sv))", body, "o")
+            with suppress(TimeoutError):
                 async with asyncio.timeout(JOB_SECONDS):
                     while True:
                         _, path, _, result = await ended.get()
                         if path == job:
                             return str(result)
-            except TimeoutError as err:
-                raise CallFailed("timeout", f"systemd's {member} is not done in {JOB_SECONDS:.0f} s") from err
+        return "timeout"
 
     @asynccontextmanager
     async def _signals(self, of: Peer, member: str, more: str = "") -> AsyncIterator[asyncio.Queue[list[Any]]]:

@@ -85,8 +85,7 @@ def check(claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores,
             raise Conflict(f"CPUs {format_cpulist(overlap)} are held by {holder}; {free}")
     gone = shield.union(*(record.shielded for record in live))
     if shield and all(core & gone for core in cores):
-        whole = "at least one whole core must stay with the host"
-        raise LimitExceeded(f"CPUs {format_cpulist(shield)} are too many: {whole}; {free}")
+        raise LimitExceeded(f"CPUs {format_cpulist(gone)}: at least one whole core must stay with the host; {free}")
     return replace(claim, shielded=shield)
 
 

@@ -119,12 +119,11 @@ def read(path: str) -> Settings:
 
 
 # What a key may hold: a number up to the given one, a text of the given form, or a list, not empty, of such texts.
-_Schema = Mapping[str, int | str | tuple[str]]
-_TOP_LEVEL: _Schema = {
+_TOP_LEVEL: dict[str, Any] = {
     "comm": (r"[A-Za-z0-9 ._*?-]{1,64}",),
     "services": (r"[A-Za-z0-9:_.@-]{1,200}\.service",),
 }
-_ENTRY: _Schema = {
+_ENTRY: dict[str, Any] = {
     "users": (r"[^\s:,]{1,64}",),
     "groups": (r"[^\s:,]{1,64}",),
     "cpus": r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*",
@@ -144,7 +143,7 @@ def _bytes(text: str) -> int:
 _CONVERT: dict[str, Callable[[Any], Any]] = {"cpus": parse_cpulist, "memlock": _bytes, "policies": frozenset}
 
 
-def _values(table: Mapping[str, Any], schema: _Schema, place: str) -> dict[str, Any]:
+def _values(table: Mapping[str, Any], schema: Mapping[str, Any], place: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         match schema.get(key), value:

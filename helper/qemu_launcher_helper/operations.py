@@ -37,21 +37,25 @@ class Operations:
         self._lock, self._reconciler = asyncio.Lock(), Reconciler(bus)
 
     async def reconcile(self) -> None:
-        """Bring the host to what the records say; see Reconciler."""
+        """Bring the host to what the records say; see records.Reconciler."""
         async with self._lock:
             await self._reconciler.run()
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
 
-        `member` is one of METHODS, `arguments` are what arguments.parse made of its body. Raises Refusal, or OSError
-        where the kernel refused a step; no grant of the VM is left then.
+        `member` is one of METHODS, `arguments` are what arguments.parse made of its body. Raises Refusal; when an act
+        of it has failed, no grant of the VM is left.
         """
-        async with self._lock:
-            live = await self._reconciler.run()
-            operation = Operation(caller, settings, settings.limits_for(caller.uid), live, self._reconciler)
-            body: list[Any] = await getattr(operation, METHODS[member][3])(**arguments)
-            return body
+        try:
+            async with self._lock:
+                live = await self._reconciler.run()
+                operation = Operation(caller, settings, settings.limits_for(caller.uid), live, self._reconciler)
+                return list(await getattr(operation, METHODS[member][3])(**arguments))
+        except ProcessLookupError as err:
+            raise TargetRefused("The VM, or one of its threads, has ended meanwhile") from err
+        except OSError as err:
+            raise Failed(f"The kernel refused a step of {member}: error {err.errno}") from err
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +206,8 @@ class Operation:
             # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
             ["Before", Variant("as", [unit])],
         ]
-        request = [name, "fail", properties, []]
         try:
-            await self.reconciler.bus.systemd_job("StartTransientUnit", "ssa(sv)a(sa(sv))", request)
+            await self.reconciler.bus.start_unit(name, properties)
         except CallFailed as err:
             why = "that of an earlier one is still ending" if err.name.endswith(".UnitExists") else err.name
             raise Failed(f"systemd does not make a scope for VM {record.vm}: {why}; try again") from err

@@ -35,9 +35,8 @@ class Authority:
 
         Never raises for what polkit answers, or does not: that is (False, False).
         """
-        subject = ["system-bus-name", {"name": Variant("s", caller.sender)}]
         flags, seconds = (_ALLOW_USER_INTERACTION, self._dialog_seconds) if dialog else (0, CALL_SECONDS)
-        body = [subject, action, details, flags, dialog]
+        body = [["system-bus-name", {"name": Variant("s", caller.sender)}], action, details, flags, dialog]
         try:
             answer = await self._bus.call(POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us", body, "(bba{ss})", seconds)
         except CallFailed as err:

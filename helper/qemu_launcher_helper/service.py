@@ -133,7 +133,7 @@ class Quotas:
                 self._told[uid] = now
                 logging.warning("refused uid=%d: too many calls", uid)
             most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {WINDOW_SECONDS:.0f} s"
-            raise errors.LimitExceeded(f"This user makes too many calls, at most {most} are served; try again later")
+            raise errors.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
         calls.append(now)
         with self.counted(uid, 1):
             yield

@@ -111,7 +111,5 @@ class Target(ExitStack):
                     return f"/user.slice/{own}/{unit}"
             case ["", "system.slice", unit, *_] if services and unit in (scope, *services):
                 return f"/system.slice/{unit}"
-        where = "in a login session or user service of yours"
-        raise TargetRefused(
-            f"Process {self.pid} is not {where}; helper.toml would have to name the service it belongs to"
-        )
+        allowed = "in a login session or user service of yours, nor in a service that helper.toml names"
+        raise TargetRefused(f"Process {self.pid} is not {allowed}")
