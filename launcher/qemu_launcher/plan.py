@@ -99,6 +99,20 @@ def check_granted(need: MemlockNeed, granted: int, mark: Mark | None = None) -> 
     )
 
 
+def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | None:
+    """What to try when QEMU ended early while it locked all it maps, and `granted` bytes were its limit; or None.
+
+    The guest's RAM and 1 GiB do not hold everything: TCG's code buffer alone takes up to 1 GiB (tcg/region.c of QEMU).
+    """
+    if granted is None or granted == INFINITY or not cmdline.has_mem_lock(definition.options):
+        return None
+    more = -(-(granted + 2 * MEMLOCK_OVERHEAD) >> 30)  # GiB, rounded up
+    return (
+        f"if it could not lock its memory: it may lock {format_size(granted)}; write rlimit_memlock: {more}G\n"
+        "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"
+    )
+
+
 def is_tuned(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
     """Whether there is anything to do before the guest may run."""
     return memlock is not None or definition.pinning is not None or definition.scheduler is not None

@@ -115,6 +115,10 @@ class _Start:
         self.qemu.let_run()
         return qmp
 
+    def suspicion(self) -> str | None:
+        """Why QEMU may have ended, where we have a part in it."""
+        return self._tuning.suspicion()
+
     async def close(self) -> None:
         """Let go of the monitor, however far the start has come."""
         if self.qmp is not None:
@@ -157,7 +161,7 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
         if not qemu.ended.done() and starting.done() and isinstance(starting.exception(), ConnectionLost):
             await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)  # its sockets close a moment before it ends
         if qemu.ended.done():
-            return _early_end(qemu)
+            return _early_end(qemu, start.suspicion())
         if starting.done():
             if interrupted.done():
                 signals.put(interrupted.result())
@@ -183,7 +187,7 @@ async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
         raise
 
 
-def _early_end(qemu: Qemu) -> int:
+def _early_end(qemu: Qemu, suspicion: str | None) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
     if qemu.failure is not None:
         raise qemu.failure
@@ -195,7 +199,7 @@ def _early_end(qemu: Qemu) -> int:
         how = f"by signal {status - 128} ({signal.Signals(status - 128).name})"
     error = QemuFailed(
         f"QEMU ended {how} before the guest ran",
-        f"its command line: {shlex.join(qemu.command.argv)}",
+        "\n".join(filter(None, (suspicion, f"its command line: {shlex.join(qemu.command.argv)}"))),
         status=status,
         argv=qemu.command.argv,
     )

@@ -107,6 +107,10 @@ class Tuning:
         if self._by_helper and (self._scope is None or cgroups.is_populated(self._scope)):
             await self._release()
 
+    def suspicion(self) -> str | None:
+        """Why QEMU may have ended by itself before its guest ran, as a hint; None when tuning has no part in it."""
+        return None if self._left_out else plan.memlock_suspicion(self._definition, self._granted)
+
     def summary(self) -> str:
         """What the VM has been given: `4 vCPUs on 4-7 (shielded), fifo 1, 25 GiB lockable`."""
         if self._left_out:

@@ -266,6 +266,26 @@ def test_hard_limit_that_is_high_enough_needs_no_helper(home: Home, bus: Private
     assert bus.calls() == []
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_qemu_that_cannot_lock_what_it_maps_is_given_a_hint(home: Home, locks: bool) -> None:
+    binary = "qemu-system-x86_64"
+    if os.geteuid() == 0:  # root may lock without limit (capabilities(7), CAP_IPC_LOCK)
+        wrapper = home.configuration / "wrapper"
+        wrapper.write_text(f'#!/bin/sh\nexec setpriv --bounding-set=-ipc_lock {binary} "$@"\n')
+        wrapper.chmod(0o755)
+        binary = str(wrapper)
+    mem_lock = f"mem-lock={'on' if locks else 'off'}"
+    home.define(binary=binary, qemu=({"m": "4"}, {"overcommit": mem_lock}), rlimit_memlock="4M")
+    run = home.start()
+    if not locks:  # the same limit harms nobody who locks nothing
+        run.wait_running()
+        return
+    assert run.end() == 1
+    assert "it may lock 4 MiB; write rlimit_memlock: 3G\n" in run.output
+    assert "tb-size" in run.output
+    assert "its command line: " in run.output
+
+
 # on_tuning_failure: continue
 
 

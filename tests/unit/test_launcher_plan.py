@@ -76,6 +76,15 @@ def test_granted_less(key: str, granted: int) -> None:
     plan.check_granted(need, granted + 1)
 
 
+def test_what_to_try_when_qemu_could_not_lock_its_memory() -> None:
+    locking = defined(qemu="- m: 256M\n- overcommit: mem-lock=on")
+    assert "write rlimit_memlock: 4G" in (plan.memlock_suspicion(locking, 5 * GIB // 4) or "")
+    assert "may lock 25 GiB; write rlimit_memlock: 27G" in (plan.memlock_suspicion(locking, 25 * GIB) or "")
+    assert plan.memlock_suspicion(locking, None) is None
+    assert plan.memlock_suspicion(locking, INFINITY) is None
+    assert plan.memlock_suspicion(defined(), 25 * GIB) is None
+
+
 # Who does it
 
 
