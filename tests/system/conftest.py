@@ -19,8 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the half of the transport that belongs on this side."""
     if Path("/etc/qemu-launcher-lab").exists():
         from lab import inside
+        from system import fixtures
 
         side: ModuleType = inside
+        config.pluginmanager.register(fixtures, "system-fixtures")
     else:
         from lab import outside
 

@@ -1,0 +1,128 @@
+"""Claims on the helper without launcher and QEMU: what any program of a user's could ask for, seconds cheaper.
+
+A `Claimant` is a process in a login of its user. Its children sleep under QEMU's name, so the helper tunes them as it
+would a QEMU; "it is really QEMU" is no boundary anyway (SECURITY.md, S7).
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from system import host
+from system.people import DESK, User, login_command
+
+INFINITY = 2**64 - 1
+_TESTS = Path(__file__).resolve().parent.parent
+
+
+class Answer(NamedTuple):
+    """`error`: the last part of the D-Bus error's name, "ok" without one. `text`: what it says."""
+
+    error: str
+    body: list[Any]
+
+    @property
+    def text(self) -> str:
+        """The sentence for the user."""
+        return str(self.body[0]) if self.body else ""
+
+
+class Child(NamedTuple):
+    """What plays QEMU, and its threads besides the first."""
+
+    pid: int
+    tids: list[int]
+
+
+class Claimant:
+    """The program, running. A context manager; leaving it ends the program and its children."""
+
+    def __init__(self, user: User) -> None:
+        self.user = user
+        self._process = subprocess.Popen(
+            login_command(user.name, "/usr/bin/python3", str(_copied_script())),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._children: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            for pid in sorted(self._children):
+                self.end(pid)
+        finally:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(host.PATIENCE)
+
+    def spawn(self, threads: int) -> Child:
+        """Make a child."""
+        answer = self._ask(do="spawn", threads=threads)
+        self._children.add(answer["pid"])
+        return Child(answer["pid"], answer["tids"])
+
+    def end(self, pid: int) -> None:
+        """Kill a child."""
+        self._children.discard(pid)
+        self._ask(do="end", pid=pid)
+
+    def set_memlock(self, child: Child, vm: str, size: int) -> Answer:
+        """SetMemlock."""
+        return self.call("SetMemlock", "ust", child.pid, vm, size)
+
+    def pin(self, child: Child, vm: str, *cpus: int, shielded: bool = True) -> Answer:
+        """PinThreads: the i-th thread to the i-th CPU."""
+        pins = [[tid, [cpu], shielded] for tid, cpu in zip(child.tids, cpus, strict=False)]
+        return self.call("PinThreads", "usa(uaub)au", child.pid, vm, pins, [])
+
+    def schedule(self, child: Child, vm: str, policy: str, priority: int, threads: int | None = None) -> Answer:
+        """SetScheduler, for the first `threads` threads or for all."""
+        return self.call("SetScheduler", "usausu", child.pid, vm, child.tids[:threads], policy, priority)
+
+    def call(self, member: str, signature: str, *body: Any) -> Answer:
+        """Call the helper."""
+        return self._reply(do="call", member=member, signature=signature, body=body)
+
+    def manager(self, member: str, signature: str, *body: Any) -> Answer:
+        """Call systemd."""
+        return self._reply(do="manager", member=member, signature=signature, body=body)
+
+    def _reply(self, **order: Any) -> Answer:
+        answer = self._ask(**order)
+        return Answer(answer["error"].rpartition(".")[2] if answer["error"] else "ok", answer["body"])
+
+    def _ask(self, **order: Any) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps(order).encode() + b"\n")
+        stdin.flush()
+        ready, _, _ = select.select([stdout], [], [], host.PATIENCE)
+        assert ready, f"no answer to {order}"
+        line = stdout.readline()
+        assert line, f"the claimant of {self.user.name} died over {order}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def copied(*names: str) -> Path:
+    """Copies files of the tests' own to where users and sandboxed services can read them; the folder."""
+    folder = DESK / "scripts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(_TESTS / name, folder)
+    return folder
+
+
+def _copied_script() -> Path:
+    assert sys.version_info >= (3, 11)
+    return copied("system/claimant.py", "bus/client.py") / "claimant.py"

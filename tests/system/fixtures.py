@@ -1,0 +1,143 @@
+"""Fixtures of the system tests, and the watch over what each test leaves behind.
+
+Registered as a plugin by conftest.py, and only inside the lab. `host_as_before` runs after every test: whatever a VM
+ended by, its host must be as it was, within the time that the helper takes to be started and to clean up. So every
+test here is one of crash-only behaviour too. While a VM that several tests share is still running, it waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from system import host
+from system.people import DESK, User, let_into_group
+from system.vms import HELPER_UNIT as UNIT
+from system.vms import Launch, running
+
+TOML = Path("/etc/qemu-launcher/helper.toml")
+POLKIT_RULE = Path("/etc/polkit-1/rules.d/10-system-test.rules")
+
+
+@pytest.fixture(scope="session")
+def members() -> Iterator[tuple[User, User]]:
+    """alice and carol, who are in the group, each with a login; all is logged out of in the end."""
+    DESK.mkdir(mode=0o755, exist_ok=True)
+    for name in ("alice", "carol"):
+        let_into_group(name)
+    alice, carol = User("alice"), User("carol")
+    yield alice, carol
+    for user in (alice, carol):
+        user.log_out()
+
+
+@pytest.fixture
+def alice(members: tuple[User, User]) -> User:
+    """A member of the group."""
+    return members[0]
+
+
+@pytest.fixture
+def carol(members: tuple[User, User]) -> User:
+    """Another one."""
+    return members[1]
+
+
+@pytest.fixture
+def bob() -> Iterator[User]:
+    """A user who is not in the group."""
+    user = User("bob")
+    yield user
+    user.log_out()
+
+
+@pytest.fixture
+def vm() -> Iterator[Callable[..., Launch]]:
+    """Starts VMs and waits until they run: vm(user, name, ...); all end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *arguments, **more: stack.enter_context(running(*arguments, **more))
+
+
+class Shared:
+    """A VM that the tests of one module share."""
+
+    def __init__(self) -> None:
+        self.launch: Launch | None = None
+
+
+SHARED = Shared()
+
+
+@pytest.fixture(autouse=True)
+def host_as_before() -> Iterator[None]:
+    """See to it that nothing is left of the test's VMs; what is left fails the test, and is removed for the next."""
+    yield
+    if SHARED.launch is not None and SHARED.launch.is_alive:
+        return
+    try:
+        host.wait_until_as_before()
+    finally:
+        if host.traces():
+            clean_up()
+
+
+@pytest.fixture
+def helper_toml() -> Iterator[Callable[..., None]]:
+    """Writes /etc/qemu-launcher/helper.toml as an administrator: helper_toml(text, mode=0o644)."""
+    TOML.parent.mkdir(exist_ok=True)
+
+    def write(text: str, mode: int = 0o644) -> None:
+        TOML.write_text(text)
+        TOML.chmod(mode)
+
+    yield write
+    TOML.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def polkit_rule() -> Iterator[Callable[[str], None]]:
+    """Makes polkit answer `result` ("NO", "AUTH_ADMIN", ...) for all actions of ours."""
+
+    def write(result: str) -> None:
+        POLKIT_RULE.write_text(
+            "polkit.addRule(function (action, subject) {\n"
+            f'    if (action.id.indexOf("org.qemulauncher.") === 0) return polkit.Result.{result};\n'
+            "});\n"
+        )
+        POLKIT_RULE.chmod(0o644)
+        reload_polkit()
+
+    yield write
+    POLKIT_RULE.unlink(missing_ok=True)
+    reload_polkit()
+
+
+def reload_polkit() -> None:
+    """Have polkitd read its rules anew; it would by itself, but only at some time after they changed."""
+    subprocess.run(["systemctl", "restart", "polkit.service"], check=True)
+
+
+def stop_helper() -> None:
+    """End the helper in order, as `systemctl stop` does; the next call starts another."""
+    subprocess.run(["systemctl", "stop", UNIT], check=True)
+
+
+def start_helper() -> None:
+    """Have the helper started, as systemd does it when the scope of a VM ends."""
+    subprocess.run(["systemctl", "start", UNIT], check=True)
+
+
+def clean_up() -> None:
+    """Make the host fit for the next test, by force."""
+    for pid in host.processes("qemu-system-x86_64"):
+        os.kill(pid, signal.SIGKILL)
+    subprocess.run(["systemctl", "stop", "qemu-launcher-*.scope"], check=False)
+    stop_helper()
+    start_helper()
+    stop_helper()

@@ -1,0 +1,262 @@
+"""What the kernel says about this host, read by root from /proc and the cgroup tree; the oracle of all system tests.
+
+Nothing here asks the launcher, the helper or systemd: a claim about the host is checked against the host. CPUs are
+sets of numbers, sizes are bytes. A thread or process that ends while it is read is left out, never an error.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+GRANTS = Path("/run/qemu-launcher/grants")
+INFINITY = -1
+
+# include/linux/sched.h: a kernel thread, and one whose CPUs nobody may change because its work belongs to one CPU
+# (migration/4, ksoftirqd/4, ...). The kernel leaves these where they are when a partition takes their CPU.
+PF_NO_SETAFFINITY = 0x04000000
+PF_KTHREAD = 0x00200000
+# sched(7); sched_getscheduler(2) adds the flag to the policy.
+POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline"}
+RESET_ON_FORK = 0x40000000
+
+# Everything takes seconds in an emulated machine on a busy desk; what never comes is a failure all the same.
+PATIENCE = 240.0  # seconds
+
+
+class Thread(NamedTuple):
+    """One thread of the host. `born`: clock ticks since boot, proc_pid_stat(5)."""
+
+    pid: int
+    tid: int
+    name: str
+    cpus: frozenset[int]
+    flags: int
+    born: int
+
+    @property
+    def of_kernel(self) -> bool:
+        """Whether it is a thread of the kernel's own."""
+        return bool(self.flags & PF_KTHREAD)
+
+    @property
+    def belongs_to_its_cpu(self) -> bool:
+        """Whether not even the kernel moves it."""
+        return bool(self.flags & PF_NO_SETAFFINITY)
+
+
+def parse(cpulist: str) -> frozenset[int]:
+    """`0-3,8` as numbers."""
+    cpus: set[int] = set()
+    for part in filter(None, cpulist.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus)
+
+
+def online() -> frozenset[int]:
+    """All CPUs of the host."""
+    return parse(Path("/sys/devices/system/cpu/online").read_text())
+
+
+def isolated() -> frozenset[int]:
+    """CPUs that are nobody's but their partition's: the root's own word, cgroup-v2.rst."""
+    return parse((CGROUP / "cpuset.cpus.isolated").read_text())
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """The lines of proc_pid_status(5); FileNotFoundError when the process is gone."""
+    path = PROC / str(pid) / "status" if tid is None else PROC / f"{pid}/task/{tid}/status"
+    lines = path.read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def cpus_of(pid: int, tid: int | None = None) -> frozenset[int]:
+    """Cpus_allowed_list of a process's main thread, or of one of its threads."""
+    return parse(status(pid, tid)["Cpus_allowed_list"])
+
+
+def tids(pid: int) -> frozenset[int]:
+    """All threads of a process; none when it is gone."""
+    try:
+        return frozenset(int(name) for name in os.listdir(PROC / f"{pid}/task"))
+    except OSError:
+        return frozenset()
+
+
+def threads() -> Iterator[Thread]:
+    """Every thread of the host."""
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            for tid in sorted(tids(int(entry.name))):
+                try:
+                    fields = (entry / f"task/{tid}/stat").read_text().rpartition(")")[2].split()
+                    facts = status(int(entry.name), tid)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                cpus = parse(facts["Cpus_allowed_list"])
+                # Fields 9 and 22, counted from the third one, which follows the name.
+                yield Thread(int(entry.name), tid, facts["Name"], cpus, int(fields[9 - 3]), int(fields[22 - 3]))
+
+
+def born(pid: int) -> int:
+    """Start time of a process in clock ticks since boot: field 22 of proc_pid_stat(5)."""
+    return int((PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()[22 - 3])
+
+
+def scheduling(tid: int) -> tuple[str, int, bool]:
+    """Policy, priority, and whether children start without them."""
+    policy = os.sched_getscheduler(tid)
+    reset = bool(policy & RESET_ON_FORK)
+    return POLICIES[policy & ~RESET_ON_FORK], os.sched_getparam(tid).sched_priority, reset
+
+
+def realtime_threads() -> set[int]:
+    """TIDs of the user threads, all over the host, that have a real-time policy."""
+    found = set()
+    for thread in threads():
+        try:
+            if not thread.of_kernel and scheduling(thread.tid)[0] in ("fifo", "rr"):
+                found.add(thread.tid)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def limit(pid: int, name: str) -> tuple[int, int]:
+    """Soft and hard limit, INFINITY for none; `name` as in proc_pid_limits(5), such as "Max locked memory"."""
+    lines = (PROC / f"{pid}/limits").read_text().splitlines()
+    words = next(line for line in lines if line.startswith(name)).removeprefix(name).split()
+    soft, hard = (INFINITY if word == "unlimited" else int(word) for word in words[:2])
+    return soft, hard
+
+
+def locked(pid: int) -> int:
+    """Bytes that the process has locked (VmLck)."""
+    return int(status(pid)["VmLck"].split()[0]) << 10
+
+
+def cgroup(pid: int, tid: int | None = None) -> Path:
+    """Where in the tree a process or thread is."""
+    path = PROC / f"{pid}/cgroup" if tid is None else PROC / f"{pid}/task/{tid}/cgroup"
+    line = next(line for line in path.read_text().splitlines() if line.startswith("0::"))
+    return CGROUP / line[3:].lstrip("/")
+
+
+def scopes() -> set[str]:
+    """Names of all scopes of VMs in the cgroup tree."""
+    return {path.name for path in CGROUP.rglob("qemu-launcher-*.scope")}
+
+
+def records() -> set[str]:
+    """Names of all records of grants, half written ones included."""
+    return {path.name for path in GRANTS.glob("*")}
+
+
+def exclusive() -> dict[str, frozenset[int]]:
+    """Every cgroup that claims CPUs for itself, with these."""
+    found = {}
+    for path in CGROUP.rglob("cpuset.cpus.exclusive"):
+        try:
+            if cpus := parse(path.read_text()):
+                found[str(path.parent.relative_to(CGROUP))] = cpus
+        except OSError:  # the cgroup ended meanwhile
+            continue
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and has not exited."""
+    try:
+        return status(pid)["State"][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def processes(name: str) -> list[int]:
+    """PIDs whose command line has a word of that name, or a path that ends in it; no kernel threads, no zombies."""
+    found = []
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if any(Path(word).name == name for word in words[:3]) and is_alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+def helper() -> int | None:
+    """PID of the running helper, as /proc knows it, whoever started it; stepping_helper.py is one too."""
+    found = processes("qemu-launcher-helper") + processes("stepping_helper.py")
+    assert len(found) <= 1, f"more than one helper runs: {found}"
+    return found[0] if found else None
+
+
+def born_of_us() -> frozenset[int]:
+    """CPUs of a process forked just now by this test."""
+    done = subprocess.run(["cat", "/proc/self/status"], check=True, capture_output=True, text=True)
+    return parse(next(line for line in done.stdout.splitlines() if line.startswith("Cpus_allowed_list")).split()[1])
+
+
+def born_of_pid_1() -> frozenset[int]:
+    """CPUs of a service started just now."""
+    command = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", "cat", "/proc/self/status"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return parse(next(line for line in done.stdout.splitlines() if line.startswith("Cpus_allowed_list")).split()[1])
+
+
+def trespassers(cpus: Iterable[int], but: Iterable[int], since: int) -> list[Thread]:
+    """Threads that may run on `cpus` although they are not named in `but`.
+
+    Exempt are the kernel's threads that belong to their CPU, and the kernel's threads younger than `since` (clock
+    ticks since boot): kthreadd starts every thread on all housekeeping CPUs (kernel/kthread.c), whatever cpusets say.
+    """
+    wanted, allowed = frozenset(cpus), frozenset(but)
+    return [
+        thread
+        for thread in threads()
+        if thread.cpus & wanted
+        and thread.tid not in allowed
+        and not thread.belongs_to_its_cpu
+        and not (thread.of_kernel and thread.born > since)
+    ]
+
+
+def traces() -> list[str]:
+    """What VMs have left on this host, as sentences; none on a host that never had one."""
+    found = [f"the scope {name} is still there" for name in sorted(scopes())]
+    found += [f"the record {name} is still there" for name in sorted(records())]
+    found += [f"{path} still claims CPUs {sorted(cpus)}" for path, cpus in sorted(exclusive().items())]
+    if cpus := isolated():
+        found.append(f"CPUs {sorted(cpus)} are still isolated")
+    if cpus_of(1) != online():
+        found.append(f"PID 1 may run on {sorted(cpus_of(1))} only")
+    if pids := processes("qemu-system-x86_64"):
+        found.append(f"QEMU still runs: {pids}")
+    if rt := realtime_threads():
+        found.append(f"threads {sorted(rt)} still are real-time")
+    return found
+
+
+def wait_for(what: str, holds: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Return when `holds()` is true; AssertionError, naming `what`, when it never becomes so."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def wait_until_as_before() -> None:
+    """Return when nothing of any VM is left on the host; AssertionError with what is left otherwise."""
+    end = time.monotonic() + PATIENCE
+    while left := traces():
+        assert time.monotonic() < end, f"after {PATIENCE:.0f} s: {'; '.join(left)}"
+        time.sleep(0.3)

@@ -1,0 +1,82 @@
+"""Stops and kills the helper in the middle of its work: a unit drop-in puts stepping_helper.py in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from system import host
+from system.claims import copied
+from system.fixtures import UNIT, stop_helper
+
+FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
+DROP_IN = Path(f"/run/systemd/system/{UNIT}.d/stepping.conf")
+
+
+class Stepping:
+    """What the helper is told to do."""
+
+    def kill_at(self, step: str) -> None:
+        """SIGKILL itself when it has next done `step`."""
+        (FOLDER / "order").write_text(f"kill {step}")
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether what was ordered has happened."""
+        return not (FOLDER / "order").exists()
+
+    @contextlib.contextmanager
+    def halted_at(self, step: str) -> Iterator[Halt]:
+        """Stand still when it has next done `step`; it goes on at the end of the block."""
+        for name in ("halted", "go"):
+            (FOLDER / name).unlink(missing_ok=True)
+            os.mkfifo(FOLDER / name)
+        halt = Halt()
+        (FOLDER / "order").write_text(f"halt {step}")
+        try:
+            yield halt
+        finally:
+            (FOLDER / "order").unlink(missing_ok=True)
+            halt.close()
+
+
+class Halt:
+    """One halt: to wait for, and to end."""
+
+    def __init__(self) -> None:
+        # Both ends open, so that neither side ever waits for the other to come.
+        self._halted = os.open(FOLDER / "halted", os.O_RDWR | os.O_CLOEXEC)
+        self._go = os.open(FOLDER / "go", os.O_RDWR | os.O_CLOEXEC)
+
+    def wait(self) -> None:
+        """Return when the helper stands still."""
+        assert select.select([self._halted], [], [], host.PATIENCE)[0], "the helper never came to that step"
+
+    def close(self) -> None:
+        """Let it go on, if it stands still. Closing our end is what ends its reading."""
+        os.write(self._go, b"go\n")
+        for descriptor in (self._halted, self._go):
+            os.close(descriptor)
+
+
+@pytest.fixture
+def stepping() -> Iterator[Stepping]:
+    """A helper that stops where it is told to."""
+    script = copied("system/stepping_helper.py") / "stepping_helper.py"
+    FOLDER.mkdir(exist_ok=True)
+    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
+    DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -I {script}\n")
+    stop_helper()
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    yield Stepping()
+    DROP_IN.unlink()
+    for name in ("order", "halted", "go"):
+        (FOLDER / name).unlink(missing_ok=True)
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    stop_helper()

@@ -1,0 +1,163 @@
+"""Killed, deserted, deceived: after the helper's next start there is no shield without a VM, and no half-tuned VM.
+
+A helper that kills itself at a step (stepping_helper.py), and users who move their processes out of their scopes by
+systemd's AttachProcessesToUnit (SECURITY.md, S20). All steps of all operations are for a test of their own (A17); here
+is each kind of step once.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from system import host
+from system.claims import Child, Claimant
+from system.fixtures import UNIT, start_helper, stop_helper
+from system.people import User
+from system.stepping import Stepping, stepping
+from system.vms import define, refused
+
+__all__ = ["stepping"]  # a fixture
+
+# step of stepping_helper.py, and the calls that lead to it
+STEPS = [
+    ("record", "memlock"),
+    ("scope", "memlock"),
+    ("limit", "memlock"),
+    ("Memlock", "memlock"),
+    ("record", "pin"),
+    ("scope", "pin"),
+    ("settle", "pin"),
+    ("partition", "pin"),
+    ("sweep", "pin"),
+    ("Pin", "pin"),
+    ("record", "schedule"),
+    ("limit", "schedule"),
+    ("one thread", "schedule"),
+    ("Scheduler", "schedule"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(members: tuple[User, User]) -> Iterator[Claimant]:
+    """A program of alice's."""
+    with Claimant(members[0]) as claimant:
+        yield claimant
+
+
+def expect_whole_or_nothing(child: Child) -> None:
+    """Either all threads that are real-time are alone on a shielded CPU, or nothing is granted any more."""
+    realtime = host.realtime_threads()
+    shielded = {tid for tid in child.tids if host.cpus_of(child.pid, tid) <= host.isolated()}
+    assert realtime <= shielded
+    if host.isolated():
+        assert host.isolated() == {4, 5}
+        assert shielded == set(child.tids)
+        assert host.trespassers({4, 5}, child.tids, since=host.born(child.pid)) == []
+    else:
+        assert host.cpus_of(1) == host.online()
+        assert realtime == set()
+
+
+@pytest.mark.parametrize(("step", "during"), STEPS)
+def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: str, during: str) -> None:
+    child = program.spawn(2)
+    calls: dict[str, Callable[[], object]] = {
+        "memlock": lambda: program.set_memlock(child, "vm", 64 << 20),
+        "pin": lambda: program.pin(child, "vm", 4, 5),
+        "schedule": lambda: program.schedule(child, "vm", "fifo", 1),
+    }
+    if during == "schedule":
+        assert program.pin(child, "vm", 4, 5).error == "ok"
+    stepping.kill_at(step)
+    calls[during]()
+    assert stepping.obeyed, "the step was never reached"
+    start_helper()  # systemd has done so by itself (Restart=on-failure); this waits until it is there
+    expect_whole_or_nothing(child)
+    program.end(child.pid)
+    start_helper()
+    host.wait_until_as_before()
+
+
+def test_a_launcher_whose_helper_dies_starts_no_guest(alice: User, stepping: Stepping) -> None:
+    define(alice, "orphaned", {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}, cpus=2)
+    stepping.kill_at("Pin")
+    status, words = refused(alice, "orphaned")
+    assert status == 1
+    assert stepping.obeyed
+    assert "qemu-launcher-helper ended without an answer" in words
+    assert "qemu-launcher run --untuned orphaned" in words
+
+
+def test_killed_while_it_has_nothing_to_do(program: Claimant) -> None:
+    """Five times, more often than systemd's default start limit would forgive; the VM and its owner do not notice."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    for _ in range(6):
+        subprocess.run(["systemctl", "kill", "--signal=SIGKILL", UNIT], check=True)
+        start_helper()
+    assert host.isolated() == {4, 5}
+    assert host.realtime_threads() == set(child.tids)
+    assert program.call("GetLimits", "").error == "ok"
+    program.end(child.pid)
+
+
+def leave_scope(program: Claimant, *pids: int) -> None:
+    """Have systemd move one's own processes into one's own service manager, which it lets every user do."""
+    moved = program.manager("AttachProcessesToUnit", "ssau", f"user@{program.user.uid}.service", "/init.scope", pids)
+    assert moved.error == "ok", moved
+
+
+@pytest.mark.parametrize("helper_is_there", [False, True])
+def test_leaving_the_scope_leaves_real_time_and_memory_lock_behind(program: Claimant, helper_is_there: bool) -> None:
+    child = program.spawn(2)
+    before = host.limit(child.pid, "Max locked memory")
+    assert program.set_memlock(child, "vm", 64 << 20).error == "ok"
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    assert host.realtime_threads() == set(child.tids)
+    assert host.limit(child.pid, "Max locked memory") == (64 << 20, 64 << 20)
+    if not helper_is_there:
+        stop_helper()
+    leave_scope(program, child.pid)
+    host.wait_for("real time is taken from her", lambda: host.realtime_threads() == set())
+    host.wait_for("the CPUs are back", lambda: host.isolated() == frozenset())
+    host.wait_for("PID 1 may use them", lambda: host.cpus_of(1) == host.online())
+    host.wait_for("the memory lock is as before", lambda: host.limit(child.pid, "Max locked memory") == before)
+    assert host.is_alive(child.pid), "nobody is killed for it"
+
+    # What left keeps counting as hers, and gets nothing again.
+    assert program.schedule(child, "vm", "fifo", 1).error == "TargetRefused"
+    assert program.pin(child, "vm", 4, 5).error == "TargetRefused"
+    assert host.isolated() == frozenset()
+    program.end(child.pid)
+
+
+def test_a_decoy_left_in_the_scope_only_delays_that(program: Claimant) -> None:
+    """The scope lives on with a grandchild in it, so systemd starts nobody; the helper's next run is what counts."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    scope = host.cgroup(child.pid).parent
+    decoy = program.spawn(0)
+    moved = program.manager("AttachProcessesToUnit", "ssau", scope.name, "", [decoy.pid])
+    assert moved.error != "ok", "she cannot attach to a scope that she does not own, so a decoy must be born inside"
+    leave_scope(program, child.pid)
+    start_helper()
+    assert program.call("GetLimits", "").error == "ok"
+    assert host.realtime_threads() == set()
+    host.wait_for("the CPUs are back", lambda: host.isolated() == frozenset())
+    program.end(child.pid)
+    program.end(decoy.pid)
+
+
+def test_nobody_else_can_move_her_processes(program: Claimant, carol: User) -> None:
+    child = program.spawn(1)
+    assert program.pin(child, "vm", 4).error == "ok"
+    carol.login.run("true", check=True)
+    with Claimant(carol) as other:
+        moved = other.manager("AttachProcessesToUnit", "ssau", f"user@{carol.uid}.service", "/init.scope", [child.pid])
+        assert moved.error != "ok"
+    assert host.isolated() == {4, 5}
+    program.end(child.pid)
