@@ -3,6 +3,14 @@
 The file is read afresh for every call. Refuses a file that somebody other than root could have written, and anything
 in it that it does not understand to the last key: then every call is refused (Failed), because a limit that was meant
 and not kept is worse than no service. The path is a constant; only tests pass another.
+
+The rest is pure arithmetic over the host's topology and memory, the live records and one user's limits.
+Guarantees, whatever the sequence of claims: live shields are disjoint, consist of whole SMT cores, leave at least
+one whole core to the host, and CPUs, VMs and lockable memory stay within the limits of each uid. Refuses with Conflict
+or LimitExceeded, naming who holds what and what is free instead.
+
+rlimits are per process and inherited, so memlock bounds each QEMU, and by the records the sum of what was granted;
+children that QEMU forks are bounded only by MemoryMax= on the user's slice (qemu-launcher-helper(8) says so).
 """
 
 import grp
@@ -11,18 +19,31 @@ import os
 import pwd
 import re
 import stat
+import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .contract import INFINITY, MAX_CPUS, MAX_PRIORITY, MAX_VMS, POLICIES
-from .cpulist import parse_cpulist
-from .errors import Failed
+from .contract import INFINITY, MAX_CPUS, MAX_PRIORITY, MAX_VMS, POLICIES, REALTIME_POLICIES
+from .cpulist import format_cpulist, parse_cpulist
+from .errors import Conflict, Failed, InvalidArguments, LimitExceeded, TargetRefused, Unsupported
+from .records import Record
 
 PATH = "/etc/qemu-launcher/helper.toml"
 # A hundred entries fit many times; a device or a runaway file does not.
 MAX_FILE_BYTES = 64 * 1024
+CPU = Path("/sys/devices/system/cpu")
+# What always stays unlockable for the host, all users together.
+HOST_BYTES = 2 << 30
+HOST_SHARE = 10  # percent of MemTotal
+# The host's cores, lowest first; each is the set of its online SMT siblings.
+Cores = Sequence[frozenset[int]]
+# The CPUs of each thread of a VM that is pinned inside its shield, as the kernel has them.
+Shielded = Mapping[int, frozenset[int]]
+RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
 # What may appear in a polkit dialog and in a log line: no markup, no second line, no terminal escape can be made of it.
 _PLAIN = re.compile(r"[A-Za-z0-9 ,._-]{1,64}")
 
@@ -156,3 +177,117 @@ def _values(table: Mapping[str, Any], schema: Mapping[str, Any], place: str) -> 
             case _:
                 raise ValueError(f"{place}: key {key} does not exist, or cannot be {value!r}")
     return values
+
+
+def union(sets: Iterable[frozenset[int]]) -> frozenset[int]:
+    """Return the union of `sets`."""
+    return frozenset[int]().union(*sets)
+
+
+def read_cores() -> Cores:
+    """Read the host's online cores from /sys (sysfs-devices-system-cpu)."""
+    online = parse_cpulist((CPU / "online").read_text())
+    siblings = {parse_cpulist((CPU / f"cpu{n}/topology/thread_siblings_list").read_text()) & online for n in online}
+    return sorted(siblings, key=min)
+
+
+def free_for(limits: Limits, cores: Cores, records: Iterable[Record]) -> frozenset[int]:
+    """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
+    live = [record for record in records if not record.stray]
+    shielded, taken = union(record.shielded for record in live), union(record.cpus for record in live)
+    free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
+    if not any(core.isdisjoint(shielded) for core in cores if core not in free):
+        free = free[1:]
+    return union(free)
+
+
+def check_count(uid: int, limits: Limits, records: Iterable[Record]) -> None:
+    """Refuse (LimitExceeded) a new VM that would be one more than its owner may have."""
+    count = sum(record.uid == uid for record in records)
+    if count >= limits.max_vms:
+        raise LimitExceeded(f"You have {count} VMs, and may have {limits.max_vms} ({limits.source})")
+
+
+def check_cpus(
+    claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores, records: Iterable[Record]
+) -> Record:
+    """Return what a VM gets that asks for claim.shielded, claim.pinned, and `emulator` for its other threads.
+
+    That is `claim`, shielded in whole cores. Raises InvalidArguments, LimitExceeded or Conflict when it may not be.
+    """
+    others = [record for record in records if record.key != claim.key]
+    shared = claim.pinned | emulator
+    shield = union(core for core in cores if core & claim.shielded)
+    if missing := (claim.shielded | shared) - union(cores):
+        raise InvalidArguments(f"CPUs {format_cpulist(missing)} do not exist or are offline")
+    if overlap := shield & shared:
+        raise InvalidArguments(f"CPUs {format_cpulist(overlap)} are asked for both shielded and shared")
+    free = f"free for you: {format_cpulist(free_for(limits, cores, others)) or 'none'}"
+    if limits.cpus is not None and (outside := (shield | shared) - limits.cpus):
+        own = f"{format_cpulist(limits.cpus)} ({limits.source})"
+        raise LimitExceeded(f"CPUs {format_cpulist(outside)} are not among yours, {own}; {free}")
+    used = shield.union(*(record.cpus for record in (claim, *others) if record.uid == claim.uid))
+    if limits.max_cpus is not None and len(used) > limits.max_cpus:
+        count = f"{len(used)}, and you may have {limits.max_cpus} at once ({limits.source})"
+        raise LimitExceeded(f"CPUs {format_cpulist(used)} of all your VMs are {count}")
+    live = [record for record in others if not record.stray]
+    for record in live:
+        if overlap := shield & record.cpus | shared & record.shielded:
+            since = time.strftime("%H:%M", time.localtime(record.since))
+            holder = f"VM {record.vm} of {user_name(record.uid)} since {since}"
+            raise Conflict(f"CPUs {format_cpulist(overlap)} are held by {holder}; {free}")
+    gone = shield.union(*(record.shielded for record in live))
+    if shield and all(core & gone for core in cores):
+        raise LimitExceeded(f"CPUs {format_cpulist(gone)}: at least one whole core must stay with the host; {free}")
+    return replace(claim, shielded=shield)
+
+
+def lockable_bytes() -> int:
+    """Return MemTotal less what the host keeps, in bytes (sysconf(3))."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, total - max(HOST_BYTES, total * HOST_SHARE // 100))
+
+
+def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Record], lockable: int) -> int:
+    """Return how many of the `asked` bytes the VM `own` may lock; INFINITY only where the administrator wrote it.
+
+    LimitExceeded when nothing is left. `lockable`: lockable_bytes().
+    """
+    if limits.memlock == INFINITY:
+        return asked
+    others = [record for record in records if record.key != own.key]
+    held = sum(record.memlock for record in others if record.uid == own.uid)
+    most = lockable if limits.memlock is None else limits.memlock
+    left = min(most - held, lockable - sum(min(record.memlock, lockable) for record in others))
+    if left <= 0:
+        rule = f"{most} bytes ({'this host' if limits.memlock is None else limits.source})"
+        raise LimitExceeded(f"No memory is left to lock: your VMs hold {held} bytes of {rule}")
+    return min(asked, left)
+
+
+def check_policy(
+    tids: Iterable[int], policy: str, priority: int, limits: Limits, shielded: Shielded, rest: set[int]
+) -> None:
+    """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set for threads `tids`.
+
+    `rest`: the VM's other threads that have real time already.
+    """
+    if policy not in limits.policies:
+        allowed = ", ".join(sorted(limits.policies))
+        raise LimitExceeded(f"Policy {policy} is not among yours, {allowed} ({limits.source})")
+    if priority > limits.max_priority:
+        raise LimitExceeded(f"Priority {priority} is above yours, {limits.max_priority} ({limits.source})")
+    if policy in REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:
+        raise Unsupported("Real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
+    if policy not in REALTIME_POLICIES or limits.realtime == "anywhere":
+        return
+    used = {cpu for tid in rest for cpu in shielded.get(tid, ())}
+    for tid in tids:
+        cpus = shielded.get(tid, frozenset())
+        if len(cpus) != 1:
+            raise TargetRefused(f"Real time needs thread {tid} to be pinned to one shielded CPU of its own")
+        if cpus & used:
+            raise TargetRefused(f"Real time for two threads on CPU {min(cpus)} would hang the guest")
+        if 0 in cpus:
+            raise LimitExceeded(f'Real time on CPU 0 needs realtime = "anywhere" ({limits.source})')
+        used |= cpus

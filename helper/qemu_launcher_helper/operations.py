@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import Any
 
-from . import claims, scheduling
+from . import limits
 from .arguments import Caller, Pin
 from .bus import SystemBus, Variant
 from .contract import INFINITY, METHODS, REALTIME_POLICIES, SCOPE, VERSION
 from .cpulist import format_cpulist
 from .cpuset.partition import CGROUP
 from .errors import CallFailed, Conflict, Failed, TargetRefused, Unsupported
-from .limits import Limits, Settings, user_name
+from .limits import Limits, Settings, Shielded
 from .records import Reconciler, Record
 from .target import Target
 
@@ -72,11 +72,11 @@ class Operation:
         """Raise the target's RLIMIT_MEMLOCK to as much of `bytes` as the caller may have; return that."""
         with Target(pid) as target:
             record = self._record_of(target, vm)
-            granted = claims.grant_memlock(bytes, record, self.limits, self.live, claims.lockable_bytes())
-            before = record.memlock_before or scheduling.rlimit(target, RLIMIT_MEMLOCK)
+            granted = limits.grant_memlock(bytes, record, self.limits, self.live, limits.lockable_bytes())
+            before = record.memlock_before or target.rlimit(RLIMIT_MEMLOCK)
             async with self._granting(target, replace(record, memlock=granted, memlock_before=before)):
                 limit = RLIM_INFINITY if granted == INFINITY else granted
-                scheduling.rlimit(target, RLIMIT_MEMLOCK, (limit, limit))
+                target.rlimit(RLIMIT_MEMLOCK, (limit, limit))
         return [granted]
 
     async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> list[Any]:
@@ -87,14 +87,14 @@ class Operation:
         with Target(pid) as target:
             before = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(pin.tid for pin in pins)
-            shielded = claims.union(pin.cpus for pin in pins if pin.shielded)
-            pinned = claims.union(pin.cpus for pin in pins if not pin.shielded)
+            shielded = limits.union(pin.cpus for pin in pins if pin.shielded)
+            pinned = limits.union(pin.cpus for pin in pins if not pin.shielded)
             asked = replace(before, shielded=shielded, pinned=pinned)
-            wanted = claims.check(asked, others, self.limits, claims.read_cores(), self.live)
+            wanted = limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
             async with self._granting(target, wanted):
                 still = self._shielded(before) if wanted.shielded == before.shielded else {}
                 stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
-                scheduling.take_realtime(target, stay)  # whoever leaves a shielded CPU leaves real time first
+                target.take_realtime(stay)  # whoever leaves a shielded CPU leaves real time first
                 self.reconciler.settle([wanted, *(record for record in self.live if record.key != wanted.key)])
                 mechanism.apply(wanted.scope, pins, wanted.shielded, others)
                 if target.verify_threads(start_times) != start_times:
@@ -107,15 +107,15 @@ class Operation:
             record = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(tids)
             realtime = set(record.realtime).difference(tids)
-            scheduling.check(tids, policy, priority, self.limits, self._shielded(record), realtime)
+            limits.check_policy(tids, policy, priority, self.limits, self._shielded(record), realtime)
             if policy in REALTIME_POLICIES:
                 realtime.update(tids)
-            before = record.rttime_before or scheduling.rlimit(target, RLIMIT_RTTIME)
+            before = record.rttime_before or target.rlimit(RLIMIT_RTTIME)
             granted = replace(record, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
             async with self._granting(target, granted):
                 # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
-                scheduling.rlimit(target, RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
-                scheduling.set_policy(target, start_times, policy, priority)
+                target.rlimit(RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
+                target.set_policy(start_times, policy, priority)
         return []
 
     async def release(self, uid: int, vm: str) -> list[Any]:
@@ -128,32 +128,32 @@ class Operation:
         rows = []
         for record in self.live:
             if everybody or record.uid == self.caller.uid:
-                who = [record.vm, record.uid, user_name(record.uid), record.pid, record.start_time]
+                who = [record.vm, record.uid, limits.user_name(record.uid), record.pid, record.start_time]
                 how = self.reconciler.mechanism.name if record.cpus else "none"
                 rows.append([*who, format_cpulist(record.cpus), how])
         return [rows]
 
     async def get_limits(self) -> list[Any]:
         """Return what the caller may have, and who decides it."""
-        limits, cores, lacking = self.limits, claims.read_cores(), self.reconciler.mechanism.lacks()
-        cpus = claims.union(cores) if limits.cpus is None else limits.cpus
+        own, cores, lacking = self.limits, limits.read_cores(), self.reconciler.mechanism.lacks()
+        cpus = limits.union(cores) if own.cpus is None else own.cpus
         answer = {
             "version": Variant("s", VERSION),
             "mechanism": Variant("s", "none" if lacking else self.reconciler.mechanism.name),
             "reason": Variant("s", lacking or "The kernel has remote cpuset partitions"),
-            "limits_source": Variant("s", limits.source),
+            "limits_source": Variant("s", own.source),
             "cpus": Variant("s", format_cpulist(cpus)),
-            "max_cpus": Variant("u", len(cpus) if limits.max_cpus is None else limits.max_cpus),
-            "max_vms": Variant("u", limits.max_vms),
-            "memlock": Variant("t", claims.lockable_bytes() if limits.memlock is None else limits.memlock),
-            "policies": Variant("as", sorted(limits.policies)),
-            "max_priority": Variant("u", limits.max_priority),
-            "realtime": Variant("s", limits.realtime),
-            "free_cpus": Variant("s", format_cpulist(claims.free_for(limits, cores, self.live))),
+            "max_cpus": Variant("u", len(cpus) if own.max_cpus is None else own.max_cpus),
+            "max_vms": Variant("u", own.max_vms),
+            "memlock": Variant("t", limits.lockable_bytes() if own.memlock is None else own.memlock),
+            "policies": Variant("as", sorted(own.policies)),
+            "max_priority": Variant("u", own.max_priority),
+            "realtime": Variant("s", own.realtime),
+            "free_cpus": Variant("s", format_cpulist(limits.free_for(own, cores, self.live))),
         }
         return [answer]
 
-    def _shielded(self, record: Record) -> scheduling.Shielded:
+    def _shielded(self, record: Record) -> Shielded:
         return self.reconciler.mechanism.shielded_threads(record.scope) or {} if record.shielded else {}
 
     def _verify(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> str:
@@ -169,7 +169,7 @@ class Operation:
                 if record.stray:
                     raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
                 return record
-        claims.check_count(self.caller.uid, self.limits, self.live)
+        limits.check_count(self.caller.uid, self.limits, self.live)
         scope = f"{slice_path}/{SCOPE.format(self.caller.uid, vm)}"
         return Record(self.caller.uid, vm, target.pid, target.start_time, int(time.time()), scope)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import Any, Self
 
-from . import scheduling
 from .bus import SYSTEMD, SystemBus
 from .cpuset.partition import Partition
 from .errors import CallFailed, Refusal, TargetRefused
@@ -130,10 +129,10 @@ class Reconciler:
             left = record.without_grants(stray=stray)
             with _logged("taking real time and limits back"):
                 if record.realtime:
-                    scheduling.take_realtime(process)
+                    process.take_realtime()
                 for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
                     if before:
-                        scheduling.rlimit(process, which, before)
+                        process.rlimit(which, before)
         with _logged("withdrawing a shield"):
             self.mechanism.withdraw(record.scope)
         if left:

@@ -1,25 +1,38 @@
-"""Who is the process that a caller names, and are these its threads: then, and still now.
+"""Who is the process that a caller names, and are these its threads: then, and still now. And the acts on it.
 
 A PID is only a number: it is reused. So a Target holds a pidfd and a descriptor of /proc/PID, opened before the
 first fact is read; a fact read through that descriptor is a fact about this process or an error, never about a
-successor. Acts that take a number (prlimit, sched_setscheduler, cgroup.threads) are followed by `verify` again.
+successor. Acts take a number (prlimit, sched_setscheduler, cgroup.threads): those here capture what they find, act, and
+put it back when the number is another's by then; and all are followed by `verify` again.
 
 Refuses (TargetRefused) whatever is not plainly the caller's own child; reads nothing that needs a capability.
+fifo and rr are always set with SCHED_RESET_ON_FORK: the user then can neither raise, pass on nor regain them
+(sched(7)).
+
 The executable is not looked at: an unprivileged user can make /proc/PID/exe anything (SECURITY S7).
 """
 
 import fnmatch
 import os
 import re
+import resource
 import select
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from . import privileges
 from .arguments import Caller
 from .contract import SCOPE
-from .errors import TargetRefused
+from .errors import Failed, TargetRefused
 
+POLICY = {
+    "other": os.SCHED_OTHER,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+    "fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK,
+    "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK,
+}
 PROC = Path("/proc")
 # proc_pid_stat(5): field 22, counted behind the last ")" because a comm may contain anything.
 START_TIME = 22 - 3
@@ -113,3 +126,44 @@ class Target(ExitStack):
                 return f"/system.slice/{unit}"
         allowed = "in a login session or user service of yours, nor in a service that helper.toml names"
         raise TargetRefused(f"Process {self.pid} is not {allowed}")
+
+    def set_policy(self, start_times: Mapping[int, int], policy: str, priority: int) -> None:
+        """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself.
+
+        OSError when the kernel refuses (ProcessLookupError: the thread has ended); sched_setscheduler(2).
+        """
+        for tid, start_time in start_times.items():
+            before = os.sched_getscheduler(tid), os.sched_getparam(tid)
+            if self.task_start_time(tid) != start_time:
+                raise TargetRefused(f"Thread {tid} is gone")
+            _set(tid, POLICY[policy], os.sched_param(priority))
+            if self.task_start_time(tid) != start_time:
+                _set(tid, *before)
+                raise TargetRefused(f"Thread {tid} is gone")
+            if (os.sched_getscheduler(tid), os.sched_getparam(tid).sched_priority) != (POLICY[policy], priority):
+                raise Failed(f"Thread {tid} did not take policy {policy}")
+
+    def take_realtime(self, keep: Iterable[int] = ()) -> None:
+        """Put every real-time thread of the target, but those in `keep`, back to SCHED_OTHER."""
+        for tid in self.tids() - frozenset(keep):
+            with suppress(ProcessLookupError, TargetRefused):
+                if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_FIFO, os.SCHED_RR):
+                    self.set_policy(self.verify_threads([tid]), "other", 0)
+
+    def rlimit(self, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return one limit of the target as it was, (soft, hard), -1 for infinity, and set it to `limit` if given.
+
+        TargetRefused, and the old limit put back, when the number is another process's by then; ProcessLookupError when
+        it is nobody's. prlimit(2).
+        """
+        with privileges.raised("sys_resource"):
+            before = resource.prlimit(self.pid, which, *([limit] if limit else []))
+            if not self.is_alive():
+                resource.prlimit(self.pid, which, before)
+                raise TargetRefused(f"Process {self.pid} is gone")
+        return before
+
+
+def _set(tid: int, policy: int, param: os.sched_param) -> None:
+    with privileges.raised("sys_nice"):
+        os.sched_setscheduler(tid, policy, param)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from qemu_launcher_helper import claims
 from qemu_launcher_helper.cpulist import format_cpulist, parse_cpulist
 from qemu_launcher_helper.errors import Conflict, InvalidArguments, LimitExceeded, Refusal
-from qemu_launcher_helper.limits import Limits
+from qemu_launcher_helper.limits import Cores, Limits, check_count, check_cpus, free_for, union
 from qemu_launcher_helper.records import Record
 
 # Eight CPUs, four cores of two SMT siblings each, numbered as the lab's host numbers them.
@@ -22,7 +21,7 @@ ALICE, BOB = 1000, 1001
 
 @pytest.fixture(autouse=True)
 def names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "user_name", {ALICE: "alice", BOB: "bob"}.__getitem__)
+    monkeypatch.setattr("qemu_launcher_helper.limits.user_name", {ALICE: "alice", BOB: "bob"}.__getitem__)
 
 
 @dataclass
@@ -40,8 +39,8 @@ def claim(shielded: str = "", pinned: str = "", others: str = "", uid: int = ALI
     return Claim(record(uid, vm, shielded, pinned), parse_cpulist(others))
 
 
-def check(wanted: Claim, *live: Record, limits: Limits | None = None, cores: claims.Cores = CORES) -> str:
-    return format_cpulist(claims.check(wanted.record, wanted.others, limits or Limits(), cores, live).shielded)
+def check(wanted: Claim, *live: Record, limits: Limits | None = None, cores: Cores = CORES) -> str:
+    return format_cpulist(check_cpus(wanted.record, wanted.others, limits or Limits(), cores, live).shielded)
 
 
 def test_a_shield_takes_whole_cores() -> None:
@@ -117,9 +116,9 @@ def test_a_strays_cpus_are_free_for_others() -> None:
 
 def test_number_of_vms() -> None:
     limits = Limits(max_vms=2)
-    claims.check_count(ALICE, limits, [record(ALICE, "a"), record(BOB, "b"), record(BOB, "c")])
+    check_count(ALICE, limits, [record(ALICE, "a"), record(BOB, "b"), record(BOB, "c")])
     with pytest.raises(LimitExceeded, match="You have 2 VMs, and may have 2"):
-        claims.check_count(ALICE, limits, [record(ALICE, "a"), record(ALICE, "b")])
+        check_count(ALICE, limits, [record(ALICE, "a"), record(ALICE, "b")])
 
 
 def test_an_offline_sibling_does_not_make_a_core_half() -> None:
@@ -138,14 +137,14 @@ def test_cpulist_refuses(text: str) -> None:
 
 
 def whole_cores(cpus: frozenset[int]) -> frozenset[int]:
-    return claims.union(core for core in CORES if core & cpus)
+    return union(core for core in CORES if core & cpus)
 
 
 cpus = st.frozensets(st.integers(0, 9), max_size=5)
 
 
 class Claims(RuleBasedStateMachine):
-    """Two users claim and release at random; the invariants are the promises of claims.py (A10, its pure half)."""
+    """Two users claim and release at random; the invariants are the promises of limits.py (A10, its pure half)."""
 
     vms = Bundle("vms")
 
@@ -157,13 +156,13 @@ class Claims(RuleBasedStateMachine):
     @rule(target=vms, uid=st.sampled_from([ALICE, BOB]), vm=st.sampled_from("abc"), shielded=cpus, pinned=cpus)
     def claim(self, uid: int, vm: str, shielded: frozenset[int], pinned: frozenset[int]) -> tuple[int, str]:
         wanted = Record(uid, vm, 2, 1, 0, "", shielded=shielded, pinned=pinned)
-        free = claims.free_for(self.limits[uid], CORES, [r for r in self.live.values() if r.key != (uid, vm)])
+        free = free_for(self.limits[uid], CORES, [r for r in self.live.values() if r.key != (uid, vm)])
         try:
-            granted = claims.check(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
+            granted = check_cpus(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
         except Refusal:
             # What was offered as free must really have been: only the count or the shared part can refuse it.
             whole = whole_cores(shielded)
-            assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - claims.union(CORES)
+            assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - union(CORES)
         else:
             assert granted == replace(wanted, shielded=whole_cores(shielded))
             self.live[uid, vm] = granted
@@ -176,7 +175,7 @@ class Claims(RuleBasedStateMachine):
     @invariant()
     def shields_are_disjoint_whole_and_leave_a_core(self) -> None:
         shields = [record.shielded for record in self.live.values()]
-        together = claims.union(shields)
+        together = union(shields)
         assert sum(map(len, shields)) == len(together)
         assert together == whole_cores(together)
         assert any(core.isdisjoint(together) for core in CORES)
@@ -185,8 +184,8 @@ class Claims(RuleBasedStateMachine):
 
     @invariant()
     def limits_hold(self) -> None:
-        of_alice = claims.union(r.shielded | r.pinned for r in self.live.values() if r.uid == ALICE)
-        of_bob = claims.union(r.shielded | r.pinned for r in self.live.values() if r.uid == BOB)
+        of_alice = union(r.shielded | r.pinned for r in self.live.values() if r.uid == ALICE)
+        of_bob = union(r.shielded | r.pinned for r in self.live.values() if r.uid == BOB)
         assert len(of_alice) <= 4
         assert of_bob <= frozenset(range(2, 8))
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_launcher_helper import claims, records
+from qemu_launcher_helper import records
 from qemu_launcher_helper.contract import INFINITY
 from qemu_launcher_helper.errors import LimitExceeded
-from qemu_launcher_helper.limits import Limits
+from qemu_launcher_helper.limits import Limits, grant_memlock
 from qemu_launcher_helper.records import Record
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def vm(name: str, gib: int, uid: int = 1000) -> Record:
 
 
 def grant(asked: int, *live: Record, limits: Limits | None = None, lockable: int = 30 * GIB) -> int:
-    return claims.grant_memlock(asked, vm("new", 0), limits or Limits(), live, lockable)
+    return grant_memlock(asked, vm("new", 0), limits or Limits(), live, lockable)
 
 
 def test_memlock_within_the_host() -> None:
