@@ -19,7 +19,7 @@ sys.path = [folder for folder in sys.path if not folder.startswith("/usr/local/"
 if PACKAGES not in sys.path:
     sys.path.append(PACKAGES)
 
-from qemu_launcher_helper import operations, scheduling  # noqa: E402
+from qemu_launcher_helper import operations, target  # noqa: E402
 from qemu_launcher_helper.__main__ import main  # noqa: E402
 from qemu_launcher_helper.cpuset.partition import Partition  # noqa: E402
 from qemu_launcher_helper.records import Record  # noqa: E402
@@ -70,13 +70,13 @@ def stepping_coroutine(owner: Any, name: str, step: Callable[..., str]) -> None:
 
 stepping(Record, "write", "record")
 stepping_coroutine(operations.Operation, "_start_scope", lambda *_: "scope")
-stepping(scheduling, "rlimit", "limit", least=3)  # with two arguments it only reads
+stepping(target.Target, "rlimit", "limit", least=3)  # with two arguments it only reads
 stepping(Partition, "settle", "settle")
 stepping(Partition, "_enable", "partition")
 stepping(Partition, "_sweep", "sweep")
 stepping(Partition, "apply", "pinned")
-stepping(scheduling, "_set", "one thread")
-stepping(scheduling, "set_policy", "scheduled")
+stepping(target, "_set", "one thread")
+stepping(target.Target, "set_policy", "scheduled")
 stepping_coroutine(
     operations.Operations,
     "perform",
