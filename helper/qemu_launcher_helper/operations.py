@@ -18,7 +18,7 @@ from typing import Any
 
 from . import limits
 from .arguments import Caller, Pin
-from .bus import SystemBus, Variant
+from .bus import SYSTEMD, SystemBus, Variant
 from .contract import INFINITY, METHODS, REALTIME_POLICIES, SCOPE, VERSION
 from .cpulist import format_cpulist
 from .cpuset.partition import CGROUP
@@ -34,23 +34,23 @@ class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
     def __init__(self, bus: SystemBus) -> None:
-        self._lock, self._reconciler = asyncio.Lock(), Reconciler(bus)
+        self._bus, self._lock, self._reconciler = bus, asyncio.Lock(), Reconciler()
 
     async def reconcile(self) -> None:
         """Bring the host to what the records say; see records.Reconciler."""
         async with self._lock:
-            await self._reconciler.run()
+            self._reconciler.run()
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
 
         `member` is one of METHODS, `arguments` are what arguments.parse made of its body. Raises Refusal; when an act
-        of it has failed, no grant of the VM is left.
+        of it has failed, no grant of the VM is left, or if it was a repeated call, those that hold as before.
         """
         try:
             async with self._lock:
-                live = await self._reconciler.run()
-                operation = Operation(caller, settings, settings.limits_for(caller.uid), live, self._reconciler)
+                live, own = self._reconciler.run(), settings.limits_for(caller.uid)
+                operation = Operation(caller, settings, own, live, self._reconciler, self._bus)
                 return list(await getattr(operation, METHODS[member][3])(**arguments))
         except ProcessLookupError as err:
             raise TargetRefused("The VM, or one of its threads, has ended meanwhile") from err
@@ -67,6 +67,7 @@ class Operation:
     limits: Limits
     live: list[Record]
     reconciler: Reconciler
+    bus: SystemBus
 
     async def set_memlock(self, pid: int, vm: str, bytes: int) -> list[Any]:  # noqa: A002  the wire's word
         """Raise the target's RLIMIT_MEMLOCK to as much of `bytes` as the caller may have; return that."""
@@ -120,7 +121,7 @@ class Operation:
 
     async def release(self, uid: int, vm: str) -> list[Any]:
         """Take all grants of a VM back; harmless when it has none."""
-        await self.reconciler.run(release=(uid, vm))
+        self.reconciler.run(release=(uid, vm))
         return []
 
     async def list_vms(self, *, everybody: bool) -> list[Any]:
@@ -187,7 +188,8 @@ class Operation:
             yield
             self._verify(target, record.vm)
         except BaseException:
-            await self.reconciler.run(release=record.key)
+            # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
+            self.reconciler.run(release=None if record in self.live else record.key)
             raise
 
     async def _start_scope(self, target: Target, record: Record, unit: str) -> None:
@@ -205,9 +207,16 @@ class Operation:
             ["OnFailure", Variant("as", [_HELPER_UNIT])],
             # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
             ["Before", Variant("as", [unit])],
+            # Whoever stops the scope has systemd ask the launcher first (RequestStop), which powers the guest down.
+            ["Controller", Variant("s", self.caller.sender)],
         ]
+        # A scope that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it does
+        # when a reference to it goes.
+        for member in ("RefUnit", "UnrefUnit"):
+            with suppress(CallFailed):
+                await self.bus.call(SYSTEMD, member, "s", [name], "")
         try:
-            await self.reconciler.bus.start_unit(name, properties)
+            await self.bus.start_unit(name, properties)
         except CallFailed as err:
             why = "that of an earlier one is still ending" if err.name.endswith(".UnitExists") else err.name
             raise Failed(f"systemd does not make a scope for VM {record.vm}: {why}; try again") from err

@@ -20,9 +20,8 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import Any, Self
 
-from .bus import SYSTEMD, SystemBus
 from .cpuset.partition import Partition
-from .errors import CallFailed, Refusal, TargetRefused
+from .errors import Refusal, TargetRefused
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
@@ -98,15 +97,15 @@ def read_all() -> Iterator[Record]:
 class Reconciler:
     """Applies the records to the host. Every method is to be called under the operations' lock."""
 
-    def __init__(self, bus: SystemBus) -> None:
-        self.bus, self.mechanism = bus, Partition()
+    def __init__(self) -> None:
+        self.mechanism = Partition()
 
-    async def run(self, release: tuple[int, str] | None = None) -> list[Record]:
+    def run(self, release: tuple[int, str] | None = None) -> list[Record]:
         """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
         live: list[Record] = []
         for record in list(read_all()):
             released = record.key == release
-            left = record if not released and self._holds(record) else await self._withdraw(record, stray=not released)
+            left = record if not released and self._holds(record) else self._withdraw(record, stray=not released)
             live += [left] if left else []
         with _logged("giving CPUs back"):
             for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
@@ -119,7 +118,7 @@ class Reconciler:
         """Let the levels above the scopes hold what these VMs shield, and nothing else."""
         self.mechanism.settle({record.scope: record.shielded for record in live if not record.stray})
 
-    async def _withdraw(self, record: Record, *, stray: bool) -> Record | None:
+    def _withdraw(self, record: Record, *, stray: bool) -> Record | None:
         """Take every grant of the VM back; return what is left of its record, None when its process has ended.
 
         Never raises: what fails is logged.
@@ -141,9 +140,8 @@ class Reconciler:
                 logging.warning("VM %s of uid %d left its scope or lost its shield", record.vm, record.uid)
             return left
         with _logged("ending a scope"):
-            if self.mechanism.exists(record.scope):
-                # A child of QEMU's lives on. No waiting: one that ignores SIGTERM must not hold us up.
-                await self.bus.call(SYSTEMD, "StopUnit", "ss", [record.scope.rpartition("/")[2], "fail"], "o")
+            # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
+            self.mechanism.kill(record.scope)
         record.path.unlink(missing_ok=True)
         return None
 
@@ -162,5 +160,5 @@ class Reconciler:
 def _logged(step: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, Refusal, CallFailed) as err:
+    except (OSError, ValueError, Refusal) as err:
         logging.warning("%s failed: %a", step, str(err))
