@@ -7,9 +7,8 @@ the rest. Whatever happens to the terminal or the pipe behind stdout ends in an 
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
 
-from . import cli
+from . import cli, stdout
 from .errors import PROGRAM, LauncherError, render
 
 SIGNAL_BASE = 128  # of the exit status, as shells report death by a signal: signal(7), bash(1) "EXIT STATUS"
@@ -26,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(render(err))
         return err.exit_status
     except BrokenPipeError:
-        _abandon(sys.stdout)
+        stdout.abandon(sys.stdout)
         return SIGNAL_BASE + SIGPIPE  # what reading stopped wants is silence: `qemu-launcher command x | head -c0`
     except KeyboardInterrupt:
         return SIGNAL_BASE + SIGINT
     except OSError as err:
         _complain(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
-        _abandon(sys.stdout)
+        stdout.abandon(sys.stdout)
         return 1
     return status
 
@@ -40,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _act(arguments: cli.Arguments) -> int:
     match arguments:
         case cli.Help():
-            _say(cli.HELP)
+            stdout.say(cli.HELP)
         case cli.Version():
-            _say(f"{PROGRAM} {cli.VERSION}\n")
+            stdout.say(f"{PROGRAM} {cli.VERSION}\n")
         case cli.Command():
             return _command(arguments)
         case cli.Run():
@@ -60,9 +59,9 @@ def _command(arguments: cli.Command) -> int:
     if arguments.json:
         import json  # noqa: PLC0415
 
-        _say(json.dumps(cmdline.qemu_argv(vm), ensure_ascii=False) + "\n")
+        stdout.say(json.dumps(cmdline.qemu_argv(vm), ensure_ascii=False) + "\n")
     else:
-        _say(cmdline.shell_command(vm, wrapped=sys.stdout is not None and sys.stdout.isatty()) + "\n")
+        stdout.say(cmdline.shell_command(vm, wrapped=sys.stdout is not None and sys.stdout.isatty()) + "\n")
     return 0
 
 
@@ -86,20 +85,6 @@ def _ask(arguments: cli.Status | cli.Stop | cli.Kill) -> int:
     return status.stop(name) if isinstance(arguments, cli.Stop) else status.kill(name)
 
 
-def _say(text: str) -> None:
-    """Write to stdout, as UTF-8 whatever the locale: this is the form in which QEMU gets its arguments."""
-    if sys.stdout is None:
-        raise LauncherError("standard output is closed")
-    try:
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as err:
-        _abandon(sys.stdout)
-        raise LauncherError(f"cannot write to standard output: {err.strerror}") from err
-
-
 def _complain(text: str) -> None:
     if sys.stderr is None:
         return
@@ -107,14 +92,7 @@ def _complain(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:  # nobody is left who could be told
-        _abandon(sys.stderr)
-
-
-def _abandon(stream: TextIO | None) -> None:
-    """Send what Python still holds for `stream` to nowhere: it would fail once more at the exit, with status 120."""
-    if stream is not None:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), stream.fileno())
+        stdout.abandon(sys.stderr)
 
 
 if __name__ == "__main__":

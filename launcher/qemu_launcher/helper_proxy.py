@@ -118,7 +118,8 @@ class Helper:
                 raise
         except Exception as err:  # the library raises anything from OSError to bare Exception
             raise TuningFailed(
-                f"there is no system bus at {address}: {str(err) or type(err).__name__}", access.HOW_TO_INSTALL
+                f"there is no system bus at {address}: {getattr(err, 'strerror', None) or err or type(err).__name__}",
+                access.HOW_TO_INSTALL,
             ) from err
         return cls(bus, interactive=interactive)
 

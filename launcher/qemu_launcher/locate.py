@@ -77,7 +77,10 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
         other = folder / (name + SUFFIXES[1])
         if _exists(other):
             raise DefinitionError(f"{other} is not called {name}{SUFFIX}", f"rename it, or give its path: {other}")
-    hint = did_you_mean(name, [*names(where), *commands])
+    if name in commands:  # written after `run` or `--`
+        hint: str | None = f"{name} is a command too: qemu-launcher {name}"
+    else:
+        hint = did_you_mean(name, [*names(where), *commands])
     raise DefinitionError(
         f"there is no VM {name!r}: no {name}{SUFFIX} in {', '.join(map(str, where))}",
         hint or "its definition is described in qemu-launcher.yml(5)",

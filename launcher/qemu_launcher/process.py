@@ -110,8 +110,9 @@ class Qemu:
         if not self._reported:
             return None
         stage, number = self._reported[:1], int(self._reported[1:])
+        where = f" {str(self.command.working_directory)!r}" if stage == b"c" else ""
         return QemuFailed(
-            f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}: {os.strerror(number)}",
+            f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {os.strerror(number)}",
             argv=self.command.argv,
         )
 

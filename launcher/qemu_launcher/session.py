@@ -19,9 +19,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads
+from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads, tune
 from .definition import VmDefinition
-from .errors import LauncherError, QemuFailed
+from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed
 from .monitors import Monitors
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
@@ -36,7 +36,12 @@ from .voice import Voice, format_size
 def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
     if not untuned:
-        host.validate_against_host(definition, host.read_host())
+        try:
+            host.validate_against_host(definition, host.read_host())
+        except DefinitionError as err:
+            last = err.problems[:MOST_PROBLEMS][-1]
+            last.hint = tune.with_way_out(last.hint, definition)
+            raise
     terminal.fill_standard_descriptors()
     identity.assume(definition)
     return asyncio.run(_run(definition, Voice(definition.name, quiet=quiet), untuned=untuned))

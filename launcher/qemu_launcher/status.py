@@ -15,9 +15,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from . import cgroups, procfs, runtime, threads
+from . import cgroups, procfs, runtime, stdout, threads
 from .cpulist import format_cpulist
-from .errors import LauncherError, NotRunning, QmpError
+from .errors import LauncherError, NotRunning, QmpError, printable
 from .process import QUIT_GRACE
 from .qmp import Qmp
 from .runtime import RUNNING, Found
@@ -71,9 +71,9 @@ def show(name: str | None) -> int:
     found = runtime.find_all() if name is None else [_running(name)]
     pictures = asyncio.run(_pictures(found))
     if not pictures:
-        sys.stdout.write("no VM of yours is running\n")
-    elif not (sys.stdout.isatty() and _show_rich(pictures)):
-        sys.stdout.write("\n".join(_plain(picture) for picture in pictures))
+        stdout.say("no VM of yours is running\n")
+    elif not (sys.stdout is not None and sys.stdout.isatty() and _show_rich(pictures)):
+        stdout.say("\n".join(_plain(picture) for picture in pictures))
     return 0
 
 
@@ -86,7 +86,7 @@ def stop(name: str) -> int:
             f"end it with: qemu-launcher kill {name}",
         )
     asyncio.run(_power_down(vm))
-    sys.stdout.write(f"{name}: asked the guest to power down; if it does not: qemu-launcher kill {name}\n")
+    stdout.confirm(f"{name}: asked the guest to power down; if it does not: qemu-launcher kill {name}\n")
     return 0
 
 
@@ -100,7 +100,7 @@ def kill(name: str) -> int:
             if fd is not None:
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
                 procfs.wait_readable(fd, QUIT_GRACE)
-    sys.stdout.write(f"{name}: its power is cut\n")
+    stdout.confirm(f"{name}: its power is cut\n")
     return 0
 
 
@@ -167,7 +167,7 @@ async def _picture(vm: Found) -> Picture:
         return Picture(vm.name, None, state, (), ())
     state, vcpus = await _state_and_vcpus(vm)
     pid = vm.qemu.pid
-    facts = [("definition", vm.record.definition)] if vm.record.definition else []
+    facts = [("definition", printable(vm.record.definition))] if vm.record.definition else []
     facts.append(("launcher", f"PID {vm.launcher.pid}" if vm.launcher is not None else "gone; the VM runs without it"))
     if (scope := cgroups.scope_of(pid)) is not None:
         facts.append(("scope", scope.name))

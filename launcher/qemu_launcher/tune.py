@@ -11,12 +11,13 @@ defined or not at all.
 import contextlib
 import os
 import resource
+import shlex
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import cgroups, plan, procfs, readback
+from . import cgroups, locate, plan, procfs, readback
 from .cpulist import format_cpulist
 from .definition import VmDefinition
 from .errors import TuningFailed
@@ -139,8 +140,7 @@ class Tuning:
             await step
         except TuningFailed as err:
             if self._definition.on_tuning_failure != "continue":
-                without = f"start it without tuning: qemu-launcher run --untuned {self._definition.name}"
-                err.hint = f"{err.hint}\n{without}" if err.hint else without
+                err.hint = with_way_out(err.hint, self._definition)
                 raise
             self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)")
             self._left_out = True
@@ -244,6 +244,14 @@ class Tuning:
 
     async def _patiently(self, call: Coroutine[Any, Any, T]) -> T:
         return await patiently(call, lambda: self._voice.note("waiting for qemu-launcher-helper, or for your answer"))
+
+
+def with_way_out(hint: str | None, definition: VmDefinition) -> str:
+    """`hint`, and how to start all the same."""
+    known = definition.path.parent in locate.folders(os.environ)
+    vm = definition.name if known else shlex.quote(os.fspath(definition.path))
+    without = f"start it without tuning: qemu-launcher run --untuned {vm}"
+    return f"{hint}\n{without}" if hint else without
 
 
 def _pin_unaided(wanted: ThreadPlan) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,17 @@ from qemu.launched import Home
 from qemu.private_bus import PrivateBus, private_bus
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_heard() -> None:
+    """A background job of sh, or nohup, ignores signals; the launchers that we start would go on ignoring them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
-    """One such session at a time for a user: VMs are found wherever their files are, so two would find each other's."""
+    """One of these modules at a time for a user: VMs are found wherever their files are, so two would mix them up."""
     path = Path(tempfile.gettempdir()) / f"qemu-launcher-tests-{os.geteuid()}.lock"
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

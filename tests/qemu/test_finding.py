@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_status_of_nothing(home: Home) -> None:
     assert "vm-under-test is not running" in asked.stderr
     assert home.ask("stop", "vm-under-test").returncode == 3
     assert home.ask("kill", "vm-under-test").returncode == 3
+
+
+@pytest.mark.parametrize("where", ["&-", "/dev/full"])
+def test_answers_that_nobody_can_read(home: Home, where: str) -> None:
+    """What was asked for is done all the same; only `status`, which is nothing but its answer, has failed then."""
+    home.define()
+    run = home.start()
+    run.wait_running()
+
+    def ask(command: str) -> tuple[int, str]:
+        argv = ["sh", "-c", f'exec "$@" >{where}', "sh", *home.command(command, run.name)]
+        done = subprocess.run(argv, env=home.environment, stderr=subprocess.PIPE, text=True, check=False)
+        return done.returncode, done.stderr
+
+    status, message = ask("status")
+    assert status == 1
+    assert re.fullmatch("qemu-launcher: (standard output is closed|cannot write to standard output: .*)\n", message)
+    assert ask("stop") == (0, "")
+    assert ask("kill") == (0, "")
+    assert run.end() == 0
 
 
 def test_launcher_killed_before_cont(home: Home) -> None:

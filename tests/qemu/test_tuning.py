@@ -29,7 +29,8 @@ def assert_never_ran(run: Run, *, message: str, status: int = 1) -> None:
     """It ended, said why and how to start all the same, and its guest was never let run."""
     assert run.end() == status
     assert message in run.output, run.output
-    assert run.output.rstrip().endswith("start it without tuning: qemu-launcher run --untuned vm-under-test")
+    shown = run.output.rstrip().removesuffix("\nqemu-launcher: and more")
+    assert shown.endswith("start it without tuning: qemu-launcher run --untuned vm-under-test")
     assert "running," not in run.output
     assert run.home.leftovers() == []
 
@@ -319,6 +320,21 @@ def test_continue_without_a_bus(home: Home) -> None:
     home.define(rlimit_memlock="1G", on_tuning_failure="continue")
     run = home.start()
     assert "untuned" in run.wait_running()
+
+
+@pytest.mark.parametrize("pinning", [{}, {"isolation": "affinity"}])
+def test_way_out_is_named_where_the_host_lacks_a_cpu(home: Home, pinning: dict[str, Any]) -> None:
+    home.define(vcpu_pinning=[CPU, 8000, *range(9000, 9020)], **pinning)
+    assert_never_ran(home.start(), message="host CPU 8000 does not exist; this host has ", status=2)
+
+
+def test_way_out_of_a_definition_that_was_given_by_its_path(home: Home, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere, with a space.d" / "vm-under-test.yml"
+    path.parent.mkdir()
+    home.define(**SHIELDED).rename(path)
+    run = home.start(str(path))
+    assert run.end() == 1
+    assert run.output.rstrip().endswith(f"start it without tuning: qemu-launcher run --untuned '{path}'")
 
 
 def test_untuned_asks_nobody(home: Home, bus: PrivateBus) -> None:

@@ -73,6 +73,12 @@ def test_not_found_may_be_a_command(home: Path) -> None:
     assert caught.value.hint == "did you mean status?"
 
 
+def test_a_vm_called_as_a_command_is_not_there(home: Path) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        locate.find("status", environment(home), ("run", "status"))
+    assert caught.value.hint == "status is a command too: qemu-launcher status"
+
+
 def test_nothing_near(home: Path) -> None:
     with pytest.raises(DefinitionError) as caught:
         locate.find("x", environment(home))

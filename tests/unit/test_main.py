@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher import __main__ as program
-from qemu_launcher import cli, definition
+from qemu_launcher import cli, definition, stdout
 from qemu_launcher.errors import LauncherError
 from unit.reading import ROOT
 
@@ -183,7 +183,7 @@ def test_what_actions_raise(
         raise raised
 
     monkeypatch.setattr(program, "_act", act)
-    monkeypatch.setattr(program, "_abandon", lambda stream: None)
+    monkeypatch.setattr(stdout, "abandon", lambda stream: None)
     assert program.main(["vm"]) == status
     assert capfd.readouterr().err == message
 

@@ -1,0 +1,41 @@
+"""What the subcommands print, on a standard output that may be closed, full, or read by nobody any more.
+
+A text that cannot be written is a LauncherError, or BrokenPipeError when its reader has left; never a traceback.
+"""
+
+import os
+import sys
+from typing import TextIO
+
+from .errors import LauncherError
+
+
+def say(text: str) -> None:
+    """Write to stdout, as UTF-8 whatever the locale: this is the form in which QEMU gets its arguments."""
+    if sys.stdout is None:
+        raise LauncherError("standard output is closed")
+    try:
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        abandon(sys.stdout)
+        raise LauncherError(f"cannot write to standard output: {err.strerror}") from err
+
+
+def confirm(text: str) -> None:
+    """Say that something has been done. It has been, whether anybody reads it or not."""
+    try:
+        say(text)
+    except LauncherError:
+        return
+    except BrokenPipeError:
+        abandon(sys.stdout)
+
+
+def abandon(stream: TextIO | None) -> None:
+    """Send what Python still holds for `stream` to nowhere: it would fail once more at the exit, with status 120."""
+    if stream is not None:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
