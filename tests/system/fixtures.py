@@ -18,8 +18,7 @@ import pytest
 
 from system import host
 from system.people import DESK, User, let_into_group
-from system.vms import HELPER_UNIT as UNIT
-from system.vms import Launch, running
+from system.vms import HELPER_UNIT, Launch, running
 
 TOML = Path("/etc/qemu-launcher/helper.toml")
 POLKIT_RULE = Path("/etc/polkit-1/rules.d/10-system-test.rules")
@@ -125,12 +124,12 @@ def reload_polkit() -> None:
 
 def stop_helper() -> None:
     """End the helper in order, as `systemctl stop` does; the next call starts another."""
-    subprocess.run(["systemctl", "stop", UNIT], check=True)
+    subprocess.run(["systemctl", "stop", HELPER_UNIT], check=True)
 
 
 def start_helper() -> None:
     """Have the helper started, as systemd does it when the scope of a VM ends."""
-    subprocess.run(["systemctl", "start", UNIT], check=True)
+    subprocess.run(["systemctl", "start", HELPER_UNIT], check=True)
 
 
 def clean_up() -> None:

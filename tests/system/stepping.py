@@ -13,10 +13,11 @@ import pytest
 
 from system import host
 from system.claims import copied
-from system.fixtures import UNIT, stop_helper
+from system.fixtures import stop_helper
+from system.vms import HELPER_UNIT
 
 FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
-DROP_IN = Path(f"/run/systemd/system/{UNIT}.d/stepping.conf")
+DROP_IN = Path(f"/run/systemd/system/{HELPER_UNIT}.d/stepping.conf")
 
 
 class Stepping:

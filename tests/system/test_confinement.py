@@ -9,8 +9,9 @@ import pytest
 
 from system import host
 from system.claims import Claimant
-from system.fixtures import UNIT, stop_helper
+from system.fixtures import stop_helper
 from system.people import User
+from system.vms import HELPER_UNIT
 
 # capabilities(7): linux/capability.h's numbers.
 SYS_ADMIN, SYS_NICE, SYS_RESOURCE = 21, 23, 24
@@ -93,13 +94,13 @@ def test_its_environment_is_nobodys_choice(helper: int) -> None:
 
 def test_its_unit_is_judged_by_systemd(record_property: Callable[[str, object], None]) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--no-pager", UNIT], check=True, capture_output=True, text=True
+        ["systemd-analyze", "security", "--no-pager", HELPER_UNIT], check=True, capture_output=True, text=True
     )
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
     assert found, done.stdout
     exposure = float(found[1])
     record_property("exposure", exposure)
-    sys.stdout.write(f"systemd-analyze security {UNIT}: {exposure}\n")
+    sys.stdout.write(f"systemd-analyze security {HELPER_UNIT}: {exposure}\n")
     assert exposure <= MOST_EXPOSURE, done.stdout
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from system import host
 from system.claims import Child, Claimant
-from system.fixtures import UNIT, start_helper, stop_helper
+from system.fixtures import start_helper, stop_helper
 from system.people import User
 from system.stepping import Stepping, stepping
-from system.vms import define, refused
+from system.vms import HELPER_UNIT, define, refused
 
 __all__ = ["stepping"]  # a fixture
 
@@ -95,11 +95,23 @@ def test_killed_while_it_has_nothing_to_do(program: Claimant) -> None:
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
     for _ in range(6):
-        subprocess.run(["systemctl", "kill", "--signal=SIGKILL", UNIT], check=True)
+        subprocess.run(["systemctl", "kill", "--signal=SIGKILL", HELPER_UNIT], check=True)
         start_helper()
     assert host.isolated() == {4, 5}
     assert host.realtime_threads() == set(child.tids)
     assert program.call("GetLimits", "").error == "ok"
+    program.end(child.pid)
+
+
+def test_a_shield_without_a_record_ends_with_its_real_time(program: Claimant) -> None:
+    """As after a purge and a new installation under a running VM: nobody knows any more whom the CPUs were for."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    stop_helper()
+    (host.GRANTS / f"{program.user.uid}-vm").unlink()
+    start_helper()
+    expect_whole_or_nothing(child)
     program.end(child.pid)
 
 

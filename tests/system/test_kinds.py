@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from system import host, watch
-from system.fixtures import UNIT, stop_helper
+from system.fixtures import stop_helper
 from system.people import User
-from system.vms import Launch, define, refused
+from system.vms import HELPER_UNIT, Launch, define, refused
 
 
 def activations() -> int:
     """How often systemd has started the helper since boot, by its journal's word; failed starts included."""
-    fields = ["journalctl", "--no-pager", "-o", "cat", "_PID=1", f"UNIT={UNIT}", "JOB_TYPE=start"]
+    fields = ["journalctl", "--no-pager", "-o", "cat", "_PID=1", f"UNIT={HELPER_UNIT}", "JOB_TYPE=start"]
     return len(subprocess.run(fields, check=True, capture_output=True, text=True).stdout.splitlines())
 
 
