@@ -211,7 +211,7 @@ def test_working_directory_that_does_not_exist(home: Home) -> None:
     home.define(working_directory="/nowhere")
     run = home.start()
     assert run.end() == 1
-    assert "could not enter its working directory: No such file or directory" in run.output
+    assert "could not enter its working directory '/nowhere': No such file or directory" in run.output
 
 
 def test_wrapper_that_does_not_become_qemu_is_refused(home: Home) -> None:
