@@ -10,10 +10,10 @@ def parse_cpulist(text: str) -> frozenset[int]:
     """Return the CPUs that `text` names; an empty or blank text is the empty set."""
     cpus: set[int] = set()
     for part in text.strip().split(",") if text.strip() else ():
-        first, dash, last = part.partition("-")
-        if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
+        ends = [int(word) for word in part.split("-") if word.isascii() and word.isdigit()]
+        if len(ends) != part.count("-") + 1 or len(ends) > 2 or ends[0] > ends[-1]:
             raise ValueError(f"not a cpulist: {text!r}")
-        cpus.update(range(int(first), int(last if dash else first) + 1))
+        cpus.update(range(ends[0], ends[-1] + 1))
     return frozenset(cpus)
 
 
