@@ -177,7 +177,8 @@ class Operation:
     @asynccontextmanager
     async def _granting(self, target: Target, record: Record) -> AsyncIterator[None]:
         """Record, move the target into its scope, verify, let the caller act, verify again; or withdraw everything."""
-        record.write()
+        repeated = record in self.live
+        replace(record, settled=repeated).write()
         try:
             unit = self._verify(target, record.vm)
             if unit != record.scope:
@@ -187,9 +188,10 @@ class Operation:
                 raise Failed(f"systemd did not move process {target.pid} into its scope")
             yield
             self._verify(target, record.vm)
+            replace(record, settled=True).write()
         except BaseException:
             # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
-            self.reconciler.run(release=None if record in self.live else record.key)
+            self.reconciler.run(release=None if repeated else record.key)
             raise
 
     async def _start_scope(self, target: Target, record: Record, unit: str) -> None:

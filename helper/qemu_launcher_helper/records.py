@@ -43,6 +43,7 @@ class Record:
     shielded: frozenset[int] = frozenset()  # whole cores
     pinned: frozenset[int] = frozenset()  # CPUs of unshielded pins
     realtime: tuple[int, ...] = ()
+    settled: bool = False  # everything above has been done; what a helper did not live to finish is taken back
     stray: bool = False  # left its scope or lost its shield; it keeps nothing, but its CPUs still count against its uid
 
     @property
@@ -76,7 +77,7 @@ class Record:
 
     def without_grants(self, *, stray: bool) -> "Record":
         """Return what is left of a live VM's record when its grants were taken back: what still counts."""
-        left = replace(self, memlock_before=None, rttime_before=None, realtime=(), stray=stray)
+        left = replace(self, memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
         return left if stray else replace(left, shielded=frozenset(), pinned=frozenset())
 
 
@@ -150,7 +151,7 @@ class Reconciler:
         with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
             if record.stray:
                 return True
-            inside = f"{process.cgroup()}/".startswith(f"{record.scope}/")
+            inside = record.settled and f"{process.cgroup()}/".startswith(f"{record.scope}/")
             # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
             return inside and (not record.shielded or self.mechanism.shielded_threads(record.scope) is not None)
         return False
