@@ -57,8 +57,7 @@ class Claimant:
 
     def __exit__(self, *_: object) -> None:
         try:
-            for pid in sorted(self._children):
-                self.end(pid)
+            self.end_all()
         finally:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -74,6 +73,11 @@ class Claimant:
         """Kill a child."""
         self._children.discard(pid)
         self._ask(do="end", pid=pid)
+
+    def end_all(self) -> None:
+        """Kill all children that are left."""
+        for pid in sorted(self._children):
+            self.end(pid)
 
     def set_memlock(self, child: Child, vm: str, size: int) -> Answer:
         """SetMemlock."""

@@ -19,10 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the half of the transport that belongs on this side."""
     if Path("/etc/qemu-launcher-lab").exists():
         from lab import inside
-        from system import fixtures
+        from system import fixtures, stepping
 
         side: ModuleType = inside
         config.pluginmanager.register(fixtures, "system-fixtures")
+        config.pluginmanager.register(stepping, "system-stepping")
     else:
         from lab import outside
 

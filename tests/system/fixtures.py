@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from system import host
+from system.claims import Claimant
 from system.people import DESK, User, let_into_group
 from system.vms import HELPER_UNIT, Launch, running
 
@@ -61,6 +62,20 @@ def vm() -> Iterator[Callable[..., Launch]]:
     """Starts VMs and waits until they run: vm(user, name, ...); all end with the test."""
     with contextlib.ExitStack() as stack:
         yield lambda *arguments, **more: stack.enter_context(running(*arguments, **more))
+
+
+@pytest.fixture(scope="module")
+def program_of_alice(members: tuple[User, User]) -> Iterator[Claimant]:
+    """A program of alice's, for all tests of a module."""
+    with Claimant(members[0]) as claimant:
+        yield claimant
+
+
+@pytest.fixture
+def program(program_of_alice: Claimant) -> Iterator[Claimant]:
+    """A program of alice's, without children; those that it makes end with the test."""
+    yield program_of_alice
+    program_of_alice.end_all()
 
 
 class Shared:

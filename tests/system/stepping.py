@@ -66,18 +66,25 @@ class Halt:
             os.close(descriptor)
 
 
-@pytest.fixture
-def stepping() -> Iterator[Stepping]:
-    """A helper that stops where it is told to."""
+@pytest.fixture(scope="module")
+def stepping_unit() -> Iterator[None]:
+    """The unit with the other program in it."""
     script = copied("system/stepping_helper.py") / "stepping_helper.py"
     FOLDER.mkdir(exist_ok=True)
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
     DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -I {script}\n")
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    yield
+    DROP_IN.unlink()
     stop_helper()
     subprocess.run(["systemctl", "daemon-reload"], check=True)
+
+
+@pytest.fixture
+def stepping(stepping_unit: None) -> Iterator[Stepping]:
+    """A helper that stops where it is told to."""
+    stop_helper()
     yield Stepping()
-    DROP_IN.unlink()
     for name in ("order", "halted", "go"):
         (FOLDER / name).unlink(missing_ok=True)
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
     stop_helper()

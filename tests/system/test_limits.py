@@ -5,24 +5,16 @@ makes of a refusal. Each refusal has its positive control: the same claim, one s
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from system import host
 from system.claims import Claimant
 from system.fixtures import TOML
-from system.people import User
 
 BROKEN = "The helper's configuration is broken; journalctl -u qemu-launcher-helper says where"
 ENTRY = f"({TOML}, [[limits]] entry 1)"
-
-
-@pytest.fixture(scope="module")
-def program(members: tuple[User, User]) -> Iterator[Claimant]:
-    """A program of alice's."""
-    with Claimant(members[0]) as claimant:
-        yield claimant
 
 
 def test_cpus(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -34,7 +26,6 @@ def test_cpus(program: Claimant, helper_toml: Callable[..., None]) -> None:
     assert host.isolated() == frozenset()
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert host.isolated() == {4, 5}
-    program.end(child.pid)
 
 
 def test_max_cpus_counts_over_all_vms(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -48,8 +39,6 @@ def test_max_cpus_counts_over_all_vms(program: Claimant, helper_toml: Callable[.
     refused = program.pin(other, "other", 6, 7)
     assert refused.text == f"CPUs 4-7 of all your VMs are 4, and you may have 2 at once {ENTRY}"
     assert host.isolated() == {4, 5}
-    program.end(child.pid)
-    program.end(other.pid)
 
 
 def test_max_vms(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -62,7 +51,6 @@ def test_max_vms(program: Claimant, helper_toml: Callable[..., None]) -> None:
     assert host.records() == {"1000-vm"}
     program.end(child.pid)
     assert program.pin(other, "other", 5, shielded=False).error == "ok", "when the first has ended"
-    program.end(other.pid)
 
 
 def test_memlock_counts_over_all_vms(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -79,8 +67,6 @@ def test_memlock_counts_over_all_vms(program: Claimant, helper_toml: Callable[..
     assert ENTRY in refused.text
     assert "100 MiB" in refused.text or str(100 << 20) in refused.text
     assert host.limit(third.pid, "Max locked memory") == before
-    for one in (child, other, third):
-        program.end(one.pid)
 
 
 def test_memlock_without_a_limit_leaves_the_host_its_share(program: Claimant) -> None:
@@ -90,7 +76,6 @@ def test_memlock_without_a_limit_leaves_the_host_its_share(program: Claimant) ->
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert granted == total - (2 << 30)
     assert host.limit(child.pid, "Max locked memory") == (granted, granted)
-    program.end(child.pid)
 
 
 def test_policies(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -103,7 +88,6 @@ def test_policies(program: Claimant, helper_toml: Callable[..., None]) -> None:
     assert host.scheduling(child.tids[0])[0] == "other"
     assert program.schedule(child, "vm", "rr", 1).error == "ok"
     assert host.scheduling(child.tids[0]) == ("rr", 1, True)
-    program.end(child.pid)
 
 
 def test_max_priority(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -116,7 +100,6 @@ def test_max_priority(program: Claimant, helper_toml: Callable[..., None]) -> No
     assert host.scheduling(child.tids[0])[0] == "other"
     assert program.schedule(child, "vm", "fifo", 3).error == "ok"
     assert host.scheduling(child.tids[0]) == ("fifo", 3, True)
-    program.end(child.pid)
 
 
 def test_the_first_entry_that_fits_counts(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -165,7 +148,6 @@ def test_an_unsafe_or_broken_file_refuses_all_service(
     assert host.traces() == []
     helper_toml("[[limits]]\nmax_vms = 1\n")
     assert program.pin(child, "vm", 4).error == "ok"
-    program.end(child.pid)
 
 
 def test_a_file_of_somebody_elses_refuses_all_service(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -186,7 +168,6 @@ def test_realtime_needs_a_shielded_cpu_for_each_thread(program: Claimant) -> Non
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
     assert host.realtime_threads() == set(child.tids)
-    program.end(child.pid)
 
 
 def test_realtime_on_cpu_0_is_the_administrators_word(program: Claimant, helper_toml: Callable[..., None]) -> None:
@@ -199,4 +180,3 @@ def test_realtime_on_cpu_0_is_the_administrators_word(program: Claimant, helper_
     helper_toml('[[limits]]\nrealtime = "anywhere"\n')
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
     assert host.realtime_threads() == set(child.tids)
-    program.end(child.pid)

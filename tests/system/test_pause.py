@@ -14,10 +14,8 @@ from system import host
 from system.claims import copied
 from system.fixtures import stop_helper
 from system.people import User
-from system.stepping import Stepping, stepping
+from system.stepping import Stepping
 from system.vms import Launch, define, refused, running
-
-__all__ = ["stepping"]  # a fixture
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 
