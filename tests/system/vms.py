@@ -136,8 +136,16 @@ def define(user: User, name: str, launcher: Mapping[str, Any] | None = None, *op
 class Launch:
     """A launcher that was started, and the QEMU below it."""
 
-    def __init__(self, user: User, name: str, *arguments: str, before: str = "", login: Login | None = None) -> None:
-        """Start `qemu-launcher ARGUMENTS NAME`; `before`: shell words that come first, such as `ulimit -R 200000;`."""
+    def __init__(
+        self,
+        user: User,
+        name: str,
+        *arguments: str,
+        before: str = "",
+        program: str = "qemu-launcher",
+        login: Login | None = None,
+    ) -> None:
+        """Start `PROGRAM ARGUMENTS NAME`; `before`: shell words that come first, such as `ulimit -R 200000;`."""
         self.user, self.name = user, name
         self.log = folder_of(user.name) / f"{name}.log"
         for earlier in (witness_path(user, name), firmware_path(user, name)):
@@ -145,7 +153,7 @@ class Launch:
         user.file(self.log, "")
         self._since = int(time.time())
         self._login = user.login if login is None else login
-        self.pid = self._login.spawn(f"{before} exec qemu-launcher {' '.join(arguments)} {name}", self.log)
+        self.pid = self._login.spawn(f"{before} exec {program} {' '.join(arguments)} {name}", self.log)
         self._qemu: int | None = None
         self._witness: Witness | None = None
         self._vcpus: list[Vcpu] = []
@@ -250,9 +258,11 @@ class Launch:
 
 
 @contextlib.contextmanager
-def running(user: User, name: str, *arguments: str, before: str = "") -> Iterator[Launch]:
+def running(
+    user: User, name: str, *arguments: str, before: str = "", program: str = "qemu-launcher"
+) -> Iterator[Launch]:
     """Start a VM and wait until its guest runs; afterwards both processes are gone."""
-    launch = Launch(user, name, *arguments, before=before)
+    launch = Launch(user, name, *arguments, before=before, program=program)
     try:
         yield launch.until_running()
     finally:
