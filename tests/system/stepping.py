@@ -13,8 +13,8 @@ import pytest
 
 from system import host
 from system.claims import copied
-from system.fixtures import stop_helper
-from system.vms import HELPER_UNIT
+from system.fixtures import start_helper, stop_helper
+from system.vms import HELPER_UNIT, Launch
 
 FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
 DROP_IN = Path(f"/run/systemd/system/{HELPER_UNIT}.d/stepping.conf")
@@ -55,9 +55,13 @@ class Halt:
         self._halted = os.open(FOLDER / "halted", os.O_RDWR | os.O_CLOEXEC)
         self._go = os.open(FOLDER / "go", os.O_RDWR | os.O_CLOEXEC)
 
-    def wait(self) -> None:
-        """Return when the helper stands still."""
-        assert select.select([self._halted], [], [], host.PATIENCE)[0], "the helper never came to that step"
+    def wait(self, launch: Launch) -> None:
+        """Return when the helper stands still over a call of this launcher's."""
+        host.wait_for(
+            "the helper comes to that step",
+            lambda: select.select([self._halted], [], [], 0)[0] or not launch.is_alive,
+        )
+        assert launch.is_alive, f"the launcher ended before the helper came to that step: {launch.said}"
 
     def close(self) -> None:
         """Let it go on, if it stands still. Closing our end is what ends its reading."""
@@ -87,4 +91,7 @@ def stepping(stepping_unit: None) -> Iterator[Stepping]:
     yield Stepping()
     for name in ("order", "halted", "go"):
         (FOLDER / name).unlink(missing_ok=True)
+    # First until it is there: after a kill, systemd may just be starting it (Restart=, OnSuccess= of the VM's scope).
+    # Told to stop before it serves, it ends without having cleaned up, and no scope is left whose end would start it.
+    start_helper()
     stop_helper()

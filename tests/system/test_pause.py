@@ -22,17 +22,17 @@ TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_me
 
 def test_it_stands_still_until_all_is_true(alice: User, stepping: Stepping) -> None:
     """The helper is halted when it has set the scheduler and has not said so yet: everything holds, nothing runs."""
-    define(alice, "held", TUNING, {"overcommit": "mem-lock=on"}, cpus=2)
+    define(alice, "held", {**TUNING, "rlimit_memlock": "850M"}, {"overcommit": "mem-lock=on"}, cpus=2)
     with stepping.halted_at("Scheduler") as halt:
         launch = Launch(alice, "held")
         try:
-            halt.wait()
+            halt.wait(launch)
             tids = launch.vcpu_tids
             assert [host.cpus_of(launch.qemu, tid) for tid in tids] == [{4}, {5}]
             assert [host.scheduling(tid) for tid in tids] == [("fifo", 1, True)] * 2
             assert host.isolated() == {4, 5}
             assert host.trespassers({4, 5}, tids, since=host.born(launch.qemu)) == []
-            assert host.limit(launch.qemu, "Max locked memory") == (400 << 20, 400 << 20)
+            assert host.limit(launch.qemu, "Max locked memory") == (850 << 20, 850 << 20)
             assert host.locked(launch.qemu) > 16 << 20
             assert launch.witness.state() == "prelaunch"
             assert launch.witness.heard("RESUME") == []
@@ -54,7 +54,7 @@ def test_a_launcher_that_is_killed_before_leaves_no_running_guest(alice: User, s
     define(alice, "held", TUNING, cpus=2)
     with stepping.halted_at("Pin") as halt:
         launch = Launch(alice, "held")
-        halt.wait()
+        halt.wait(launch)
         tids = host.tids(launch.qemu)
         os.kill(launch.pid, signal.SIGKILL)
         host.wait_for("the launcher is gone", lambda: not launch.is_alive)
