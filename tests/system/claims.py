@@ -74,10 +74,12 @@ class Claimant:
         self._children.discard(pid)
         self._ask(do="end", pid=pid)
 
-    def end_all(self) -> None:
-        """Kill all children that are left."""
-        for pid in sorted(self._children):
+    def end_all(self) -> int:
+        """Kill all children that are left; how many there were."""
+        left = sorted(self._children)
+        for pid in left:
             self.end(pid)
+        return len(left)
 
     def set_memlock(self, child: Child, vm: str, size: int) -> Answer:
         """SetMemlock."""

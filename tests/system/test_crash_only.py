@@ -1,8 +1,7 @@
 """Killed, deserted, deceived: after the helper's next start there is no shield without a VM, and no half-tuned VM.
 
 A helper that kills itself at a step (stepping_helper.py), and users who move their processes out of their scopes by
-systemd's AttachProcessesToUnit (SECURITY.md, S20). All steps of all operations are for a test of their own (A17); here
-is each kind of step once.
+systemd's AttachProcessesToUnit (SECURITY.md, S20).
 """
 
 import subprocess
@@ -17,7 +16,7 @@ from system.people import User
 from system.stepping import Stepping
 from system.vms import HELPER_UNIT, define, refused
 
-# step of stepping_helper.py, and the calls that lead to it
+# A step of stepping_helper.py, and the call that leads to it.
 STEPS = [
     ("record", "memlock"),
     ("scope", "memlock"),
@@ -28,10 +27,12 @@ STEPS = [
     ("settle", "pin"),
     ("partition", "pin"),
     ("sweep", "pin"),
+    ("pinned", "pin"),
     ("Pin", "pin"),
     ("record", "schedule"),
     ("limit", "schedule"),
     ("one thread", "schedule"),
+    ("scheduled", "schedule"),
     ("Scheduler", "schedule"),
 ]
 
@@ -64,7 +65,7 @@ def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: s
     start_helper()  # systemd has done so by itself (Restart=on-failure); this waits until it is there
     expect_sound(child)
     program.end(child.pid)
-    start_helper()
+    program.call("GetLimits", "")  # any call cleans up first; so does the helper when it leaves, but 15 s later
     host.wait_until_as_before()
 
 
