@@ -9,42 +9,33 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
 
-from . import limits, privileges
-from .bus import DAEMON, SOCKET, SystemBus
-from .contract import BUS_NAME, IDLE_SECONDS
-from .errors import CallFailed, Refusal
+from . import bus, contract, limits, privileges, service
 from .operations import Operations
-from .service import Service
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 _STOP_SECONDS = 20.0
 
 
-async def serve(socket: str = SOCKET, idle: float = IDLE_SECONDS, acting: Any = Operations) -> int:
+async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
-    bus = await SystemBus.connect(socket)
-    operations = acting(bus)
-    await operations.reconcile()
-    service = Service(bus, operations, idle)
-    bus.on_call = service.receive
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.idle.set)
+    connection = await bus.SystemBus.connect(socket)
+    acts = acting(connection)
+    await acts.reconcile()
+    serving = service.Service(connection, acts, idle)
+    connection.on_call = serving.receive
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.idle.set)
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
-    if await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u") != [1]:
-        logging.error("%s has another owner", BUS_NAME)
-        return 1
-    await asyncio.wait({asyncio.create_task(service.idle.wait()), bus.reading}, return_when="FIRST_COMPLETED")
-    if bus.reading.done():
-        logging.error("lost the bus: %a", str(bus.reading.exception()))
-        return 1
+    if await connection.call(bus.DAEMON, "RequestName", "su", [contract.BUS_NAME, 4], "u") != [1]:
+        raise contract.Failed(f"{contract.BUS_NAME} has another owner")
+    await asyncio.wait({asyncio.create_task(serving.idle.wait()), connection.reading}, return_when="FIRST_COMPLETED")
     # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
-    await bus.daemon("ReleaseName", BUS_NAME, answer="u")
-    if service.tasks:
-        await asyncio.wait(service.tasks, timeout=_STOP_SECONDS)
+    await connection.daemon("ReleaseName", contract.BUS_NAME, answer="u")
+    if serving.tasks:
+        await asyncio.wait(serving.tasks, timeout=_STOP_SECONDS)
     # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
-    await operations.reconcile()
-    await bus.close()
+    await acts.reconcile()
+    await connection.close()
     return 0
 
 
@@ -58,7 +49,7 @@ def main() -> int:
             return 0
         privileges.drop()
         return asyncio.run(serve())
-    except (Refusal, CallFailed, OSError) as err:
+    except (contract.Refusal, contract.CallFailed, OSError) as err:
         logging.critical("cannot serve: %a", str(err))
         return 1
 

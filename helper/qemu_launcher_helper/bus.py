@@ -19,6 +19,7 @@ import asyncio
 import io
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
@@ -28,11 +29,11 @@ from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant as Variant  # noqa: PLC0414  for all who make or read values of type v
 
-from .contract import CALL_SECONDS, JOB_SECONDS, MAX_MESSAGE_BYTES
-from .errors import CallFailed
+from .contract import CALL_SECONDS, JOB_SECONDS, MAX_MESSAGE_BYTES, CallFailed
 
 SOCKET = "/run/dbus/system_bus_socket"
 INTERACTIVE = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+Body = list[Any]
 Peer = tuple[str, str, str]  # bus name, object path, interface
 DAEMON: Peer = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 SYSTEMD: Peer = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
@@ -45,7 +46,7 @@ class Call(NamedTuple):
     header: Message
     data: bytes
 
-    def body(self) -> list[Any]:
+    def body(self) -> Body:
         """Parse the body; one that is not what its signature says has no values."""
         message = _parse(self.data)
         return [] if message is None else message.body
@@ -58,8 +59,8 @@ class SystemBus:
         self.on_call: Callable[[Call], None] = lambda _: None
         self._reader, self._writer = reader, writer
         self._serials = itertools.cycle(range(1, 2**32))
-        self._waiting: dict[int, tuple[str, asyncio.Future[Message | None]]] = {}
-        self._listening: list[tuple[str, str, asyncio.Queue[list[Any]]]] = []
+        self._waiting: dict[int, asyncio.Future[Message | None]] = {}
+        self._listening: defaultdict[tuple[str, str], list[asyncio.Queue[Body]]] = defaultdict(list)
         self.reading = asyncio.create_task(self._read_forever())
 
     @classmethod
@@ -81,22 +82,20 @@ class SystemBus:
         self._writer.close()
         await self._writer.wait_closed()
 
-    async def call(
-        self, to: Peer, member: str, signature: str, body: list[Any], answer: str, seconds: float = CALL_SECONDS
-    ) -> list[Any]:
-        """Call, wait at most `seconds` for the reply, return its body, which has the signature `answer`.
+    async def call(self, to: Peer, member: str, form: str, body: Body, answer: str, wait: float = CALL_SECONDS) -> Body:
+        """Call with a body of signature `form`, wait at most `wait` seconds, return the reply's, of signature `answer`.
 
         Raises CallFailed for an error, for silence, for a lost bus, and for another signature.
         """
         future: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
-        serial = self._send(Message(*to, member, signature=signature, body=body))
-        self._waiting[serial] = (to[0], future)
+        serial = self._send(Message(*to, member, signature=form, body=body))
+        self._waiting[serial] = future
         try:
-            await asyncio.wait({future, self.reading}, timeout=seconds, return_when="FIRST_COMPLETED")
+            await asyncio.wait({future, self.reading}, timeout=wait, return_when="FIRST_COMPLETED")
         finally:
-            del self._waiting[serial]
+            self._waiting.pop(serial, None)
         if not future.done():
-            raise CallFailed("lost" if self.reading.done() else "timeout", f"no answer to {member}")
+            raise CallFailed("lost the bus" if self.reading.done() else "timeout", f"no answer to {member}")
         reply = future.result()
         if reply is not None and reply.message_type is MessageType.ERROR:
             raise CallFailed(str(reply.error_name), str(reply.body[0]) if reply.body else "")
@@ -104,7 +103,7 @@ class SystemBus:
             raise CallFailed("unexpected", f"the answer to {member} is malformed")
         return list(reply.body)
 
-    async def daemon(self, member: str, *strings: str, answer: str = "") -> list[Any]:
+    async def daemon(self, member: str, *strings: str, answer: str = "") -> Body:
         """Call the bus itself, with strings."""
         return await self.call(DAEMON, member, "s" * len(strings), list(strings), answer)
 
@@ -119,10 +118,10 @@ class SystemBus:
                 while await changes.get() != [name, name, ""]:
                     pass
 
-    async def start_unit(self, name: str, properties: list[Any]) -> str:
-        """Have systemd start a transient unit; wait for that job; return its result ("done", ...), or "timeout".
+    async def start_unit(self, name: str, properties: Body) -> None:
+        """Have systemd start a transient unit, and wait, at most JOB_SECONDS, until it is done with that job.
 
-        Raises CallFailed when systemd does not take the job; the wait for its end is at most JOB_SECONDS.
+        Raises CallFailed when systemd does not take the job. What came of it is for the caller to see, in /proc.
         """
         # Its unique name, of this moment (a re-executed systemd has a new one): whoever else sends signals is not it.
         [owner] = await self.daemon("GetNameOwner", SYSTEMD[0], answer="s")
@@ -135,27 +134,24 @@ class SystemBus:
             [job] = await self.call(systemd, "StartTransientUnit", "ssa(sv)a(sa(sv))", body, "o")
             with suppress(TimeoutError):
                 async with asyncio.timeout(JOB_SECONDS):
-                    while True:
-                        _, path, _, result = await ended.get()
-                        if path == job:
-                            return str(result)
-        return "timeout"
+                    while (await ended.get())[1] != job:
+                        pass
 
     @asynccontextmanager
-    async def _signals(self, of: Peer, member: str, more: str = "") -> AsyncIterator[asyncio.Queue[list[Any]]]:
+    async def _signals(self, of: Peer, member: str, more: str = "") -> AsyncIterator[asyncio.Queue[Body]]:
         """Collect, during the block, the bodies of the signals `member`; `more` restricts the match rule."""
         sender, path, interface = of
         rule = f"type='signal',sender='{sender}',path='{path}',interface='{interface}',member='{member}'{more}"
-        listener = sender, member, asyncio.Queue[list[Any]]()
-        self._listening.append(listener)
+        queues, queue = self._listening[sender, member], asyncio.Queue[Body]()
+        queues.append(queue)
         try:
             await self.daemon("AddMatch", rule)
-            yield listener[2]
+            yield queue
         finally:
-            self._listening.remove(listener)
+            queues.remove(queue)
             self.tell(DAEMON, "RemoveMatch", rule)
 
-    def reply(self, call: Call, signature: str, body: list[Any], error: str | None = None) -> None:
+    def reply(self, call: Call, signature: str, body: Body, error: str | None = None) -> None:
         """Send the result, or an error of that name; unless the caller wants neither."""
         if not call.header.flags & MessageFlag.NO_REPLY_EXPECTED:
             answer = Message.new_error(call.header, error, "") if error else Message.new_method_return(call.header)
@@ -171,9 +167,14 @@ class SystemBus:
         while True:
             data = await self._receive()
             # With a body of no length, the parser reads the header and nothing of the body.
-            message = _parse(data[:4] + bytes(4) + data[8:])
-            if message is not None and isinstance(message.sender, str):
-                self._dispatch(message, data)
+            match _parse(data[:4] + bytes(4) + data[8:]):
+                case Message(sender=str(), message_type=MessageType.METHOD_CALL) as call:
+                    self.on_call(Call(call, data))
+                case Message(sender=str() as sender, message_type=MessageType.SIGNAL) as signal:
+                    for queue in self._listening.get((sender, signal.member), ()):
+                        queue.put_nowait(Call(signal, data).body())
+                case Message(sender=str(), reply_serial=int() as serial) if waiting := self._waiting.pop(serial, None):
+                    waiting.set_result(_parse(data))  # that it is from whom we called, the bus sees to
             await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
 
     async def _receive(self) -> bytes:
@@ -189,20 +190,6 @@ class SystemBus:
         for start in range(0, length, MAX_MESSAGE_BYTES):
             await self._reader.readexactly(min(MAX_MESSAGE_BYTES, length - start))
         return b""
-
-    def _dispatch(self, message: Message, data: bytes) -> None:
-        if message.message_type is MessageType.METHOD_CALL:
-            self.on_call(Call(message, data))
-        elif message.message_type is MessageType.SIGNAL:
-            for sender, member, queue in self._listening:
-                if (message.sender, message.member) == (sender, member):
-                    queue.put_nowait(Call(message, data).body())
-        elif isinstance(message.reply_serial, int) and message.reply_serial in self._waiting:
-            destination, future = self._waiting[message.reply_serial]
-            # The bus lets nobody reply but the one we called; where we know his unique name, we look ourselves.
-            known = destination == DAEMON[0] or destination.startswith(":")
-            if not future.done() and (not known or message.sender == destination):
-                future.set_result(_parse(data))
 
 
 def _parse(data: bytes) -> Message | None:

@@ -1,26 +1,46 @@
-"""What exists on the wire, and every limit that does not depend on the user. Plain data.
+"""The wire: what exists on it, what may be asked, what is refused, and every limit that does not depend on the user.
 
 dbus/org.qemulauncher.Helper1.xml is authoritative; tests/contract compares this table with it, with the launcher's
 own copy, with polkit's actions and with the bus policy.
+
+Pure. `parse` turns wire values into checked keyword arguments, once; everything further in works on these. The types
+are right already: `bus` has parsed the bytes by the signature in the table, and by no other. Their number may not be,
+as a body can be empty whatever its signature.
+
+    Exception
+    |-- Refusal                 the caller gets `wire_name` and str(error), nothing more
+    |   |-- NotAuthorized       polkit, or the caller's identity, says no
+    |   |-- TargetRefused       the process or thread is not the caller's to tune
+    |   |-- LimitExceeded       more than this user may have
+    |   |-- Conflict            somebody else holds it
+    |   |-- Unsupported         this host cannot do it
+    |   |-- Failed              our fault, or the administrator's; the journal knows more
+    |   |-- InvalidArguments    shape or range of a wire value
+    |   `-- UnknownMethod       not in the table, so it does not exist
+    `-- CallFailed              a D-Bus call of ours failed; never goes on the wire as it is
+
+Texts of refusals are complete sentences for the user without the full stop, made of fixed words, numbers and
+validated names; never of anything a client sent unchecked.
 """
 
+import itertools
 import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, NamedTuple
 
 VERSION = "0.1.0"
 BUS_NAME = INTERFACE = "org.qemulauncher.Helper1"
 OBJECT_PATH = "/org/qemulauncher/Helper1"
 
-SET_MEMLOCK = "org.qemulauncher.set-memlock"
-PIN_THREADS = "org.qemulauncher.pin-threads"
-SET_SCHEDULER = "org.qemulauncher.set-scheduler"
 MANAGE_OTHERS = "org.qemulauncher.manage-others"
 
 # By member: signature of the arguments, signature of the answer, polkit action (None: needs none), and the method of
 # operations.Operation that serves it. MANAGE_OTHERS is asked only about requests that reach beyond one's own VMs.
 METHODS = {
-    "SetMemlock": ("ust", "t", SET_MEMLOCK, "set_memlock"),
-    "PinThreads": ("usa(uaub)au", "", PIN_THREADS, "pin_threads"),
-    "SetScheduler": ("usausu", "", SET_SCHEDULER, "set_scheduler"),
+    "SetMemlock": ("ust", "t", "org.qemulauncher.set-memlock", "set_memlock"),
+    "PinThreads": ("usa(uaub)au", "", "org.qemulauncher.pin-threads", "pin_threads"),
+    "SetScheduler": ("usausu", "", "org.qemulauncher.set-scheduler", "set_scheduler"),
     "Release": ("us", "", MANAGE_OTHERS, "release"),
     "ListVms": ("b", "a(susutss)", MANAGE_OTHERS, "list_vms"),
     "GetLimits": ("", "a{sv}", None, "get_limits"),
@@ -48,8 +68,6 @@ MIN_PID, MAX_PID = 2, 2**22
 MAX_TIDS = 1024
 # Highest CPU number + 1: NR_CPUS of x86-64 with MAXSMP.
 MAX_CPUS = 8192
-# A user's VMs may not be more than this, whatever helper.toml says; the records are read at every call.
-MAX_VMS = 1024
 
 # Largest message that is parsed at all; see bus.py. The largest sensible PinThreads fits three times.
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -69,3 +87,157 @@ CALL_SECONDS = 25.0
 JOB_SECONDS = 60.0
 # Long enough to serve a whole launch with one process, short enough that nothing of root's stays around.
 IDLE_SECONDS = 15.0
+
+
+class Refusal(Exception):  # noqa: N818  a refusal is the helper working, not an error of it
+    """The caller does not get what he asked for."""
+
+    wire_name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.wire_name = vars(cls).get("wire_name", f"org.qemulauncher.Error.{cls.__name__}")
+
+
+class NotAuthorized(Refusal):
+    """org.qemulauncher.Error.NotAuthorized."""
+
+
+class TargetRefused(Refusal):
+    """org.qemulauncher.Error.TargetRefused."""
+
+
+class LimitExceeded(Refusal):
+    """org.qemulauncher.Error.LimitExceeded."""
+
+
+class Conflict(Refusal):
+    """org.qemulauncher.Error.Conflict."""
+
+
+class Unsupported(Refusal):
+    """org.qemulauncher.Error.Unsupported."""
+
+
+class Failed(Refusal):
+    """org.qemulauncher.Error.Failed."""
+
+
+class InvalidArguments(Refusal):
+    """The bus's own name for this, so that every D-Bus tool knows it."""
+
+    wire_name = "org.freedesktop.DBus.Error.InvalidArgs"
+
+
+class UnknownMethod(Refusal):
+    """The bus's own name for this."""
+
+    wire_name = "org.freedesktop.DBus.Error.UnknownMethod"
+
+
+class CallFailed(Exception):  # noqa: N818  it names what happened to the call
+    """A D-Bus call that the helper made came back as an error, as nonsense, or not at all.
+
+    `name` is the D-Bus error name, or "timeout", "lost the bus", "unexpected". `text` may hold foreign words.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name, self.text = name, text
+
+
+class Caller(NamedTuple):
+    """Who sent a call, as the bus says: unique name, uid, pid, and the uid's name (or "uid 1000" if it has none)."""
+
+    sender: str
+    uid: int
+    pid: int
+    user: str
+
+
+class Pin(NamedTuple):
+    """One thread, the host CPUs it may use (at least one), and whether these are to be its VM's alone."""
+
+    tid: int
+    cpus: frozenset[int]
+    shielded: bool
+
+
+def parse(member: str, body: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments, by name, of a call of `member`, whose body was parsed by the signature in METHODS.
+
+    They are those of the method of operations.Operation that METHODS names. Units and ranges: bytes, 1 to INFINITY,
+    which asks for as much as the caller may have; 1 to MAX_TIDS pins or tids, each thread once; others: empty means
+    all CPUs that nobody shields; priority: 1 to MAX_PRIORITY for fifo and rr, 0 for the other policies.
+
+    Raises InvalidArguments for a wrong number, shape or range, TargetRefused for a PID or TID that no VM can have.
+    """
+    with suppress(TypeError, ValueError):  # of values that no codec would give
+        match member, body:
+            case "SetMemlock", [pid, vm, amount]:
+                return {"pid": _task(pid), "vm": _vm(vm), "bytes": _within(amount, "number of bytes", 1, INFINITY)}
+            case "PinThreads", [pid, vm, pins, others]:
+                return {"pid": _task(pid), "vm": _vm(vm), "pins": _pins(pins), "others": _cpus(others)}
+            case "SetScheduler", [pid, vm, tids, policy, priority] if policy in POLICIES:
+                levels = (1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)
+                _within(priority, f"priority of policy {policy}", *levels)
+                return {"pid": _task(pid), "vm": _vm(vm), "tids": _tids(tids), "policy": policy, "priority": priority}
+            case "Release", [uid, vm]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
+                return {"uid": _within(uid, "uid", 0, 2**32 - 2), "vm": _vm(vm)}
+            case "ListVms", [bool() as everybody]:
+                return {"everybody": everybody}
+            case "GetLimits", []:
+                return {}
+    raise InvalidArguments(f"The arguments are not among those that {member} takes")
+
+
+def _within(value: int, what: str, lowest: int, highest: int, refusal: type[Refusal] = InvalidArguments) -> int:
+    if not lowest <= value <= highest:
+        raise refusal(f"The {what} is not from {lowest} to {highest}")
+    return value
+
+
+def _task(value: int) -> int:
+    return _within(value, "number of a process or thread", MIN_PID, MAX_PID, TargetRefused)
+
+
+def _tids(values: list[int]) -> tuple[int, ...]:
+    if not 1 <= len(values) == len(set(values)) <= MAX_TIDS:
+        raise InvalidArguments(f"The threads are not 1 to {MAX_TIDS}, each named once")
+    return tuple(map(_task, values))
+
+
+def _pins(values: list[Any]) -> tuple[Pin, ...]:
+    _tids([tid for tid, _, _ in values])
+    if not all(cpus for _, cpus, _ in values):
+        raise InvalidArguments("A pin has no CPU")
+    return tuple(Pin(tid, _cpus(cpus), shielded) for tid, cpus, shielded in values)
+
+
+def _cpus(values: list[int]) -> frozenset[int]:
+    return frozenset(_within(cpu, "number of a CPU", 0, MAX_CPUS - 1) for cpu in values)
+
+
+def _vm(value: str) -> str:
+    if not VM_NAME.fullmatch(value):
+        raise InvalidArguments("The VM's name is not 1 to 48 of A-Z a-z 0-9 _ -, beginning with a letter or digit")
+    return value
+
+
+# "List format" in cpuset(7): "0-3,8".
+_CPULIST = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
+
+
+def parse_cpulist(text: str) -> frozenset[int]:
+    """Return the CPUs that `text` names; an empty or blank text is the empty set."""
+    ranges = [(int(first), int(last or first)) for first, last in re.findall(r"([0-9]+)-?([0-9]*)", text)]
+    if not _CPULIST.fullmatch(text.strip()) or any(first > last for first, last in ranges):
+        raise ValueError(f"not a cpulist: {text!r}")
+    return frozenset(cpu for first, last in ranges for cpu in range(first, last + 1))
+
+
+def cpulist(cpus: Iterable[int]) -> str:
+    """Return `cpus` in cpulist notation, ascending; the empty set is the empty string."""
+    # Within a run of successive CPUs, number less place is always the same.
+    groups = itertools.groupby(enumerate(sorted(cpus)), lambda pair: pair[1] - pair[0])
+    runs = [[cpu for _, cpu in group] for _, group in groups]
+    return ",".join(f"{run[0]}-{run[-1]}" if run[1:] else f"{run[0]}" for run in runs)

@@ -19,17 +19,15 @@ import os
 import pwd
 import re
 import stat
-import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .contract import INFINITY, MAX_CPUS, MAX_PRIORITY, MAX_VMS, POLICIES, REALTIME_POLICIES
-from .cpulist import format_cpulist, parse_cpulist
-from .errors import Conflict, Failed, InvalidArguments, LimitExceeded, TargetRefused, Unsupported
+from . import contract
+from .contract import Conflict, Failed, InvalidArguments, LimitExceeded, TargetRefused, cpulist, parse_cpulist
 from .records import Record
 
 PATH = "/etc/qemu-launcher/helper.toml"
@@ -39,10 +37,13 @@ CPU = Path("/sys/devices/system/cpu")
 # What always stays unlockable for the host, all users together.
 HOST_BYTES = 2 << 30
 HOST_SHARE = 10  # percent of MemTotal
+Cpus = frozenset[int]
 # The host's cores, lowest first; each is the set of its online SMT siblings.
-Cores = Sequence[frozenset[int]]
+Cores = Sequence[Cpus]
 # The CPUs of each thread of a VM that is pinned inside its shield, as the kernel has them.
-Shielded = Mapping[int, frozenset[int]]
+Shielded = Mapping[int, Cpus]
+# What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
+OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
 # What may appear in a polkit dialog and in a log line: no markup, no second line, no terminal escape can be made of it.
 _PLAIN = re.compile(r"[A-Za-z0-9 ,._-]{1,64}")
@@ -61,7 +62,7 @@ class Limits(NamedTuple):
     max_cpus: int | None = None
     max_vms: int = 8
     memlock: int | None = None
-    policies: frozenset[str] = frozenset(POLICIES)
+    policies: frozenset[str] = frozenset(contract.POLICIES)
     max_priority: int = 10
     realtime: str = "shielded"
     source: str = "the built-in defaults"
@@ -85,8 +86,8 @@ class Settings(NamedTuple):
             user = pwd.getpwuid(uid)
             name, gids = user.pw_name, os.getgrouplist(user.pw_name, user.pw_gid)
         for entry in self.entries:
-            everybody = not entry.users and not entry.groups
-            if everybody or name in entry.users or any(_gid(group) in gids for group in entry.groups):
+            anybody = not entry.users and not entry.groups
+            if anybody or name in entry.users or any(_gid(group) in gids for group in entry.groups):
                 return entry
         return Limits()
 
@@ -105,77 +106,61 @@ def user_name(uid: int) -> str:
     return name if _PLAIN.fullmatch(name) else f"uid {uid}"
 
 
-def load() -> Settings:
-    """Return the settings as the file has them now. Raises Failed while it is broken or unsafe."""
+def load(path: str | None = None) -> Settings:
+    """Return the settings as the file has them now; Failed while it is broken or unsafe, as no half of it counts."""
+    path = path or PATH
     try:
-        return read(PATH)
+        # O_NONBLOCK: a FIFO in this place must not hold the helper up before it is refused.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            mode, uid, size = (info := os.fstat(file.fileno())).st_mode, info.st_uid, info.st_size
+            if not stat.S_ISREG(mode) or uid != 0 or mode & (stat.S_IWGRP | stat.S_IWOTH) or size > MAX_FILE_BYTES:
+                raise ValueError("not a regular file, of at most 64 KiB, that root alone can write")
+            document = tomllib.load(file)
+        tables = [(f"[[limits]] entry {number}", table) for number, table in enumerate(document.pop("limits", []), 1)]
+        entries = [Limits(source=f"{path}, {place}", **_values(table, Limits, place)) for place, table in tables]
+        if not all(entry.users or entry.groups for entry in entries[:-1]):
+            raise ValueError("only the last [[limits]] entry may be without users and groups")
+        return Settings(entries=tuple(entries), **_values(document, Settings, "top level"))
     except FileNotFoundError:
         return Settings()
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
-        logging.critical("no service, %s: %a", PATH, str(err))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:  # the last: quite another shape
+        logging.critical("no service, %s: %a", path, str(err))
         raise Failed("The helper's configuration is broken; journalctl -u qemu-launcher-helper says where") from err
 
 
-def read(path: str) -> Settings:
-    """Read and check the file. Settings that are half understood are never returned.
-
-    Raises OSError; ValueError that says which key; or what Python says of a document of quite another shape.
-    """
-    # O_NONBLOCK: a FIFO in this place must not hold the helper up before it is refused.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError("not a regular file that root alone can write")
-        text = file.read(MAX_FILE_BYTES)
-    if len(text) == MAX_FILE_BYTES:
-        raise ValueError("too large")
-    document = tomllib.loads(text.decode())
-    entries = []
-    for number, table in enumerate(document.pop("limits", []), 1):
-        place = f"[[limits]] entry {number}"
-        entries.append(Limits(source=f"{path}, {place}", **_values(table, _ENTRY, place)))
-    if not all(entry.users or entry.groups for entry in entries[:-1]):
-        raise ValueError("only the last [[limits]] entry may be without users and groups")
-    return Settings(entries=tuple(entries), **_values(document, _TOP_LEVEL, "top level"))
-
-
-# What a key may hold: a number up to the given one, a text of the given form, or a list, not empty, of such texts.
-_TOP_LEVEL: dict[str, Any] = {
-    "comm": (r"[A-Za-z0-9 ._*?-]{1,64}",),
-    "services": (r"[A-Za-z0-9:_.@-]{1,200}\.service",),
-}
-_ENTRY: dict[str, Any] = {
-    "users": (r"[^\s:,]{1,64}",),
-    "groups": (r"[^\s:,]{1,64}",),
-    "cpus": r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*",
-    "max_cpus": MAX_CPUS,
-    "max_vms": MAX_VMS,
-    "memlock": r"infinity|[1-9][0-9]{0,5}[KMGT]",
-    "policies": ("|".join(POLICIES),),
-    "max_priority": MAX_PRIORITY,
-    "realtime": "shielded|anywhere",
+# By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts.
+_FORMS: dict[str, tuple[type, str]] = {
+    "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}"),
+    "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service"),
+    "users": (list, r"[^\s:,]{1,64}"),
+    "groups": (list, r"[^\s:,]{1,64}"),
+    "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"),
+    "max_cpus": (int, r"[0-9]{1,4}"),
+    "max_vms": (int, r"[0-9]{1,3}"),  # not more: the records are read at every call
+    "memlock": (str, r"infinity|[1-9][0-9]{0,5}[KMGT]"),
+    "policies": (list, "|".join(contract.POLICIES)),
+    "max_priority": (int, r"[0-9]{1,2}"),
+    "realtime": (str, r"shielded|anywhere"),
 }
 
 
 def _bytes(text: str) -> int:
-    return INFINITY if text == "infinity" else int(text[:-1]) << 10 * ("KMGT".index(text[-1]) + 1)
+    return contract.INFINITY if text == "infinity" else int(text[:-1]) << 10 * ("KMGT".index(text[-1]) + 1)
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {"cpus": parse_cpulist, "memlock": _bytes, "policies": frozenset}
 
 
-def _values(table: Mapping[str, Any], schema: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _values(table: Mapping[str, Any], of: type[Limits | Settings], place: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
-        match schema.get(key), value:
-            case int() as most, int() if type(value) is int and 0 <= value <= most:  # a bool is an int to match
-                values[key] = value
-            case str() as form, str() if re.fullmatch(form, value):
-                values[key] = _CONVERT.get(key, str)(value)
-            case (str() as form,), [_, *_] if all(isinstance(item, str) and re.fullmatch(form, item) for item in value):
-                values[key] = _CONVERT.get(key, tuple)(value)
-            case _:
-                raise ValueError(f"{place}: key {key} does not exist, or cannot be {value!r}")
+        kind, form = _FORMS[key] if key in _FORMS and key in of._fields else (type(None), "")
+        items, each = (value, str) if kind is list else ([value], kind)
+        # type(), as to isinstance a bool is an int
+        known = type(value) is kind and items and all(type(x) is each and re.fullmatch(form, str(x)) for x in items)
+        if not known:
+            raise ValueError(f"{place}: key {key} does not exist, or cannot be {value!r}")
+        values[key] = _CONVERT.get(key, tuple if kind is list else kind)(value)
     return values
 
 
@@ -201,16 +186,7 @@ def free_for(limits: Limits, cores: Cores, records: Iterable[Record]) -> frozens
     return union(free)
 
 
-def check_count(uid: int, limits: Limits, records: Iterable[Record]) -> None:
-    """Refuse (LimitExceeded) a new VM that would be one more than its owner may have."""
-    count = sum(record.uid == uid for record in records)
-    if count >= limits.max_vms:
-        raise LimitExceeded(f"You have {count} VMs, and may have {limits.max_vms} ({limits.source})")
-
-
-def check_cpus(
-    claim: Record, emulator: frozenset[int], limits: Limits, cores: Cores, records: Iterable[Record]
-) -> Record:
+def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, records: Iterable[Record]) -> Record:
     """Return what a VM gets that asks for claim.shielded, claim.pinned, and `emulator` for its other threads.
 
     That is `claim`, shielded in whole cores. Raises InvalidArguments, LimitExceeded or Conflict when it may not be.
@@ -219,27 +195,24 @@ def check_cpus(
     shared = claim.pinned | emulator
     shield = union(core for core in cores if core & claim.shielded)
     if missing := (claim.shielded | shared) - union(cores):
-        raise InvalidArguments(f"CPUs {format_cpulist(missing)} do not exist or are offline")
+        raise InvalidArguments(f"CPUs {cpulist(missing)} do not exist or are offline")
     if overlap := shield & shared:
-        raise InvalidArguments(f"CPUs {format_cpulist(overlap)} are asked for both shielded and shared")
-    free = f"free for you: {format_cpulist(free_for(limits, cores, others)) or 'none'}"
-    if limits.cpus is not None and (outside := (shield | shared) - limits.cpus):
-        own = f"{format_cpulist(limits.cpus)} ({limits.source})"
-        raise LimitExceeded(f"CPUs {format_cpulist(outside)} are not among yours, {own}; {free}")
+        raise InvalidArguments(f"CPUs {cpulist(overlap)} are asked for both shielded and shared")
+    free = f"; free for you: {cpulist(free_for(limits, cores, others)) or 'none'}"
+    if limits.cpus is not None and (alien := (shield | shared) - limits.cpus):
+        raise LimitExceeded(f"CPUs {cpulist(alien)} are not among your {cpulist(limits.cpus)} ({limits.source}){free}")
     used = shield.union(*(record.cpus for record in (claim, *others) if record.uid == claim.uid))
     if limits.max_cpus is not None and len(used) > limits.max_cpus:
-        count = f"{len(used)}, and you may have {limits.max_cpus} at once ({limits.source})"
-        raise LimitExceeded(f"CPUs {format_cpulist(used)} of all your VMs are {count}")
+        raise LimitExceeded(f"Your VMs would hold {len(used)} CPUs, and may hold {limits.max_cpus} ({limits.source})")
     live = [record for record in others if not record.stray]
     for record in live:
         if overlap := shield & record.cpus | shared & record.shielded:
-            since = time.strftime("%H:%M", time.localtime(record.since))
-            holder = f"VM {record.vm} of {user_name(record.uid)} since {since}"
-            raise Conflict(f"CPUs {format_cpulist(overlap)} are held by {holder}; {free}")
+            holder = f"VM {record.vm} of {user_name(record.uid)} since {datetime.fromtimestamp(record.since):%H:%M}"  # noqa: DTZ006  local
+            raise Conflict(f"CPUs {cpulist(overlap)} are held by {holder}{free}")
     gone = shield.union(*(record.shielded for record in live))
     if shield and all(core & gone for core in cores):
-        raise LimitExceeded(f"CPUs {format_cpulist(gone)}: at least one whole core must stay with the host; {free}")
-    return replace(claim, shielded=shield)
+        raise LimitExceeded(f"CPUs {cpulist(gone)}: at least one whole core must stay with the host{free}")
+    return claim._replace(shielded=shield)
 
 
 def lockable_bytes() -> int:
@@ -253,7 +226,7 @@ def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Rec
 
     LimitExceeded when nothing is left. `lockable`: lockable_bytes().
     """
-    if limits.memlock == INFINITY:
+    if limits.memlock == contract.INFINITY:
         return asked
     others = [record for record in records if record.key != own.key]
     held = sum(record.memlock for record in others if record.uid == own.uid)
@@ -265,29 +238,27 @@ def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Rec
     return min(asked, left)
 
 
-def check_policy(
-    tids: Iterable[int], policy: str, priority: int, limits: Limits, shielded: Shielded, rest: set[int]
-) -> None:
-    """Refuse (LimitExceeded, TargetRefused, Unsupported) what this caller may not set for threads `tids`.
+def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int], shielded: Shielded) -> None:
+    """Refuse (LimitExceeded, TargetRefused, Unsupported) a policy and priority that this caller may not set.
 
-    `rest`: the VM's other threads that have real time already.
+    `tids`: all threads of the VM that would then have real time.
     """
     if policy not in limits.policies:
         allowed = ", ".join(sorted(limits.policies))
         raise LimitExceeded(f"Policy {policy} is not among yours, {allowed} ({limits.source})")
     if priority > limits.max_priority:
         raise LimitExceeded(f"Priority {priority} is above yours, {limits.max_priority} ({limits.source})")
-    if policy in REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:
-        raise Unsupported("Real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread")
-    if policy not in REALTIME_POLICIES or limits.realtime == "anywhere":
+    if policy in contract.REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:
+        raise contract.Unsupported(
+            "Real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread"
+        )
+    if policy not in contract.REALTIME_POLICIES or limits.realtime == "anywhere":
         return
-    used = {cpu for tid in rest for cpu in shielded.get(tid, ())}
-    for tid in tids:
-        cpus = shielded.get(tid, frozenset())
-        if len(cpus) != 1:
-            raise TargetRefused(f"Real time needs thread {tid} to be pinned to one shielded CPU of its own")
-        if cpus & used:
-            raise TargetRefused(f"Real time for two threads on CPU {min(cpus)} would hang the guest")
-        if 0 in cpus:
-            raise LimitExceeded(f'Real time on CPU 0 needs realtime = "anywhere" ({limits.source})')
-        used |= cpus
+    places = [shielded.get(tid, frozenset()) for tid in tids]
+    used = union(places)
+    if any(len(cpus) != 1 for cpus in places):
+        raise TargetRefused("Real time needs every thread to be pinned to one shielded CPU of its own")
+    if len(used) < len(places):
+        raise TargetRefused("Real time for two threads on one CPU would hang the guest")
+    if 0 in used:
+        raise LimitExceeded(f'Real time on CPU 0 needs realtime = "anywhere" ({limits.source})')

@@ -12,22 +12,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
 from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_RTTIME
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import limits
-from .arguments import Caller, Pin
+from . import contract, limits
 from .bus import SYSTEMD, SystemBus, Variant
-from .contract import INFINITY, METHODS, REALTIME_POLICIES, SCOPE, VERSION
-from .cpulist import format_cpulist
+from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported, cpulist
 from .cpuset.partition import CGROUP
-from .errors import CallFailed, Conflict, Failed, TargetRefused, Unsupported
 from .limits import Limits, Settings, Shielded
 from .records import Reconciler, Record
 from .target import Target
-
-_HELPER_UNIT = "qemu-launcher-helper.service"
 
 
 class Operations:
@@ -44,22 +38,22 @@ class Operations:
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
 
-        `member` is one of METHODS, `arguments` are what arguments.parse made of its body. Raises Refusal; when an act
-        of it has failed, no grant of the VM is left, or if it was a repeated call, those that hold as before.
+        `member` is one of METHODS, `arguments` are what contract.parse made of its body. Raises Refusal; when an act of
+        it has failed, no grant of the VM is left, or if it was a repeated call, those that hold as before.
         """
         try:
             async with self._lock:
                 live, own = self._reconciler.run(), settings.limits_for(caller.uid)
                 operation = Operation(caller, settings, own, live, self._reconciler, self._bus)
-                return list(await getattr(operation, METHODS[member][3])(**arguments))
+                answer = await getattr(operation, contract.METHODS[member][3])(**arguments)
+                return [] if answer is None else [answer]
         except ProcessLookupError as err:
             raise TargetRefused("The VM, or one of its threads, has ended meanwhile") from err
         except OSError as err:
             raise Failed(f"The kernel refused a step of {member}: error {err.errno}") from err
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """One authorised call: whose, within which limits, beside which live VMs. A method per member of the contract."""
 
     caller: Caller
@@ -69,18 +63,17 @@ class Operation:
     reconciler: Reconciler
     bus: SystemBus
 
-    async def set_memlock(self, pid: int, vm: str, bytes: int) -> list[Any]:  # noqa: A002  the wire's word
+    async def set_memlock(self, pid: int, vm: str, bytes: int) -> int:  # noqa: A002  the wire's word
         """Raise the target's RLIMIT_MEMLOCK to as much of `bytes` as the caller may have; return that."""
         with Target(pid) as target:
             record = self._record_of(target, vm)
             granted = limits.grant_memlock(bytes, record, self.limits, self.live, limits.lockable_bytes())
             before = record.memlock_before or target.rlimit(RLIMIT_MEMLOCK)
-            async with self._granting(target, replace(record, memlock=granted, memlock_before=before)):
-                limit = RLIM_INFINITY if granted == INFINITY else granted
-                target.rlimit(RLIMIT_MEMLOCK, (limit, limit))
-        return [granted]
+            async with self._granting(target, record._replace(memlock=granted, memlock_before=before)):
+                target.rlimit(RLIMIT_MEMLOCK, (RLIM_INFINITY if granted == contract.INFINITY else granted,) * 2)
+        return granted
 
-    async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> list[Any]:
+    async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> None:
         """Put every thread of the target where the map wants it."""
         mechanism = self.reconciler.mechanism
         if lacking := mechanism.lacks():
@@ -88,9 +81,10 @@ class Operation:
         with Target(pid) as target:
             before = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(pin.tid for pin in pins)
-            shielded = limits.union(pin.cpus for pin in pins if pin.shielded)
-            pinned = limits.union(pin.cpus for pin in pins if not pin.shielded)
-            asked = replace(before, shielded=shielded, pinned=pinned)
+            pinned, shielded = (
+                limits.union(pin.cpus for pin in pins if pin.shielded == kind) for kind in (False, True)
+            )
+            asked = before._replace(shielded=shielded, pinned=pinned)
             wanted = limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
             async with self._granting(target, wanted):
                 still = self._shielded(before) if wanted.shielded == before.shielded else {}
@@ -100,29 +94,26 @@ class Operation:
                 mechanism.apply(wanted.scope, pins, wanted.shielded, others)
                 if target.verify_threads(start_times) != start_times:
                     raise TargetRefused("A thread changed while it was pinned")
-        return []
 
-    async def set_scheduler(self, pid: int, vm: str, tids: tuple[int, ...], policy: str, priority: int) -> list[Any]:
+    async def set_scheduler(self, pid: int, vm: str, tids: tuple[int, ...], policy: str, priority: int) -> None:
         """Set policy and priority of threads of the target; while any has real time, lift its limit on that."""
         with Target(pid) as target:
             record = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(tids)
-            realtime = set(record.realtime).difference(tids)
-            limits.check_policy(tids, policy, priority, self.limits, self._shielded(record), realtime)
-            if policy in REALTIME_POLICIES:
+            shielded, realtime = self._shielded(record), set(record.realtime).difference(tids)
+            if policy in contract.REALTIME_POLICIES:
                 realtime.update(tids)
+            limits.check_policy(policy, priority, self.limits, realtime & {*tids, *shielded}, shielded)
             before = record.rttime_before or target.rlimit(RLIMIT_RTTIME)
-            granted = replace(record, realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
+            granted = record._replace(realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
             async with self._granting(target, granted):
                 # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
                 target.rlimit(RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
                 target.set_policy(start_times, policy, priority)
-        return []
 
-    async def release(self, uid: int, vm: str) -> list[Any]:
+    async def release(self, uid: int, vm: str) -> None:
         """Take all grants of a VM back; harmless when it has none."""
-        self.reconciler.run(release=(uid, vm))
-        return []
+        self.reconciler.run(release=f"{uid}-{vm}")
 
     async def list_vms(self, *, everybody: bool) -> list[Any]:
         """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
@@ -131,28 +122,27 @@ class Operation:
             if everybody or record.uid == self.caller.uid:
                 who = [record.vm, record.uid, limits.user_name(record.uid), record.pid, record.start_time]
                 how = self.reconciler.mechanism.name if record.cpus else "none"
-                rows.append([*who, format_cpulist(record.cpus), how])
-        return [rows]
+                rows.append([*who, cpulist(record.cpus), how])
+        return rows
 
-    async def get_limits(self) -> list[Any]:
+    async def get_limits(self) -> dict[str, Variant]:
         """Return what the caller may have, and who decides it."""
         own, cores, lacking = self.limits, limits.read_cores(), self.reconciler.mechanism.lacks()
         cpus = limits.union(cores) if own.cpus is None else own.cpus
-        answer = {
-            "version": Variant("s", VERSION),
+        return {
+            "version": Variant("s", contract.VERSION),
             "mechanism": Variant("s", "none" if lacking else self.reconciler.mechanism.name),
             "reason": Variant("s", lacking or "The kernel has remote cpuset partitions"),
             "limits_source": Variant("s", own.source),
-            "cpus": Variant("s", format_cpulist(cpus)),
+            "cpus": Variant("s", cpulist(cpus)),
             "max_cpus": Variant("u", len(cpus) if own.max_cpus is None else own.max_cpus),
             "max_vms": Variant("u", own.max_vms),
             "memlock": Variant("t", limits.lockable_bytes() if own.memlock is None else own.memlock),
             "policies": Variant("as", sorted(own.policies)),
             "max_priority": Variant("u", own.max_priority),
             "realtime": Variant("s", own.realtime),
-            "free_cpus": Variant("s", format_cpulist(limits.free_for(own, cores, self.live))),
+            "free_cpus": Variant("s", cpulist(limits.free_for(own, cores, self.live))),
         }
-        return [answer]
 
     def _shielded(self, record: Record) -> Shielded:
         return self.reconciler.mechanism.shielded_threads(record.scope) or {} if record.shielded else {}
@@ -164,21 +154,23 @@ class Operation:
         """Verify the target; return the VM's record, or a new one. Conflict when the VM is another live process."""
         slice_path = self._verify(target, vm, comm).rpartition("/")[0]
         for record in self.live:
-            if record.key == (self.caller.uid, vm):
+            if record.key == f"{self.caller.uid}-{vm}":
                 if (record.pid, record.start_time) != (target.pid, target.start_time):
                     raise Conflict(f"VM {vm} is running already, as process {record.pid}")
                 if record.stray:
                     raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
                 return record
-        limits.check_count(self.caller.uid, self.limits, self.live)
-        scope = f"{slice_path}/{SCOPE.format(self.caller.uid, vm)}"
+        count = sum(record.uid == self.caller.uid for record in self.live)
+        if count >= self.limits.max_vms:
+            raise LimitExceeded(f"You have {count} VMs, and may have {self.limits.max_vms} ({self.limits.source})")
+        scope = f"{slice_path}/{contract.SCOPE.format(self.caller.uid, vm)}"
         return Record(self.caller.uid, vm, target.pid, target.start_time, int(time.time()), scope)
 
     @asynccontextmanager
     async def _granting(self, target: Target, record: Record) -> AsyncIterator[None]:
         """Record, move the target into its scope, verify, let the caller act, verify again; or withdraw everything."""
         repeated = record in self.live
-        replace(record, settled=repeated).write()
+        record._replace(settled=repeated).write()
         try:
             unit = self._verify(target, record.vm)
             if unit != record.scope:
@@ -188,7 +180,7 @@ class Operation:
                 raise Failed(f"systemd did not move process {target.pid} into its scope")
             yield
             self._verify(target, record.vm)
-            replace(record, settled=True).write()
+            record._replace(settled=True).write()
         except BaseException:
             # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
             self.reconciler.run(release=None if repeated else record.key)
@@ -205,8 +197,7 @@ class Operation:
             # Without it a scope that failed (SIGKILL of QEMU) stays loaded and blocks the VM's next start.
             ["CollectMode", Variant("s", "inactive-or-failed")],
             # The helper is not resident: systemd starts it to reconcile when the scope ends.
-            ["OnSuccess", Variant("as", [_HELPER_UNIT])],
-            ["OnFailure", Variant("as", [_HELPER_UNIT])],
+            *([end, Variant("as", ["qemu-launcher-helper.service"])] for end in ("OnSuccess", "OnFailure")),
             # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
             ["Before", Variant("as", [unit])],
             # Whoever stops the scope has systemd ask the launcher first (RequestStop), which powers the guest down.
@@ -220,8 +211,7 @@ class Operation:
         try:
             await self.bus.start_unit(name, properties)
         except CallFailed as err:
-            why = "that of an earlier one is still ending" if err.name.endswith(".UnitExists") else err.name
-            raise Failed(f"systemd does not make a scope for VM {record.vm}: {why}; try again") from err
+            raise Failed(f"systemd does not make a scope for VM {record.vm}, {err.name}: try again") from err
         if not target.is_alive():
             _give_back(target.pid, record.scope)
 

@@ -8,13 +8,14 @@ What this does not do: a process with uid 0 can still ask systemd for anything o
 little code parses little input.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import prctl
 
-from .errors import Failed
+from .contract import Failed
 
 # Names and numbers of linux/capability.h. sys_nice: scheduling and affinity of the caller's threads. sys_resource:
 # prlimit(2) on the caller's process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
@@ -47,8 +48,6 @@ def drop() -> None:
     prctl.set_dumpable(0)
     # See what the kernel says: a capability that python-prctl cannot name has stayed.
     kept = sum(1 << number for number in KEPT.values())
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":\t")
-        allowed = kept if name in ("CapPrm", "CapBnd") else 0
-        if name.startswith("Cap") and int(value, 16) & ~allowed:
-            raise Failed(f"{name} is still {value}: start the helper through its systemd unit")
+    found = dict(re.findall(r"^(Cap\w+):\t(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE))
+    if any(int(value, 16) & ~(kept if name in ("CapPrm", "CapBnd") else 0) for name, value in found.items()):
+        raise Failed(f"More capabilities are left than should be, {found}: start the helper through its systemd unit")

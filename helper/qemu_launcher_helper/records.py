@@ -15,20 +15,18 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
-from typing import Any, Self
+from typing import NamedTuple
 
+from .contract import Refusal, TargetRefused
 from .cpuset.partition import Partition
-from .errors import Refusal, TargetRefused
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One VM's grants. Byte limits are (soft, hard) pairs as prlimit(2) gives them, -1 for infinity."""
 
     uid: int
@@ -47,46 +45,36 @@ class Record:
     stray: bool = False  # left its scope or lost its shield; it keeps nothing, but its CPUs still count against its uid
 
     @property
-    def key(self) -> tuple[int, str]:
-        """What names a VM on this host."""
-        return self.uid, self.vm
+    def key(self) -> str:
+        """What names a VM on this host, and its record below GRANTS."""
+        return f"{self.uid}-{self.vm}"
 
     @property
     def cpus(self) -> frozenset[int]:
         """All CPUs that its threads are pinned to, or kept for them."""
         return self.shielded | self.pinned
 
-    @property
-    def path(self) -> Path:
-        """Where the record is kept."""
-        return GRANTS / f"{self.uid}-{self.vm}"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `write` wrote; TypeError or ValueError when it is no record."""
-        raw: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(text).items()}
-        return cls(**raw | {"shielded": frozenset(raw["shielded"]), "pinned": frozenset(raw["pinned"])})
-
     def write(self) -> None:
         """Put the record on disk, whole or not at all."""
         GRANTS.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A name no VM can have: the rule for VM names has no dot.
-        temporary = self.path.with_name(f"{self.path.name}.new")
-        temporary.write_text(json.dumps(asdict(self), default=sorted))
-        temporary.replace(self.path)
+        temporary = GRANTS / f"{self.key}.new"
+        temporary.write_text(json.dumps(self._asdict(), default=sorted))
+        temporary.replace(GRANTS / self.key)
 
     def without_grants(self, *, stray: bool) -> "Record":
         """Return what is left of a live VM's record when its grants were taken back: what still counts."""
-        left = replace(self, memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
-        return left if stray else replace(left, shielded=frozenset(), pinned=frozenset())
+        left = self._replace(memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
+        return left if stray else left._replace(shielded=frozenset(), pinned=frozenset())
 
 
 def read_all() -> Iterator[Record]:
     """Yield every record. A file that is no record is reported, removed and skipped: its scope is then an orphan."""
     for path in sorted(GRANTS.glob("*")):
         try:
-            record = Record.from_json(path.read_text())
-            if record.path != path:
+            raw = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(path.read_text()).items()}
+            record = Record(**raw | {"shielded": frozenset(raw["shielded"]), "pinned": frozenset(raw["pinned"])})
+            if record.key != path.name:
                 raise ValueError("its name and its content differ")
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as err:
             logging.warning("removing %a, which is no record: %a", path.name, str(err))
@@ -98,10 +86,9 @@ def read_all() -> Iterator[Record]:
 class Reconciler:
     """Applies the records to the host. Every method is to be called under the operations' lock."""
 
-    def __init__(self) -> None:
-        self.mechanism = Partition()
+    mechanism = Partition()
 
-    def run(self, release: tuple[int, str] | None = None) -> list[Record]:
+    def run(self, release: str | None = None) -> list[Record]:
         """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
         live: list[Record] = []
         for record in list(read_all()):
@@ -111,6 +98,9 @@ class Reconciler:
         with _logged("giving CPUs back"):
             for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
                 logging.warning("withdrawing a shield without a record: %a", scope)
+                for pid in self.mechanism.processes(scope):
+                    with suppress(TargetRefused), Target(pid) as process:
+                        process.take_realtime()
                 self.mechanism.withdraw(scope)
             self.settle(live)
         return live
@@ -143,17 +133,16 @@ class Reconciler:
         with _logged("ending a scope"):
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             self.mechanism.kill(record.scope)
-        record.path.unlink(missing_ok=True)
+        (GRANTS / record.key).unlink(missing_ok=True)
         return None
 
     def _holds(self, record: Record) -> bool:
         """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
         with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-            if record.stray:
-                return True
             inside = record.settled and f"{process.cgroup()}/".startswith(f"{record.scope}/")
             # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
-            return inside and (not record.shielded or self.mechanism.shielded_threads(record.scope) is not None)
+            whole = not record.shielded or self.mechanism.shielded_threads(record.scope) is not None
+            return record.stray or (inside and whole)
         return False
 
 

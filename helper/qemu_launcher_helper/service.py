@@ -7,22 +7,21 @@ is no other way in, and no switch that leaves a step out.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-from . import contract, errors, limits
-from .arguments import Caller, parse
+from . import contract, limits
 from .bus import INTERACTIVE, Call, SystemBus, Variant
-from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS
-from .cpulist import format_cpulist
+from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, DIALOG_QUEUE, WINDOW_SECONDS, Caller
 from .operations import Operations
-from .polkit import Authority
+
+POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority")
 
 
 class Service:
@@ -33,8 +32,6 @@ class Service:
         self._authority, self._quotas = Authority(bus), Quotas()
         self.tasks: set[asyncio.Task[None]] = set()
         self._senders: Counter[str] = Counter()
-        # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
-        self._overflow_uid = int(Path("/proc/sys/kernel/overflowuid").read_text())
         self.idle, self._idle_seconds = asyncio.Event(), idle_seconds
         self._timer = asyncio.get_running_loop().call_later(idle_seconds, self.idle.set)
 
@@ -42,8 +39,8 @@ class Service:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
         sender = call.header.sender
         # Until the bus has said whose connection this is, a flood is counted by connection.
-        if self._senders[sender] > CALLS_IN_FLIGHT + contract.DIALOG_QUEUE:
-            self._refuse(call, errors.LimitExceeded("Too many calls of this connection are unanswered"))
+        if self._senders[sender] > CALLS_IN_FLIGHT + DIALOG_QUEUE:
+            self._refuse(call, contract.LimitExceeded("Too many calls of this connection are unanswered"))
             return
         self._timer.cancel()
         self._senders[sender] += 1
@@ -63,14 +60,14 @@ class Service:
         try:
             here = (header.path, header.interface) == (contract.OBJECT_PATH, contract.INTERFACE)
             if not here or member not in contract.METHODS:
-                raise errors.UnknownMethod("There is no such method")
+                raise contract.UnknownMethod("There is no such method")
             wanted, answer, action, _ = contract.METHODS[member]
             if header.signature != wanted:
-                raise errors.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
+                raise contract.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
             caller = await self._identify(header.sender)
             with self._quotas.slot(caller.uid):
                 line = f"{member} uid={caller.uid} pid={caller.pid}"
-                arguments = parse(member, call.body())
+                arguments = contract.parse(member, call.body())
                 facts = _facts(caller, arguments)
                 line += "".join(f" {name}={value}" for name, value in facts.items())
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
@@ -79,36 +76,90 @@ class Service:
                 body = await self._operations.perform(caller, limits.load(), member, arguments)
             logging.info("granted %s", line)
             self._bus.reply(call, answer, body)
-        except errors.Refusal as err:
+        except contract.Refusal as err:
             if line:  # what comes before is no denial, but noise that anybody can make
                 logging.warning("refused %s: %a", line, str(err))
             self._refuse(call, err)
         except Exception:  # noqa: BLE001  the journal gets all of it, the caller a fixed text
             logging.critical("failed %s: %a", line, traceback.format_exc())
-            self._refuse(call, errors.Failed("The helper failed; its journal says why"))
+            self._refuse(call, contract.Failed("The helper failed; its journal says why"))
 
-    def _refuse(self, call: Call, err: errors.Refusal) -> None:
+    def _refuse(self, call: Call, err: contract.Refusal) -> None:
         self._bus.reply(call, "s", [str(err)], err.wire_name)
 
     async def _identify(self, sender: str) -> Caller:
         """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess."""
-        with suppress(errors.CallFailed):
-            match await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}"):
-                case [
-                    {"UnixUserID": Variant(signature="u", value=uid), "ProcessID": Variant(signature="u", value=pid)}
-                ]:
-                    if uid not in (self._overflow_uid, 2**32 - 1) and pid > 0:
-                        return Caller(sender, uid, pid, limits.user_name(uid))
-        raise errors.NotAuthorized("The bus does not say who is calling")
+        known = list[Any]()
+        with suppress(contract.CallFailed):
+            known = await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}")
+        match known:
+            case [{"UnixUserID": Variant(signature="u", value=uid), "ProcessID": Variant(signature="u", value=pid)}]:
+                if uid not in (limits.OVERFLOW_UID, 2**32 - 1) and pid > 0:
+                    return Caller(sender, uid, pid, limits.user_name(uid))
+        raise contract.NotAuthorized("The bus does not say who is calling")
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
         granted, challenge = await self._authority.check(caller, action, details)
         if not granted and challenge and call.header.flags & INTERACTIVE:
-            with self._quotas.counted(caller.uid, -1):
+            with counted(self._quotas.in_flight, caller.uid, -1):
                 granted = await self._authority.dialog(caller, action, details)
         # That was the attacker's time: the connection must still be there, and the same one's.
         if not granted or await self._identify(caller.sender) != caller:
-            raise errors.NotAuthorized(f"polkit does not allow {action} to {caller.user} in this session")
+            raise contract.NotAuthorized(f"polkit does not allow {action} to {caller.user} in this session")
+
+
+class Authority:
+    """polkit: may a caller do this? Anything but a clear yes is a no, and so is no polkit at all.
+
+    The subject is the caller's bus name, which the bus vouches for and never gives to anybody else; never a PID. The
+    question is asked without interaction first, which never waits on a person; only if polkit would want a password,
+    and the caller said that he is ready for that, does the call wait for the one dialog its user may have open.
+
+    https://www.freedesktop.org/software/polkit/docs/latest/eggdbus-interface-org.freedesktop.PolicyKit1.Authority.html
+    """
+
+    def __init__(self, bus: SystemBus, dialog_seconds: float = contract.DIALOG_SECONDS) -> None:
+        self._bus, self._dialog_seconds, self._numbers = bus, dialog_seconds, itertools.count()
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._asked: Counter[int] = Counter()  # per uid: the dialog that is open, and calls that wait for their turn
+
+    async def check(self, caller: Caller, action: str, details: dict[str, str], dialog: str = "") -> tuple[bool, bool]:
+        """Return (yes, a password might make it a yes). No person is asked, unless under the name `dialog`.
+
+        Never raises for what polkit answers, or does not: that is (False, False).
+        """
+        # 1 is CheckAuthorizationFlags' AllowUserInteraction.
+        flags, seconds = (1, self._dialog_seconds) if dialog else (0, contract.CALL_SECONDS)
+        body = [["system-bus-name", {"name": Variant("s", caller.sender)}], action, details, flags, dialog]
+        try:
+            match await self._bus.call(POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us", body, "(bba{ss})", seconds):
+                case [[granted, challenge, _]]:
+                    return granted is True, challenge is True
+        except contract.CallFailed as err:
+            logging.warning("polkit gave no answer: %a", str(err))
+        return False, False
+
+    async def dialog(self, caller: Caller, action: str, details: dict[str, str]) -> bool:
+        """Let polkit ask a person; return whether that led to a yes. One dialog per user at a time.
+
+        Takes up to `dialog_seconds`, and as long for each call queued before: the attacker's time, verify everything
+        again afterwards. Ends early when the caller leaves the bus. Raises LimitExceeded when too many wait already.
+        """
+        waiting, busy = self._asked[caller.uid], len(+self._asked) >= contract.MAX_DIALOGS
+        if waiting > DIALOG_QUEUE or (not waiting and busy):
+            raise contract.LimitExceeded("Too many calls wait for a password already")
+        with counted(self._asked, caller.uid):
+            async with self._turns[caller.uid]:
+                name = f"qemu-launcher-{next(self._numbers)}"
+                asking = asyncio.create_task(self.check(caller, action, details, name))
+                leaving = asyncio.create_task(self._bus.until_gone(caller.sender))
+                await asyncio.wait({asking, leaving}, timeout=self._dialog_seconds, return_when="FIRST_COMPLETED")
+                granted = asking.done() and asking.result()[0]
+                if asking.cancel():
+                    self._bus.tell(POLKIT, "CancelCheckAuthorization", name)
+                leaving.cancel()
+                await asyncio.gather(asking, leaving, return_exceptions=True)
+                return granted
 
 
 class Quotas:
@@ -119,7 +170,7 @@ class Quotas:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._in_flight: Counter[int] = Counter()
+        self.in_flight: Counter[int] = Counter()
         self._calls: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=CALLS_PER_WINDOW))
         self._told: defaultdict[int, float] = defaultdict(lambda: -WINDOW_SECONDS)
 
@@ -128,24 +179,25 @@ class Quotas:
         """Hold one of the user's slots for the block. Raises LimitExceeded."""
         calls, now = self._calls[uid], self._clock()
         recent = now - WINDOW_SECONDS
-        if self._in_flight[uid] >= CALLS_IN_FLIGHT or (len(calls) == CALLS_PER_WINDOW and calls[0] > recent):
+        if self.in_flight[uid] >= CALLS_IN_FLIGHT or (len(calls) == CALLS_PER_WINDOW and calls[0] > recent):
             if self._told[uid] <= recent:
                 self._told[uid] = now
                 logging.warning("refused uid=%d: too many calls", uid)
             most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {WINDOW_SECONDS:.0f} s"
-            raise errors.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
+            raise contract.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
         calls.append(now)
-        with self.counted(uid, 1):
+        with counted(self.in_flight, uid):
             yield
 
-    @contextmanager
-    def counted(self, uid: int, number: int) -> Iterator[None]:
-        """Count the block as that many calls in flight; -1 lends the slot out while a call only waits for a person."""
-        self._in_flight[uid] += number
-        try:
-            yield
-        finally:
-            self._in_flight[uid] -= number
+
+@contextmanager
+def counted(counter: Counter[int], uid: int, number: int = 1) -> Iterator[None]:
+    """Count the block for this user; -1 lends a slot out, while a call only waits for a person."""
+    counter[uid] += number
+    try:
+        yield
+    finally:
+        counter[uid] -= number
 
 
 def _facts(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
@@ -154,5 +206,5 @@ def _facts(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}
     if "pins" in arguments:
         cpus = {cpu for pin in arguments["pins"] for cpu in pin.cpus}
-        facts["cpus"] = text if len(text := format_cpulist(cpus)) <= 64 else f"{len(cpus)} CPUs"
+        facts["cpus"] = text if len(text := contract.cpulist(cpus)) <= 64 else f"{len(cpus)} CPUs"
     return facts

@@ -22,17 +22,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from . import privileges
-from .arguments import Caller
-from .contract import SCOPE
-from .errors import Failed, TargetRefused
+from .contract import SCOPE, Caller, Failed, TargetRefused
 
-POLICY = {
-    "other": os.SCHED_OTHER,
-    "batch": os.SCHED_BATCH,
-    "idle": os.SCHED_IDLE,
-    "fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK,
-    "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK,
-}
+REALTIME = {"fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK}
+POLICY = REALTIME | {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 PROC = Path("/proc")
 # proc_pid_stat(5): field 22, counted behind the last ")" because a comm may contain anything.
 START_TIME = 22 - 3
@@ -90,9 +83,8 @@ class Target(ExitStack):
     def verify_threads(self, tids: Iterable[int]) -> dict[int, int]:
         """Return the start time of each thread in `tids`; TargetRefused when one is not a thread of this process."""
         times = {tid: self.task_start_time(tid) for tid in tids}
-        for tid, start_time in times.items():
-            if start_time == -1:
-                raise TargetRefused(f"{tid} is not a thread of process {self.pid}")
+        if strangers := [tid for tid in times if times[tid] == -1]:
+            raise TargetRefused(f"{strangers[0]} is not a thread of process {self.pid}")
         return times
 
     def verify(self, caller: Caller, vm: str, services: Collection[str] = (), comm: Iterable[str] = ("*",)) -> str:
@@ -115,15 +107,13 @@ class Target(ExitStack):
             "is not yours to name": self.pid not in (1, os.getpid()) and status.get("Kthread", "0") == "0",
             f"is not a QEMU by its name, {name!a}": any(fnmatch.fnmatchcase(name, pattern) for pattern in comm),
         }
-        for wrong, holds in facts.items():
-            if not holds:
-                raise TargetRefused(f"Process {self.pid} {wrong}")
-        match self.cgroup().split("/"):
-            case ["", "user.slice", own, unit, *_] if own == f"user-{caller.uid}.slice":
-                if unit in (scope, f"user@{caller.uid}.service") or re.fullmatch(r"session-.+\.scope", unit):
-                    return f"/user.slice/{own}/{unit}"
-            case ["", "system.slice", unit, *_] if services and unit in (scope, *services):
-                return f"/system.slice/{unit}"
+        if wrong := [fact for fact, holds in facts.items() if not holds]:
+            raise TargetRefused(f"Process {self.pid} {wrong[0]}")
+        units = "|".join(map(re.escape, (scope, f"user@{caller.uid}.service")))
+        own = rf"/user\.slice/user-{caller.uid}\.slice/(session-[^/]+\.scope|{units})"
+        system = rf"/system\.slice/({'|'.join(map(re.escape, (scope, *services)))})" if services else own
+        if unit := re.match(f"({own}|{system})(?=/|$)", self.cgroup()):
+            return unit[0]
         allowed = "in a login session or user service of yours, nor in a service that helper.toml names"
         raise TargetRefused(f"Process {self.pid} is not {allowed}")
 
@@ -147,7 +137,7 @@ class Target(ExitStack):
         """Put every real-time thread of the target, but those in `keep`, back to SCHED_OTHER."""
         for tid in self.tids() - frozenset(keep):
             with suppress(ProcessLookupError, TargetRefused):
-                if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_FIFO, os.SCHED_RR):
+                if os.sched_getscheduler(tid) | os.SCHED_RESET_ON_FORK in REALTIME.values():
                     self.set_policy(self.verify_threads([tid]), "other", 0)
 
     def rlimit(self, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:

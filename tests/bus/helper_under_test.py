@@ -5,6 +5,7 @@ acts.jsonl reached the act.
 """
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -14,11 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helper"))
 
-from qemu_launcher_helper import limits, privileges
-from qemu_launcher_helper.__main__ import serve
-from qemu_launcher_helper.arguments import Caller
+from qemu_launcher_helper import __main__ as helper
+from qemu_launcher_helper import limits
 from qemu_launcher_helper.bus import Variant
-from qemu_launcher_helper.errors import Conflict
+from qemu_launcher_helper.contract import Caller, Conflict
 
 FOLDER = Path(sys.argv[1])
 
@@ -27,7 +27,8 @@ class Recording:
     """Writes down what the real operations would be asked to do."""
 
     def __init__(self, bus: object) -> None:
-        self._file = os.open(FOLDER / "acts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(FOLDER / "acts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.fchmod(self._file, 0o644)  # for clients to read, whatever the helper's umask
 
     async def reconcile(self) -> None:
         pass
@@ -53,11 +54,10 @@ class Recording:
 
 
 def main() -> int:
-    os.umask(0o022)
     logging.basicConfig(filename=FOLDER / "helper.log", level=logging.INFO, format="%(message)s")
     limits.PATH = f"{FOLDER}/helper.toml"
-    privileges.drop()
-    return asyncio.run(serve(f"{FOLDER}/bus", float(sys.argv[2]), Recording))
+    helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", float(sys.argv[2]), Recording)
+    return helper.main()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_a_lost_bus_is_a_failure(member: User) -> None:
         host.bus.kill()
         wait_until(lambda: exits(host), "the end")
         assert exits(host) == {pid: 1}
-        assert any(line.startswith("lost the bus") for line in host.logged())
+        assert any("lost the bus" in line for line in host.logged())
 
 
 def test_a_second_helper_leaves_the_first_alone(host: World, member: User) -> None:

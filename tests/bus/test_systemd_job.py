@@ -11,8 +11,7 @@ from dbus_next.message import Message
 from bus.client import Client
 from bus.world import ROOT_USER, World, as_user
 from qemu_launcher_helper.bus import DAEMON, SystemBus
-from qemu_launcher_helper.contract import BUS_NAME
-from qemu_launcher_helper.errors import CallFailed
+from qemu_launcher_helper.contract import BUS_NAME, CallFailed
 
 SYSTEMD, PATH, MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
 ARGUMENTS: tuple[str, list[Any]] = ("x.scope", [])
@@ -53,17 +52,27 @@ def run(host: World, script: Callable[[FakeSystemd, Message], None]) -> tuple[An
     child = as_user(ROOT_USER, lambda: systemd.serve(script))
     systemd.client.socket.close()
 
+    waits: list[asyncio.Timeout] = []
+
+    def waiting(seconds: float) -> asyncio.Timeout:
+        waits.append(real(seconds))
+        return waits[-1]
+
     async def ask() -> str:
         bus = await SystemBus.connect(host.socket)
         await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u")
         try:
-            return await bus.start_unit(*ARGUMENTS)
+            await bus.start_unit(*ARGUMENTS)
+            return "timeout" if waits[-1].expired() else "ended"
         except CallFailed as err:
             return f"CallFailed {err.name}"
         finally:
             await bus.close()
 
-    result = asyncio.run(ask())
+    real = asyncio.timeout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "timeout", waiting)
+        result = asyncio.run(ask())
     return result, child.result()
 
 
@@ -86,6 +95,12 @@ def refused(systemd: FakeSystemd, call: Message) -> None:
     systemd.client.socket.sendall(bytes(answer._marshall()))
 
 
+def never(systemd: FakeSystemd, call: Message) -> None:
+    """Only another's job ends."""
+    systemd.reply(call, "o", ("/org/freedesktop/systemd1/job/8",))
+    systemd.signal("/org/freedesktop/systemd1/job/7", "done")
+
+
 def silly(systemd: FakeSystemd, call: Message) -> None:
     systemd.reply(call, "s", ("/org/freedesktop/systemd1/job/7",))
 
@@ -93,13 +108,18 @@ def silly(systemd: FakeSystemd, call: Message) -> None:
 @pytest.mark.parametrize(
     ("script", "result"),
     [
-        (early, "done"),
-        (late, "failed"),
+        (early, "ended"),
+        (late, "ended"),
+        (never, "timeout"),
         (refused, "CallFailed org.freedesktop.systemd1.UnitExists"),
         (silly, "CallFailed unexpected"),
     ],
 )
-def test_result_of_the_job(host: World, script: Callable[[FakeSystemd, Message], None], result: str) -> None:
+def test_the_end_of_the_job(
+    host: World, script: Callable[[FakeSystemd, Message], None], result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is never:
+        monkeypatch.setattr("qemu_launcher_helper.bus.JOB_SECONDS", 1.0)
     assert run(host, script) == (result, True)
 
 
@@ -116,16 +136,18 @@ def test_signals_of_others_are_nobody(host: World, monkeypatch: pytest.MonkeyPat
         systemd.reply(call, "o", (job,))
 
     assert run(host, forged) == ("timeout", True)
-    assert run(host, early) == ("done", True)
+    assert run(host, early) == ("ended", True)
 
 
 def test_without_systemd(host: World) -> None:
     async def ask() -> str:
         bus = await SystemBus.connect(host.socket)
         try:
-            return await bus.start_unit(*ARGUMENTS)
+            await bus.start_unit(*ARGUMENTS)
         except CallFailed as err:
             return err.name
+        else:
+            return "started"
         finally:
             await bus.close()
 

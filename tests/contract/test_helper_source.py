@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "helper/qemu_launcher_helper"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# Lines of code that the helper has, the mechanisms of cpuset/ not counted. It is to become 1000; it only goes down.
-MOST_LINES = 1106
+# Lines of code that the helper may have, the mechanisms of cpuset/ not counted.
+MOST_LINES = 1000
 MECHANISMS = {"cpuset/partition.py", "cpuset/pool.py", "cpuset/v1.py"}
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,

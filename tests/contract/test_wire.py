@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher import helper_proxy
-from qemu_launcher_helper import contract, errors
+from qemu_launcher_helper import contract
 from qemu_launcher_helper.bus import DAEMON
 from qemu_launcher_helper.operations import Operation
 
@@ -82,16 +82,16 @@ def test_polkit_defaults(action: ET.Element) -> None:
         "allow_active": "auth_admin" if others else "auth_admin_keep",
     }
     implied = {note.attrib["key"]: set((note.text or "").split()) for note in action.findall("annotate")}
-    three = {contract.SET_MEMLOCK, contract.PIN_THREADS, contract.SET_SCHEDULER}
+    three = {"org.qemulauncher.set-memlock", "org.qemulauncher.pin-threads", "org.qemulauncher.set-scheduler"}
     assert implied == ({} if others else {"org.freedesktop.policykit.imply": three - {action.attrib["id"]}})
 
 
 @pytest.mark.parametrize("action", POLICY.findall("action"), ids=lambda action: action.attrib["id"])
 def test_messages_name_only_facts_that_the_helper_gives(action: ET.Element) -> None:
     given = {
-        contract.SET_MEMLOCK: {"user", "vm", "bytes"},
-        contract.PIN_THREADS: {"user", "vm", "cpus"},
-        contract.SET_SCHEDULER: {"user", "vm", "policy", "priority"},
+        "org.qemulauncher.set-memlock": {"user", "vm", "bytes"},
+        "org.qemulauncher.pin-threads": {"user", "vm", "cpus"},
+        "org.qemulauncher.set-scheduler": {"user", "vm", "policy", "priority"},
         contract.MANAGE_OTHERS: {"user"},
     }
     message = action.findtext("message") or ""
@@ -100,7 +100,7 @@ def test_messages_name_only_facts_that_the_helper_gives(action: ET.Element) -> N
 
 def test_the_rule_is_about_the_three_operations() -> None:
     code = "\n".join(line for line in RULES.splitlines() if not line.lstrip().startswith("//"))
-    three = {contract.SET_MEMLOCK, contract.PIN_THREADS, contract.SET_SCHEDULER}
+    three = {"org.qemulauncher.set-memlock", "org.qemulauncher.pin-threads", "org.qemulauncher.set-scheduler"}
     assert set(re.findall(r"org\.qemulauncher\.[a-z-]+", code)) == three
     assert 'isInGroup("qemu-launcher")' in code
 
@@ -145,7 +145,7 @@ def test_activation() -> None:
 
 def test_error_names() -> None:
     """What the specification of the wire lists, and nothing else, can be an error's name."""
-    names = {error.__name__: error.wire_name for error in errors.Refusal.__subclasses__()}
+    names = {error.__name__: error.wire_name for error in contract.Refusal.__subclasses__()}
     own = ["NotAuthorized", "TargetRefused", "LimitExceeded", "Conflict", "Unsupported", "Failed"]
     assert names == {name: f"org.qemulauncher.Error.{name}" for name in own} | {
         "InvalidArguments": f"{DAEMON[0]}.Error.InvalidArgs",

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_launcher_helper import contract
-from qemu_launcher_helper.arguments import Pin, parse
 from qemu_launcher_helper.bus import Call
-from qemu_launcher_helper.errors import InvalidArguments, TargetRefused
+from qemu_launcher_helper.contract import InvalidArguments, Pin, TargetRefused, parse
 from qemu_launcher_helper.operations import Operation
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -111,9 +110,9 @@ def test_what_passes() -> None:
 
 
 def test_a_thread_is_named_once() -> None:
-    with pytest.raises(InvalidArguments, match="A thread is named twice"):
+    with pytest.raises(InvalidArguments, match="each named once"):
         parse("SetScheduler", [4, "x", [5, 6, 5], "fifo", 1])
-    with pytest.raises(InvalidArguments, match="A thread is named twice"):
+    with pytest.raises(InvalidArguments, match="each named once"):
         parse("PinThreads", [4, "x", [[5, [1], True], [5, [2], True]], []])
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from dbus_next.signature import Variant
 
-from qemu_launcher_helper.arguments import Caller
-from qemu_launcher_helper.errors import CallFailed
-from qemu_launcher_helper.polkit import POLKIT, Authority
+from qemu_launcher_helper.contract import Caller, CallFailed
+from qemu_launcher_helper.service import POLKIT, Authority
 
 CALLER = Caller(":1.42", 1000, 4242, "alice")
 ACTION = "org.qemulauncher.pin-threads"

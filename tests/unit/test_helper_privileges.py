@@ -85,7 +85,7 @@ def test_a_capability_that_cannot_be_dropped_stops_the_start() -> None:
     code = """
 import prctl
 prctl.ALL_CAP_NAMES = tuple(name for name in prctl.ALL_CAP_NAMES if name != "chown")
-from qemu_launcher_helper.errors import Failed
+from qemu_launcher_helper.contract import Failed
 try:
     privileges.drop()
 except Failed as err:

@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from qemu_launcher_helper.errors import LimitExceeded
-from qemu_launcher_helper.service import Quotas
+from qemu_launcher_helper.contract import LimitExceeded
+from qemu_launcher_helper.service import Quotas, counted
 
 
 class Clock:
@@ -58,7 +58,7 @@ def test_a_call_that_waits_for_a_person_holds_no_slot() -> None:
     with ExitStack() as stack:
         for _ in range(9):
             stack.enter_context(quotas.slot(1000))
-            stack.enter_context(quotas.counted(1000, -1))
+            stack.enter_context(counted(quotas.in_flight, 1000, -1))
         for _ in range(4):
             stack.enter_context(quotas.slot(1000))
         with pytest.raises(LimitExceeded), quotas.slot(1000):

@@ -10,9 +10,8 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from qemu_launcher_helper import contract, limits
-from qemu_launcher_helper.arguments import Caller
 from qemu_launcher_helper.bus import Call
-from qemu_launcher_helper.errors import CallFailed
+from qemu_launcher_helper.contract import Caller, CallFailed
 from qemu_launcher_helper.limits import Settings
 from qemu_launcher_helper.service import Service
 

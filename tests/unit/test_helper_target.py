@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher_helper import target
-from qemu_launcher_helper.arguments import Caller
-from qemu_launcher_helper.errors import TargetRefused
+from qemu_launcher_helper.contract import Caller, TargetRefused
 from qemu_launcher_helper.target import Target
 
 VM = "win11"

@@ -15,9 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import privileges
-from ..arguments import Pin
-from ..cpulist import format_cpulist, parse_cpulist
-from ..errors import Conflict, Failed
+from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here.
 SWEEPS = 100
@@ -36,6 +34,10 @@ class Partition:
         """Tell what this host lacks for it; "" when it can be used."""
         usable = (self.root / "cpuset.cpus.isolated").exists()
         return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+
+    def processes(self, scope: str) -> list[int]:
+        """Return the PIDs of all processes in the scope."""
+        return [int(pid) for pid in (self._dir(scope) / "cgroup.procs").read_text().split()]
 
     def kill(self, scope: str) -> None:
         """End at once what an ended VM left in its scope; harmless when there is no scope any more."""
@@ -88,10 +90,10 @@ class Partition:
         for pin in pins:
             effective = _read(places[pin.tid] / "cpuset.cpus.effective")
             if effective != pin.cpus:
-                raise Failed(f"Thread {pin.tid} got CPUs {format_cpulist(effective)}, not {format_cpulist(pin.cpus)}")
+                raise Failed(f"Thread {pin.tid} got CPUs {cpulist(effective)}, not {cpulist(pin.cpus)}")
         effective = _read(emulator / "cpuset.cpus.effective")
         if others and effective != others:
-            raise Failed(f"The emulator threads got CPUs {format_cpulist(effective)}")
+            raise Failed(f"The emulator threads got CPUs {cpulist(effective)}")
 
     def withdraw(self, scope: str) -> None:
         """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent."""
@@ -186,7 +188,7 @@ def _read(path: Path) -> frozenset[int]:
 
 def _write(path: Path, cpus: Iterable[int]) -> None:
     # An empty write is no write at all: the newline is what clears the file.
-    path.write_text(format_cpulist(cpus) + "\n")
+    path.write_text(cpulist(cpus) + "\n")
 
 
 def _exclusive(path: Path, cpus: frozenset[int]) -> None:
@@ -196,4 +198,4 @@ def _exclusive(path: Path, cpus: frozenset[int]) -> None:
     except OSError as err:
         if err.errno != errno.EINVAL:
             raise
-        raise Conflict(f"The kernel refuses CPUs {format_cpulist(cpus)}: another cpuset holds some of them") from err
+        raise Conflict(f"The kernel refuses CPUs {cpulist(cpus)}: another cpuset holds some of them") from err
