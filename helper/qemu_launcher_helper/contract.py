@@ -44,6 +44,7 @@ METHODS = {
     "Release": ("us", "", MANAGE_OTHERS, "release"),
     "ListVms": ("b", "a(susutss)", MANAGE_OTHERS, "list_vms"),
     "GetLimits": ("", "a{sv}", None, "get_limits"),
+    "GetLimitsOf": ("u", "a{sv}", MANAGE_OTHERS, "get_limits"),
 }
 
 # "As much as I may have", or "no limit": what RLIM_INFINITY is in 64 bits, setrlimit(2).
@@ -181,8 +182,10 @@ def parse(member: str, body: Sequence[Any]) -> dict[str, Any]:
                 levels = (1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)
                 _within(priority, f"priority of policy {policy}", *levels)
                 return {"pid": _task(pid), "vm": _vm(vm), "tids": _tids(tids), "policy": policy, "priority": priority}
-            case "Release", [uid, vm]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
-                return {"uid": _within(uid, "uid", 0, 2**32 - 2), "vm": _vm(vm)}
+            case "Release", [uid, vm]:
+                return parse("GetLimitsOf", [uid]) | {"vm": _vm(vm)}
+            case "GetLimitsOf", [uid]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
+                return {"uid": _within(uid, "uid", 0, 2**32 - 2)}
             case "ListVms", [bool() as everybody]:
                 return {"everybody": everybody}
             case "GetLimits", []:
@@ -208,12 +211,11 @@ def _tids(values: list[int]) -> tuple[int, ...]:
 
 def _pins(values: list[Any]) -> tuple[Pin, ...]:
     _tids([tid for tid, _, _ in values])
-    if not all(cpus for _, cpus, _ in values):
-        raise InvalidArguments("A pin has no CPU")
-    return tuple(Pin(tid, _cpus(cpus), shielded) for tid, cpus, shielded in values)
+    return tuple(Pin(tid, _cpus(cpus, least=1), shielded) for tid, cpus, shielded in values)
 
 
-def _cpus(values: list[int]) -> frozenset[int]:
+def _cpus(values: list[int], least: int = 0) -> frozenset[int]:
+    _within(len(values), "number of CPUs of a thread", least, MAX_CPUS)
     return frozenset(_within(cpu, "number of a CPU", 0, MAX_CPUS - 1) for cpu in values)
 
 

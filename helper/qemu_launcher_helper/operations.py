@@ -43,7 +43,7 @@ class Operations:
         """
         try:
             async with self._lock:
-                live, own = self._reconciler.run(), settings.limits_for(caller.uid)
+                live, own = self._reconciler.run(), settings.limits_for(arguments.get("uid", caller.uid))
                 operation = Operation(caller, settings, own, live, self._reconciler, self._bus)
                 answer = await getattr(operation, contract.METHODS[member][3])(**arguments)
                 return [] if answer is None else [answer]
@@ -54,7 +54,7 @@ class Operations:
 
 
 class Operation(NamedTuple):
-    """One authorised call: whose, within which limits, beside which live VMs. A method per member of the contract."""
+    """One authorised call: whose, within which limits (of the user it is about), beside which live VMs."""
 
     caller: Caller
     settings: Settings
@@ -125,8 +125,8 @@ class Operation(NamedTuple):
                 rows.append([*who, cpulist(record.cpus), how])
         return rows
 
-    async def get_limits(self) -> dict[str, Variant]:
-        """Return what the caller may have, and who decides it."""
+    async def get_limits(self, **_: int) -> dict[str, Variant]:
+        """Return what the caller, or the user he asks about, may have, and who decides it."""
         own, cores, lacking = self.limits, limits.read_cores(), self.reconciler.mechanism.lacks()
         cpus = limits.union(cores) if own.cpus is None else own.cpus
         return {

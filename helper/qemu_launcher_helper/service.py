@@ -18,7 +18,7 @@ from typing import Any
 
 from . import contract, limits
 from .bus import INTERACTIVE, Call, SystemBus, Variant
-from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, DIALOG_QUEUE, WINDOW_SECONDS, Caller
+from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, WINDOW_SECONDS, Caller
 from .operations import Operations
 
 POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority")
@@ -39,7 +39,7 @@ class Service:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
         sender = call.header.sender
         # Until the bus has said whose connection this is, a flood is counted by connection.
-        if self._senders[sender] > CALLS_IN_FLIGHT + DIALOG_QUEUE:
+        if self._senders[sender] > CALLS_IN_FLIGHT + contract.DIALOG_QUEUE:
             self._refuse(call, contract.LimitExceeded("Too many calls of this connection are unanswered"))
             return
         self._timer.cancel()
@@ -58,10 +58,9 @@ class Service:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
         header, member, line = call.header, call.header.member, ""
         try:
-            here = (header.path, header.interface) == (contract.OBJECT_PATH, contract.INTERFACE)
-            if not here or member not in contract.METHODS:
+            if (header.path, header.interface) != (OBJECT_PATH, INTERFACE) or member not in METHODS:
                 raise contract.UnknownMethod("There is no such method")
-            wanted, answer, action, _ = contract.METHODS[member]
+            wanted, answer, action, _ = METHODS[member]
             if header.signature != wanted:
                 raise contract.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
             caller = await self._identify(header.sender)
@@ -146,7 +145,7 @@ class Authority:
         again afterwards. Ends early when the caller leaves the bus. Raises LimitExceeded when too many wait already.
         """
         waiting, busy = self._asked[caller.uid], len(+self._asked) >= contract.MAX_DIALOGS
-        if waiting > DIALOG_QUEUE or (not waiting and busy):
+        if waiting > contract.DIALOG_QUEUE or (not waiting and busy):
             raise contract.LimitExceeded("Too many calls wait for a password already")
         with counted(self._asked, caller.uid):
             async with self._turns[caller.uid]:

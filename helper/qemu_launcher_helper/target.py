@@ -27,8 +27,6 @@ from .contract import SCOPE, Caller, Failed, TargetRefused
 REALTIME = {"fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK}
 POLICY = REALTIME | {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 PROC = Path("/proc")
-# proc_pid_stat(5): field 22, counted behind the last ")" because a comm may contain anything.
-START_TIME = 22 - 3
 
 
 class Target(ExitStack):
@@ -77,7 +75,8 @@ class Target(ExitStack):
     def task_start_time(self, tid: int) -> int:
         """Return thread `tid`'s start time in clock ticks since boot; -1 when it is no thread of this process."""
         with suppress(TargetRefused):
-            return int(self.read(f"task/{tid}/stat").rpartition(")")[2].split()[START_TIME])
+            # proc_pid_stat(5): field 22, counted behind the last ")" because a comm may contain anything.
+            return int(self.read(f"task/{tid}/stat").rpartition(")")[2].split()[22 - 3])
         return -1
 
     def verify_threads(self, tids: Iterable[int]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""The helper, as six typed methods, and systemd's wish to end a VM. The launcher's only importer of dbus_next.
+"""The helper, as typed methods, and systemd's wish to end a VM. The launcher's only importer of dbus_next.
 
 Why it exists: D-Bus, its library and its error names end here; what leaves this module are values and TuningFailed.
 It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start.
@@ -39,6 +39,7 @@ METHODS = {
     "Release": ("us", ""),
     "ListVms": ("b", "a(susutss)"),
     "GetLimits": ("", "a{sv}"),
+    "GetLimitsOf": ("u", "a{sv}"),
 }
 
 # The members that polkit guards: only these may put a question to a person. Giving back never waits for one.
@@ -185,9 +186,9 @@ class Helper:
         except TypeError as err:
             raise _nonsense("ListVms") from err
 
-    async def get_limits(self) -> dict[str, Any]:
-        """What this user may have, by the names that the contract gives."""
-        (limits,) = await self._call("GetLimits")
+    async def get_limits(self, uid: int | None = None) -> dict[str, Any]:
+        """What this user, or `uid`, may have, by the names that the contract gives."""
+        (limits,) = await (self._call("GetLimits") if uid is None else self._call("GetLimitsOf", uid))
         return {key: variant.value for key, variant in limits.items()}
 
     async def close(self) -> None:

@@ -47,7 +47,7 @@ class Recording:
             return [arguments["bytes"]]
         if member == "ListVms":
             return [[["win11", caller.uid, caller.user, 4242, 123456, "4-7", "partition"]]]
-        if member == "GetLimits":
+        if member.startswith("GetLimits"):
             texts = {"version": Variant("s", "0.1.0"), "policies": Variant("as", ["other", "fifo"])}
             return [texts | {"memlock": Variant("t", 5)}]
         return []

@@ -71,16 +71,18 @@ def test_root_may_call(host: World) -> None:
     replies = using(host, ROOT_USER, call_all)
     assert {reply.short for reply in replies.values()} == {"ok"}
     assert using(host, ROOT_USER, lambda client: client.call("ListVms", "b", [True]).short) == "ok"
+    assert using(host, ROOT_USER, lambda client: client.call("GetLimitsOf", "u", [BOB.uid]).short) == "ok"
 
 
 def test_others_vms_are_not_a_members_business(host: World, member: User) -> None:
     def calls(client: Client) -> list[str]:
         own = client.call("Release", "us", [member.uid, "win11"])
         others = client.call("Release", "us", [BOB.uid, "win11"], flags=INTERACTIVE)
-        return [own.short, others.short, client.call("ListVms", "b", [True]).short]
+        limits = [client.call("GetLimitsOf", "u", [uid]).short for uid in (member.uid, BOB.uid)]
+        return [own.short, others.short, client.call("ListVms", "b", [True]).short, *limits]
 
-    assert using(host, member, calls) == ["ok", "NotAuthorized", "NotAuthorized"]
-    assert [act["member"] for act in host.recorded(member)] == ["Release"]
+    assert using(host, member, calls) == ["ok", "NotAuthorized", "NotAuthorized", "ok", "NotAuthorized"]
+    assert [act["member"] for act in host.recorded(member)] == ["Release", "GetLimitsOf"]
 
 
 def test_without_polkit_nothing_is_authorised(member: User) -> None:

@@ -48,8 +48,8 @@ def test_helpers_table() -> None:
 
 
 def test_every_method_has_its_operation() -> None:
-    """What is looked up by name is a method of Operation's own, and each of these belongs to one member."""
-    named = [method[3] for method in contract.METHODS.values()]
+    """What is looked up by name is a method of Operation's own, and each of these belongs to a member."""
+    named = {method[3] for method in contract.METHODS.values()}
     own = [name for name, member in vars(Operation).items() if callable(member) and not name.startswith("_")]
     assert sorted(named) == sorted(own)
 

@@ -32,6 +32,7 @@ BODIES: dict[str, st.SearchStrategy[list[Any]]] = {
     "Release": st.tuples(U32, TEXT | NAME).map(list),
     "ListVms": st.tuples(st.booleans()).map(list),
     "GetLimits": st.just([]),
+    "GetLimitsOf": st.tuples(U32).map(list),
 }
 
 
