@@ -78,6 +78,7 @@ def stepping_unit() -> Iterator[None]:
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
     DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -I {script}\n")
     subprocess.run(["systemctl", "daemon-reload"], check=True)
+    stop_helper()
     yield
     DROP_IN.unlink()
     stop_helper()
@@ -87,11 +88,9 @@ def stepping_unit() -> Iterator[None]:
 @pytest.fixture
 def stepping(stepping_unit: None) -> Iterator[Stepping]:
     """A helper that stops where it is told to."""
-    stop_helper()
     yield Stepping()
     for name in ("order", "halted", "go"):
         (FOLDER / name).unlink(missing_ok=True)
-    # First until it is there: after a kill, systemd may just be starting it (Restart=, OnSuccess= of the VM's scope).
-    # Told to stop before it serves, it ends without having cleaned up, and no scope is left whose end would start it.
+    # Until it is there: after a kill, systemd may just be starting it (Restart=, OnSuccess= of the VM's scope). Were it
+    # told to stop before it serves, it would end without having cleaned up, and no scope be left whose end starts it.
     start_helper()
-    stop_helper()
