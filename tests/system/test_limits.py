@@ -22,7 +22,7 @@ def test_cpus(program: Claimant, helper_toml: Callable[..., None]) -> None:
     child = program.spawn(2)
     refused = program.pin(child, "vm", 2, 3)
     assert refused.error == "LimitExceeded"
-    assert refused.text == f"CPUs 2-3 are not among yours, 4-7 {ENTRY}; free for you: 4-7"
+    assert refused.text == f"CPUs 2-3 are not among your 4-7 {ENTRY}; free for you: 4-7"
     assert host.isolated() == frozenset()
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert host.isolated() == {4, 5}
@@ -33,11 +33,11 @@ def test_max_cpus_counts_over_all_vms(program: Claimant, helper_toml: Callable[.
     child, other = program.spawn(4), program.spawn(2)
     refused = program.pin(child, "vm", 4, 5, 6, 7)
     assert refused.error == "LimitExceeded"
-    assert refused.text == f"CPUs 4-7 of all your VMs are 4, and you may have 2 at once {ENTRY}"
+    assert refused.text == f"Your VMs would hold 4 CPUs, and may hold 2 {ENTRY}"
     assert host.isolated() == frozenset()
     assert program.pin(child, "vm", 4, 5).error == "ok"
     refused = program.pin(other, "other", 6, 7)
-    assert refused.text == f"CPUs 4-7 of all your VMs are 4, and you may have 2 at once {ENTRY}"
+    assert refused.text == f"Your VMs would hold 4 CPUs, and may hold 2 {ENTRY}"
     assert host.isolated() == {4, 5}
 
 
