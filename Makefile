@@ -31,7 +31,11 @@ APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbu
 APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
 APT_TEST := python3-venv ca-certificates git strace procps util-linux
 APT_LAB := mmdebstrap debian-archive-keyring e2fsprogs qemu-utils openssh-client uidmap
-APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB)
+# The guest's screen, in a GTK window and through SPICE. They bring Mesa and GTK, so the demo does without them. Debian 13
+# has SPICE in a package of its own; Debian 12 in qemu-system-common.
+APT_SCREEN := xvfb x11-apps qemu-system-gui spice-client-gtk
+APT_SCREEN += $(if $(filter 12,$(shell . /etc/os-release && echo "$$VERSION_ID")),,qemu-system-modules-spice)
+APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB) $(if $(filter setup test,$(MAKECMDGOALS)),$(APT_SCREEN))
 
 DEB := build/qemu-launcher_$(VERSION)_all.deb
 DEB_SOURCES := $(shell find launcher helper dbus polkit debian -type f -not -path '*/__pycache__/*') \
