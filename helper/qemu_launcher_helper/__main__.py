@@ -5,7 +5,7 @@ starts the helper again. Nothing is lost by a sudden death: records in /run and 
 """
 
 import asyncio
-import logging
+import logging.handlers
 import os
 import signal
 import sys
@@ -17,14 +17,28 @@ from .operations import Operations
 _STOP_SECONDS = 20.0
 
 
+class Journal(logging.handlers.DatagramHandler):
+    """Sends each log record to systemd's journal, one datagram of NAME=VALUE lines; arguments by name become fields.
+
+    The names are ours, and no value has a second line: text from elsewhere is logged through ascii() (%a).
+    https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+    """
+
+    def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802  what the library has one override
+        """Return the datagram."""
+        fields = {"SYSLOG_IDENTIFIER": "qemu-launcher-helper", "PRIORITY": 8 - record.levelno // 10}
+        fields |= record.args if isinstance(record.args, dict) else {"MESSAGE": record.getMessage()}
+        return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
+
+
 async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
     connection = await bus.SystemBus.connect(socket)
     acts = acting(connection)
-    await acts.reconcile()
     serving = service.Service(connection, acts, idle)
-    connection.on_call = serving.receive
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.idle.set)
+    await acts.reconcile()
+    connection.on_call = serving.receive
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
     if await connection.call(bus.DAEMON, "RequestName", "su", [contract.BUS_NAME, 4], "u") != [1]:
         raise contract.Failed(f"{contract.BUS_NAME} has another owner")
@@ -40,12 +54,14 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
 
 
 def main() -> int:
-    """Run the helper, or with --check just read helper.toml; return the exit status."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    """Run the helper, or with --check [FILE] just read helper.toml; return the exit status."""
+    check = sys.argv[1:2] == ["--check"]
+    logs = [logging.StreamHandler() if check else Journal("/run/systemd/journal/socket", None)]
+    logging.basicConfig(handlers=logs, level=logging.INFO, format="%(message)s")
     os.umask(0o077)
     try:
-        if "--check" in sys.argv:
-            limits.load()
+        if check:
+            limits.load(*sys.argv[2:3])
             return 0
         privileges.drop()
         return asyncio.run(serve())

@@ -178,11 +178,9 @@ class SystemBus:
             await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
 
     async def _receive(self) -> bytes:
-        """All bytes of the next message; none if it is too large. Raises OSError or EOFError at the end."""
+        """All bytes of the next message; none if it is too large. Raises OSError, EOFError or KeyError at the end."""
         header = await self._reader.readexactly(_FIXED_HEADER)
-        byte_order: Any = {ord("l"): "little", ord("B"): "big"}.get(header[0])
-        if byte_order is None:
-            raise ConnectionError("the bus has lost step")
+        byte_order: Any = {ord("l"): "little", ord("B"): "big"}[header[0]]
         body, fields = (int.from_bytes(header[at : at + 4], byte_order) for at in (4, 12))
         length = fields + -fields % 8 + body
         if length <= MAX_MESSAGE_BYTES:

@@ -47,6 +47,9 @@ METHODS = {
     "GetLimitsOf": ("u", "a{sv}", MANAGE_OTHERS, "get_limits"),
 }
 
+# Of the audit trail in the journal: what was granted, refused, released.
+MESSAGE_ID = "5f3c8a1d9e674b0fb2d84c7a61e90f35"
+
 # "As much as I may have", or "no limit": what RLIM_INFINITY is in 64 bits, setrlimit(2).
 INFINITY = 2**64 - 1
 
@@ -225,14 +228,11 @@ def _vm(value: str) -> str:
     return value
 
 
-# "List format" in cpuset(7): "0-3,8".
-_CPULIST = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
-
-
 def parse_cpulist(text: str) -> frozenset[int]:
     """Return the CPUs that `text` names; an empty or blank text is the empty set."""
     ranges = [(int(first), int(last or first)) for first, last in re.findall(r"([0-9]+)-?([0-9]*)", text)]
-    if not _CPULIST.fullmatch(text.strip()) or any(first > last for first, last in ranges):
+    # "List format" in cpuset(7): "0-3,8".
+    if not re.fullmatch(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?", text.strip()) or any(a > b for a, b in ranges):
         raise ValueError(f"not a cpulist: {text!r}")
     return frozenset(cpu for first, last in ranges for cpu in range(first, last + 1))
 

@@ -45,8 +45,6 @@ Shielded = Mapping[int, Cpus]
 # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
 OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
-# What may appear in a polkit dialog and in a log line: no markup, no second line, no terminal escape can be made of it.
-_PLAIN = re.compile(r"[A-Za-z0-9 ,._-]{1,64}")
 
 
 class Limits(NamedTuple):
@@ -103,7 +101,8 @@ def user_name(uid: int) -> str:
     name = ""
     with suppress(KeyError):
         name = pwd.getpwuid(uid).pw_name
-    return name if _PLAIN.fullmatch(name) else f"uid {uid}"
+    # For polkit dialogs and log lines: no markup, no second line, no terminal escape can be made of it.
+    return name if re.fullmatch(r"[A-Za-z0-9 ,._-]{1,64}", name) else f"uid {uid}"
 
 
 def load(path: str | None = None) -> Settings:

@@ -19,8 +19,8 @@ from . import contract, limits
 from .bus import SYSTEMD, SystemBus, Variant
 from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported, cpulist
 from .cpuset.partition import CGROUP
-from .limits import Limits, Settings, Shielded
-from .records import Reconciler, Record
+from .limits import Limits, Settings
+from .records import MECHANISM, Record, reconcile, settle
 from .target import Target
 
 
@@ -28,12 +28,12 @@ class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
     def __init__(self, bus: SystemBus) -> None:
-        self._bus, self._lock, self._reconciler = bus, asyncio.Lock(), Reconciler()
+        self._bus, self._lock = bus, asyncio.Lock()
 
     async def reconcile(self) -> None:
-        """Bring the host to what the records say; see records.Reconciler."""
+        """Bring the host to what the records say; see records.reconcile."""
         async with self._lock:
-            self._reconciler.run()
+            reconcile()
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
@@ -43,8 +43,8 @@ class Operations:
         """
         try:
             async with self._lock:
-                live, own = self._reconciler.run(), settings.limits_for(arguments.get("uid", caller.uid))
-                operation = Operation(caller, settings, own, live, self._reconciler, self._bus)
+                live, own = reconcile(), settings.limits_for(arguments.get("uid", caller.uid))
+                operation = Operation(caller, settings, own, live, self._bus)
                 answer = await getattr(operation, contract.METHODS[member][3])(**arguments)
                 return [] if answer is None else [answer]
         except ProcessLookupError as err:
@@ -60,7 +60,6 @@ class Operation(NamedTuple):
     settings: Settings
     limits: Limits
     live: list[Record]
-    reconciler: Reconciler
     bus: SystemBus
 
     async def set_memlock(self, pid: int, vm: str, bytes: int) -> int:  # noqa: A002  the wire's word
@@ -75,8 +74,7 @@ class Operation(NamedTuple):
 
     async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> None:
         """Put every thread of the target where the map wants it."""
-        mechanism = self.reconciler.mechanism
-        if lacking := mechanism.lacks():
+        if lacking := MECHANISM.lacks():
             raise Unsupported(lacking)
         with Target(pid) as target:
             before = self._record_of(target, vm, self.settings.comm)
@@ -87,11 +85,11 @@ class Operation(NamedTuple):
             asked = before._replace(shielded=shielded, pinned=pinned)
             wanted = limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
             async with self._granting(target, wanted):
-                still = self._shielded(before) if wanted.shielded == before.shielded else {}
+                still = MECHANISM.shielded_threads(before.scope) or {} if wanted.shielded == before.shielded else {}
                 stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
                 target.take_realtime(stay)  # whoever leaves a shielded CPU leaves real time first
-                self.reconciler.settle([wanted, *(record for record in self.live if record.key != wanted.key)])
-                mechanism.apply(wanted.scope, pins, wanted.shielded, others)
+                settle([wanted, *(record for record in self.live if record.key != wanted.key)])
+                MECHANISM.apply(wanted.scope, pins, wanted.shielded, others)
                 if target.verify_threads(start_times) != start_times:
                     raise TargetRefused("A thread changed while it was pinned")
 
@@ -100,7 +98,7 @@ class Operation(NamedTuple):
         with Target(pid) as target:
             record = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(tids)
-            shielded, realtime = self._shielded(record), set(record.realtime).difference(tids)
+            shielded, realtime = MECHANISM.shielded_threads(record.scope) or {}, set(record.realtime).difference(tids)
             if policy in contract.REALTIME_POLICIES:
                 realtime.update(tids)
             limits.check_policy(policy, priority, self.limits, realtime & {*tids, *shielded}, shielded)
@@ -113,7 +111,7 @@ class Operation(NamedTuple):
 
     async def release(self, uid: int, vm: str) -> None:
         """Take all grants of a VM back; harmless when it has none."""
-        self.reconciler.run(release=f"{uid}-{vm}")
+        reconcile(release=f"{uid}-{vm}")
 
     async def list_vms(self, *, everybody: bool) -> list[Any]:
         """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
@@ -121,17 +119,17 @@ class Operation(NamedTuple):
         for record in self.live:
             if everybody or record.uid == self.caller.uid:
                 who = [record.vm, record.uid, limits.user_name(record.uid), record.pid, record.start_time]
-                how = self.reconciler.mechanism.name if record.cpus else "none"
+                how = MECHANISM.name if record.cpus else "none"
                 rows.append([*who, cpulist(record.cpus), how])
         return rows
 
     async def get_limits(self, **_: int) -> dict[str, Variant]:
         """Return what the caller, or the user he asks about, may have, and who decides it."""
-        own, cores, lacking = self.limits, limits.read_cores(), self.reconciler.mechanism.lacks()
+        own, cores, lacking = self.limits, limits.read_cores(), MECHANISM.lacks()
         cpus = limits.union(cores) if own.cpus is None else own.cpus
         return {
             "version": Variant("s", contract.VERSION),
-            "mechanism": Variant("s", "none" if lacking else self.reconciler.mechanism.name),
+            "mechanism": Variant("s", "none" if lacking else MECHANISM.name),
             "reason": Variant("s", lacking or "The kernel has remote cpuset partitions"),
             "limits_source": Variant("s", own.source),
             "cpus": Variant("s", cpulist(cpus)),
@@ -143,9 +141,6 @@ class Operation(NamedTuple):
             "realtime": Variant("s", own.realtime),
             "free_cpus": Variant("s", cpulist(limits.free_for(own, cores, self.live))),
         }
-
-    def _shielded(self, record: Record) -> Shielded:
-        return self.reconciler.mechanism.shielded_threads(record.scope) or {} if record.shielded else {}
 
     def _verify(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> str:
         return target.verify(self.caller, vm, self.settings.services, comm)
@@ -160,8 +155,7 @@ class Operation(NamedTuple):
                 if record.stray:
                     raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
                 return record
-        count = sum(record.uid == self.caller.uid for record in self.live)
-        if count >= self.limits.max_vms:
+        if (count := sum(record.uid == self.caller.uid for record in self.live)) >= self.limits.max_vms:
             raise LimitExceeded(f"You have {count} VMs, and may have {self.limits.max_vms} ({self.limits.source})")
         scope = f"{slice_path}/{contract.SCOPE.format(self.caller.uid, vm)}"
         return Record(self.caller.uid, vm, target.pid, target.start_time, int(time.time()), scope)
@@ -183,7 +177,7 @@ class Operation(NamedTuple):
             record._replace(settled=True).write()
         except BaseException:
             # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
-            self.reconciler.run(release=None if repeated else record.key)
+            reconcile(release=None if repeated else record.key)
             raise
 
     async def _start_scope(self, target: Target, record: Record, unit: str) -> None:

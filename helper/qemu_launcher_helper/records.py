@@ -4,7 +4,7 @@ A record is a root-owned file below /run, one per VM. It is written (temp + rena
 that a helper killed between any two steps leaves at worst a record of something that did not happen; reconcile takes
 that back. A record counts while the process with that PID and that start time lives.
 
-The Reconciler derives the wanted state from the records, /proc and the cgroup tree, and applies it. It runs when the
+`reconcile` derives the wanted state from the records, /proc and the cgroup tree, and applies it. It runs when the
 helper starts (systemd starts it when a scope ends), before each grant and after any failed step. Guarantees: a record's
 process that ended leaves no shield and no scope; a process that left its scope, or whose shield is no longer valid,
 keeps no real time and no raised limit. Real time always ends before a shield does. A step that fails for one VM is
@@ -19,11 +19,12 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import NamedTuple
 
-from .contract import Refusal, TargetRefused
+from .contract import MESSAGE_ID, Refusal, TargetRefused
 from .cpuset.partition import Partition
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
+MECHANISM = Partition()
 
 
 class Record(NamedTuple):
@@ -83,67 +84,74 @@ def read_all() -> Iterator[Record]:
             yield record
 
 
-class Reconciler:
-    """Applies the records to the host. Every method is to be called under the operations' lock."""
-
-    mechanism = Partition()
-
-    def run(self, release: str | None = None) -> list[Record]:
-        """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
-        live: list[Record] = []
-        for record in list(read_all()):
-            released = record.key == release
-            left = record if not released and self._holds(record) else self._withdraw(record, stray=not released)
-            live += [left] if left else []
-        with _logged("giving CPUs back"):
-            for scope in self.mechanism.orphans(frozenset(record.scope for record in live)):
-                logging.warning("withdrawing a shield without a record: %a", scope)
-                for pid in self.mechanism.processes(scope):
-                    with suppress(TargetRefused), Target(pid) as process:
-                        process.take_realtime()
-                self.mechanism.withdraw(scope)
-            self.settle(live)
-        return live
-
-    def settle(self, live: Iterable[Record]) -> None:
-        """Let the levels above the scopes hold what these VMs shield, and nothing else."""
-        self.mechanism.settle({record.scope: record.shielded for record in live if not record.stray})
-
-    def _withdraw(self, record: Record, *, stray: bool) -> Record | None:
-        """Take every grant of the VM back; return what is left of its record, None when its process has ended.
-
-        Never raises: what fails is logged.
-        """
-        left = None
-        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-            left = record.without_grants(stray=stray)
-            with _logged("taking real time and limits back"):
-                if record.realtime:
+def reconcile(release: str | None = None) -> list[Record]:
+    """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
+    live: list[Record] = []
+    for record in list(read_all()):
+        released = record.key == release
+        left = record if not released and _holds(record) else _withdraw(record, stray=not released)
+        live += [left] if left else []
+    with _logged("giving CPUs back"):
+        for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
+            logging.warning("withdrawing a shield without a record: %a", scope)
+            for pid in MECHANISM.processes(scope):
+                with suppress(TargetRefused), Target(pid) as process:
                     process.take_realtime()
-                for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
-                    if before:
-                        process.rlimit(which, before)
-        with _logged("withdrawing a shield"):
-            self.mechanism.withdraw(record.scope)
-        if left:
-            left.write()
-            if stray:
-                logging.warning("VM %s of uid %d left its scope or lost its shield", record.vm, record.uid)
-            return left
+            MECHANISM.withdraw(scope)
+        settle(live)
+    return live
+
+
+def settle(live: Iterable[Record]) -> None:
+    """Let the levels above the scopes hold what these VMs shield, and nothing else."""
+    MECHANISM.settle({record.scope: record.shielded for record in live if not record.stray})
+
+
+def _withdraw(record: Record, *, stray: bool) -> Record | None:
+    """Take every grant of the VM back; return what is left of its record, None when its process has ended.
+
+    Never raises: what fails is logged.
+    """
+    left = None
+    with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+        left = record.without_grants(stray=stray)
+        with _logged("taking real time and limits back"):
+            if record.realtime:
+                process.take_realtime()
+            for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
+                if before:
+                    process.rlimit(which, before)
+    with _logged("withdrawing a shield"):
+        MECHANISM.withdraw(record.scope)
+    if left:
+        left.write()
+    else:
         with _logged("ending a scope"):
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
-            self.mechanism.kill(record.scope)
+            MECHANISM.kill(record.scope)
         (GRANTS / record.key).unlink(missing_ok=True)
-        return None
+    # A stray has left its scope or lost its shield; what else is released has ended, or was to be released.
+    tell(logging.INFO, "released", "VM", {"uid": str(record.uid), "vm": record.vm}, "stray" if left and stray else "")
+    return left
 
-    def _holds(self, record: Record) -> bool:
-        """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
-        with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-            inside = record.settled and f"{process.cgroup()}/".startswith(f"{record.scope}/")
-            # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
-            whole = not record.shielded or self.mechanism.shielded_threads(record.scope) is not None
-            return record.stray or (inside and whole)
-        return False
+
+def _holds(record: Record) -> bool:
+    """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
+    with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
+        inside = record.settled and f"{process.cgroup()}/".startswith(f"{record.scope}/")
+        # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
+        whole = not record.shielded or MECHANISM.shielded_threads(record.scope) is not None
+        return record.stray or (inside and whole)
+    return False
+
+
+def tell(level: int, verdict: str, operation: str, facts: dict[str, str], reason: str = "") -> None:
+    """Log one grant, refusal or release: a line for people, and the same as fields of the journal for programs."""
+    text = " ".join([verdict, operation, *(f"{name}={value}" for name, value in facts.items())])
+    named = {"verdict": verdict, "operation": operation, **facts, "reason": reason}
+    fields = {f"QEMU_LAUNCHER_{name.upper()}": ascii(value)[1:-1] for name, value in named.items()}
+    fields |= {"MESSAGE_ID": MESSAGE_ID, "MESSAGE": f"{text}: {reason!a}" if reason else text}
+    logging.log(level, "%(MESSAGE)s", fields)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from . import contract, limits
 from .bus import INTERACTIVE, Call, SystemBus, Variant
 from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, WINDOW_SECONDS, Caller
 from .operations import Operations
+from .records import tell
 
 POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority")
 
@@ -56,7 +57,7 @@ class Service:
 
     async def _serve(self, call: Call) -> None:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
-        header, member, line = call.header, call.header.member, ""
+        header, member, facts = call.header, call.header.member, dict[str, str]()
         try:
             if (header.path, header.interface) != (OBJECT_PATH, INTERFACE) or member not in METHODS:
                 raise contract.UnknownMethod("There is no such method")
@@ -65,22 +66,24 @@ class Service:
                 raise contract.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
             caller = await self._identify(header.sender)
             with self._quotas.slot(caller.uid):
-                line = f"{member} uid={caller.uid} pid={caller.pid}"
+                facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
-                facts = _facts(caller, arguments)
-                line += "".join(f" {name}={value}" for name, value in facts.items())
+                facts |= (details := _details(caller, arguments))
+                facts["tids"] = contract.cpulist(
+                    arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ())]
+                )
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
-                    await self._authorise(call, caller, action, facts)
+                    await self._authorise(call, caller, action, details)
                 body = await self._operations.perform(caller, limits.load(), member, arguments)
-            logging.info("granted %s", line)
+            tell(logging.INFO, "granted", member, facts)
             self._bus.reply(call, answer, body)
         except contract.Refusal as err:
-            if line:  # what comes before is no denial, but noise that anybody can make
-                logging.warning("refused %s: %a", line, str(err))
+            if facts:  # what comes before is no denial, but noise that anybody can make
+                tell(logging.WARNING, "refused", member, facts, str(err))
             self._refuse(call, err)
         except Exception:  # noqa: BLE001  the journal gets all of it, the caller a fixed text
-            logging.critical("failed %s: %a", line, traceback.format_exc())
+            tell(logging.CRITICAL, "failed", member, facts, traceback.format_exc())
             self._refuse(call, contract.Failed("The helper failed; its journal says why"))
 
     def _refuse(self, call: Call, err: contract.Refusal) -> None:
@@ -88,13 +91,11 @@ class Service:
 
     async def _identify(self, sender: str) -> Caller:
         """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess."""
-        known = list[Any]()
         with suppress(contract.CallFailed):
-            known = await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}")
-        match known:
-            case [{"UnixUserID": Variant(signature="u", value=uid), "ProcessID": Variant(signature="u", value=pid)}]:
-                if uid not in (limits.OVERFLOW_UID, 2**32 - 1) and pid > 0:
-                    return Caller(sender, uid, pid, limits.user_name(uid))
+            match await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}"):
+                case [{"UnixUserID": Variant(signature="u") as uid, "ProcessID": Variant(signature="u") as pid}]:
+                    if uid.value not in (limits.OVERFLOW_UID, 2**32 - 1) and pid.value > 0:
+                        return Caller(sender, uid.value, pid.value, limits.user_name(uid.value))
         raise contract.NotAuthorized("The bus does not say who is calling")
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
@@ -164,24 +165,22 @@ class Authority:
 class Quotas:
     """How many calls a user may make, whatever they ask for: in flight, and in the last WINDOW_SECONDS.
 
-    A refused call counts for nothing, so a user who stops flooding is served again; a flood is logged once.
+    A refused call counts for nothing, so a user who stops flooding is served again. It is not logged either: what shows
+    a flood is that as many calls as there may be were granted, and nobody can make the journal forget the others.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.in_flight: Counter[int] = Counter()
         self._calls: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=CALLS_PER_WINDOW))
-        self._told: defaultdict[int, float] = defaultdict(lambda: -WINDOW_SECONDS)
 
     @contextmanager
     def slot(self, uid: int) -> Iterator[None]:
         """Hold one of the user's slots for the block. Raises LimitExceeded."""
         calls, now = self._calls[uid], self._clock()
-        recent = now - WINDOW_SECONDS
-        if self.in_flight[uid] >= CALLS_IN_FLIGHT or (len(calls) == CALLS_PER_WINDOW and calls[0] > recent):
-            if self._told[uid] <= recent:
-                self._told[uid] = now
-                logging.warning("refused uid=%d: too many calls", uid)
+        if self.in_flight[uid] >= CALLS_IN_FLIGHT or (
+            len(calls) == CALLS_PER_WINDOW and calls[0] > now - WINDOW_SECONDS
+        ):
             most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {WINDOW_SECONDS:.0f} s"
             raise contract.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
         calls.append(now)
@@ -199,7 +198,7 @@ def counted(counter: Counter[int], uid: int, number: int = 1) -> Iterator[None]:
         counter[uid] -= number
 
 
-def _facts(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
+def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
     """What polkit's dialogs and rules and the log may know: generated, with fixed keys, in a harmless alphabet."""
     facts = {"user": caller.user}
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}

@@ -325,7 +325,8 @@ def test_quota_of_calls_in_flight(host: World, member: User, other: User) -> Non
         return [client.call("GetLimits").short for _ in range(3)]
 
     assert using(host, member, calls) == ["LimitExceeded"] * 3
-    assert len([line for line in host.logged() if line == f"refused uid={member.uid}: too many calls"]) == 1
+    # What shows a flood is the grants: refusals for their number are not logged, or they would be a flood too.
+    assert not any("too many calls" in line for line in host.logged())
     assert using(host, other, lambda client: client.call("GetLimits").short) == "ok"
 
 

@@ -137,7 +137,7 @@ def test_places_a_target_may_live_in(facts: Facts, cgroup: str, unit: str) -> No
 )
 def test_places_it_may_not(facts: Facts, cgroup: str) -> None:
     facts.write("cgroup", f"0::{cgroup}\n")
-    with pytest.raises(TargetRefused, match="not in a login session or user service of yours"):
+    with pytest.raises(TargetRefused, match="in no session or service of yours"):
         verify(facts)
 
 
