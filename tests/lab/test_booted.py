@@ -19,9 +19,11 @@ from lab.recipe import PROJECT
 
 pytestmark = pytest.mark.lab
 
+# A shell gives its background jobs an ignored SIGINT, and children keep that; make may be such a job.
 BOOT_AND_WAIT = """
-import sys
+import signal, sys
 from lab import boot
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with boot() as vm:
     print(vm.pid, flush=True)
     sys.stdin.read()

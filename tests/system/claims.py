@@ -11,6 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -95,8 +96,12 @@ class Claimant:
         return self.call("SetScheduler", "usausu", child.pid, vm, child.tids[:threads], policy, priority)
 
     def call(self, member: str, signature: str, *body: Any) -> Answer:
-        """Call the helper."""
-        return self._reply(do="call", member=member, signature=signature, body=body)
+        """Call the helper. Tests of one user follow each other fast: what counts as too many calls in 20 s waits."""
+        while True:
+            answer = self._reply(do="call", member=member, signature=signature, body=body)
+            if not answer.text.startswith("You make too many calls"):
+                return answer
+            time.sleep(1)
 
     def manager(self, member: str, signature: str, *body: Any) -> Answer:
         """Call systemd."""
