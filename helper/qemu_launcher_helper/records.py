@@ -147,7 +147,7 @@ def _holds(record: Record) -> bool:
 
 def tell(level: int, verdict: str, operation: str, facts: dict[str, str], reason: str = "") -> None:
     """Log one grant, refusal or release: a line for people, and the same as fields of the journal for programs."""
-    text = " ".join([verdict, operation, *(f"{name}={value}" for name, value in facts.items())])
+    text = " ".join([verdict, operation, *(f"{name}={value}" for name, value in facts.items() if value)])
     named = {"verdict": verdict, "operation": operation, **facts, "reason": reason}
     fields = {f"QEMU_LAUNCHER_{name.upper()}": ascii(value)[1:-1] for name, value in named.items()}
     fields |= {"MESSAGE_ID": MESSAGE_ID, "MESSAGE": f"{text}: {reason!a}" if reason else text}

@@ -67,6 +67,11 @@ def test_no_reason_makes_a_second_line_or_field(sent: Callable[[], dict[str, str
     assert all(value.isprintable() for value in record.values())
 
 
+def test_what_a_call_does_not_name_takes_no_place_in_the_line(sent: Callable[[], dict[str, str]]) -> None:
+    tell(logging.INFO, "granted", "SetMemlock", {"uid": "1000", "bytes": "4096", "tids": ""})
+    assert sent()["MESSAGE"] == "granted SetMemlock uid=1000 bytes=4096"
+
+
 def test_other_words_are_no_part_of_the_trail(sent: Callable[[], dict[str, str]]) -> None:
     logging.warning("polkit gave no answer: %a", "a\nb")
     record = sent()
