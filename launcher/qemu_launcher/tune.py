@@ -144,12 +144,12 @@ class Tuning:
                 raise
             self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)")
             self._left_out = True
-            await self._undo(qemu)
+            await self._undo(qemu, err.message)
 
-    async def _undo(self, qemu: Qemu | None) -> None:
+    async def _undo(self, qemu: Qemu | None, why: str) -> None:
         """Take back what was done, as far as it can be taken back; a failure here is only worth a warning."""
         if self._by_helper:
-            await self._release()
+            await self._release(known=why)
         if self._plan is not None and qemu is not None:
             for tid in {*self._plan.scheduled, *(pin.tid for pin in self._plan.pins)}:
                 with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ class Tuning:
         if helper is not None:
             await helper.close()
 
-    async def _release(self) -> None:
+    async def _release(self, known: str = "") -> None:
         # Over a new connection. The old one may be lost; and as long as it is there systemd, told to end what is left
         # in the scope, would ask us to do it.
         await self._leave_bus()
@@ -237,7 +237,9 @@ class Tuning:
             helper = await self._join_bus()
             await self._patiently(helper.release(os.geteuid(), self._definition.name))
         except TuningFailed as err:
-            self._voice.warn(f"its CPUs could not be given back: {err.message}")
+            # Who is not let in, or finds no helper, was granted nothing, and has read why already.
+            if err.message != known:
+                self._voice.warn(f"its CPUs could not be given back: {err.message}")
         finally:
             self._by_helper = False
             await self._leave_bus()

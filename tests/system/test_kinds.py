@@ -103,6 +103,7 @@ def test_it_starts_untuned_where_the_definition_says_so(bob: User, vm: Callable[
     running = vm(bob, "anyway")
     assert "bob is not a member of the group qemu-launcher; it starts without tuning" in running.said
     assert "anyway: running, untuned" in running.said
+    assert "given back" not in running.said, "he was granted nothing"
     assert [host.cpus_of(running.qemu, tid) for tid in running.vcpu_tids] == [host.online()] * 2
     assert running.quit() == 0
 
