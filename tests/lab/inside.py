@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ class ReportOut:
     def __init__(self, config: pytest.Config, wanted: list[str]) -> None:
         self.config = config
         self.wanted = {node_id: position for position, node_id in enumerate(wanted)}
+        self.began = time.time()
 
     def send(self, kind: str, content: Any) -> None:
         data = json.dumps({kind: content}).encode() + b"\n"
@@ -44,13 +47,23 @@ class ReportOut:
             self.send("collect-error", f"{report.nodeid}: {report.longrepr}")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.began = time.time()
         self.send("start", nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            report.sections.append(("journal", _journal(self.began)))
         self.send("report", self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.send("finish", nodeid)
+
+
+def _journal(since: float) -> str:
+    """What the host has said since then, the last of it."""
+    subprocess.run(["journalctl", "--sync"], check=False)
+    command = ["journalctl", "--quiet", "--no-pager", f"--since=@{since:.6f}", "--lines=80"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, errors="replace").stdout
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -159,11 +159,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def installed_lab(request: pytest.FixtureRequest) -> Iterator[Vm]:
-    """A lab of its own, with the package installed, for a test that watches the host from outside."""
+def free_slot(request: pytest.FixtureRequest) -> None:
+    """Ends the lab that tests share: what follows may boot one of its own."""
     run = request.session.stash.get(RUN_KEY, None)
     if run is not None:
         run.end()
+
+
+@pytest.fixture
+def installed_lab(free_slot: None) -> Iterator[Vm]:
+    """A lab of its own, with the package installed, for a test that watches the host from outside."""
     try:
         check_tools()
         deb = package()

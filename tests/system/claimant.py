@@ -3,15 +3,25 @@
 Copied to where users can read it and run by tests through `people.login_command`; see `Claimant` in claims.py. Reads
 one JSON object a line, does it, answers with one:
 
-    {"do": "spawn", "threads": N}            a child that calls itself QEMU, with N threads besides its first
-                                             -> {"pid": P, "tids": [...]}
+    {"do": "spawn", "threads": N, "spin": B}   a child that calls itself QEMU, with N threads besides its first, which
+                                               sleep or, if B, keep their CPUs busy -> {"pid": P, "tids": [...]}
+    {"do": "tell", "pid": P, "order": {...}}   passes an order on to such a child; its answer:
+        {"do": "fork", "count": N, "lock": BYTES}  N children of its own, each of which tries to lock so much memory
+                                                   -> {"pids": [...], "locked": how many of them could}
+        {"do": "threads", "count": N}              N more threads -> {"tids": [...]}
+        {"do": "exec", "argv": [...]}              another program in its place -> {}
+        {"do": "exit_thread"}                      its first thread ends, the others live on -> {}
     {"do": "call", "member": M, "signature": S, "body": [...]}      the helper
     {"do": "manager", "member": M, "signature": S, "body": [...]}   systemd's system manager
                                              -> {"error": NAME or null, "body": [...]}
     {"do": "end", "pid": P}                  kills and reaps a child -> {}
+    {"do": "disown"}                         children that end are reaped at once, by nobody -> {}
 """
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import signal
 import sys
@@ -29,22 +39,102 @@ SYSTEMD = {
 }
 
 
-def spawn(threads: int) -> dict[str, object]:
-    """A child that does nothing, under QEMU's name."""
-    readable, writable = os.pipe()
+class Puppet:
+    """The end of a child that its maker holds."""
+
+    def __init__(self, pid: int, orders: int, answers: int) -> None:
+        self.pid, self._orders, self._answers = pid, os.fdopen(orders, "w"), os.fdopen(answers)
+
+    def answer(self) -> dict[str, object]:
+        """What it says next; nothing once it is another program, or gone."""
+        answer: dict[str, object] = json.loads(self._answers.readline() or "{}")
+        return answer
+
+    def tell(self, order: dict[str, object]) -> dict[str, object]:
+        """Have it do something."""
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
+        return self.answer()
+
+
+PUPPETS: dict[int, Puppet] = {}
+
+
+def spawn(threads: int, *, spin: bool) -> dict[str, object]:
+    """A child under QEMU's name."""
+    (orders, giving), (taking, answers) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
         Path("/proc/self/comm").write_text("qemu-system-x86")
-        forever = threading.Event()
-        for _ in range(threads):
-            threading.Thread(target=forever.wait, daemon=True).start()
-        tids = sorted(thread.native_id or 0 for thread in threading.enumerate() if thread.native_id != pid)
-        os.write(writable, json.dumps([tid for tid in tids if tid != os.getpid()]).encode() + b"\n")
-        signal.pause()
-        os._exit(0)
-    os.close(writable)
-    with os.fdopen(readable) as pipe:
-        return {"pid": pid, "tids": json.loads(pipe.readline())}
+        os.close(giving)
+        os.close(taking)
+        try:
+            live(orders, answers, threads, spin=spin)
+        finally:
+            os._exit(0)
+    os.close(orders)
+    os.close(answers)
+    PUPPETS[pid] = Puppet(pid, giving, taking)
+    return {"pid": pid, **PUPPETS[pid].answer()}
+
+
+def live(orders: int, answers: int, threads: int, *, spin: bool) -> None:
+    """Be such a child."""
+
+    def say(answer: dict[str, object]) -> None:
+        os.write(answers, json.dumps(answer).encode() + b"\n")
+
+    say({"tids": more_threads(threads, spin=spin)})
+    with os.fdopen(orders) as lines:
+        for line in lines:
+            order = json.loads(line)
+            match order.pop("do"):
+                case "fork":
+                    say(multiply(**order))
+                case "threads":
+                    say({"tids": more_threads(order["count"], spin=False)})
+                case "exec":
+                    os.execv(order["argv"][0], order["argv"])
+                case "exit_thread":
+                    say({})
+                    ctypes.CDLL(None).pthread_exit(None)
+
+
+def more_threads(count: int, *, spin: bool) -> list[int]:
+    """Start threads; their TIDs."""
+
+    def busy() -> None:
+        while True:
+            pass
+
+    forever = threading.Event()
+    made = [threading.Thread(target=busy if spin else forever.wait, daemon=True) for _ in range(count)]
+    for thread in made:
+        thread.start()
+    return [thread.native_id or 0 for thread in made]
+
+
+def multiply(count: int, lock: int) -> dict[str, object]:
+    """Make children that sleep, each with as much memory locked as it may; how many could lock all of it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    read, write = os.pipe()
+    pids = []
+    for _ in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            memory = mmap.mmap(-1, lock or 1)
+            address = ctypes.c_char.from_buffer(memory)
+            could = lock and libc.mlock(ctypes.byref(address), ctypes.c_size_t(lock)) == 0
+            os.write(write, b"y" if could else b"n")
+            os.close(write)
+            while True:
+                signal.pause()
+        pids.append(pid)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()  # one letter each; fewer when the kernel killed some over their memory
+    return {"pids": pids, "locked": said.count(b"y")}
 
 
 def plain(value: object) -> object:
@@ -65,9 +155,15 @@ def main() -> None:
         match order.pop("do"):
             case "spawn":
                 answer = spawn(**order)
+            case "tell":
+                answer = PUPPETS[order["pid"]].tell(order["order"])
             case "end":
-                os.kill(order["pid"], signal.SIGKILL)
-                os.waitpid(order["pid"], 0)
+                PUPPETS.pop(order["pid"], None)
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(order["pid"], signal.SIGKILL)
+                    os.waitpid(order["pid"], 0)
+            case "disown":
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             case "call" | "manager" as whom:
                 more = SYSTEMD if whom == "manager" else {}
                 reply = client.call(order["member"], order["signature"], order["body"], **more)

@@ -6,12 +6,16 @@ would a QEMU; "it is really QEMU" is no boundary anyway (SECURITY.md, S7).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -44,14 +48,22 @@ class Child(NamedTuple):
 class Claimant:
     """The program, running. A context manager; leaving it ends the program and its children."""
 
-    def __init__(self, user: User) -> None:
+    def __init__(
+        self, user: User, *inside: str, start: Callable[..., list[str]] = login_command, patient: bool = True
+    ) -> None:
+        """`inside`: words before its own command; `start`: makes the whole command, of a user's name and a command.
+
+        `patient`: whether a refusal for the number of calls is waited out.
+        """
         self.user = user
+        self._patient = patient
         self._process = subprocess.Popen(
-            login_command(user.name, "/usr/bin/python3", str(_copied_script())),
+            start(user.name, *inside, "/usr/bin/python3", str(_copied_script())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         self._children: set[int] = set()
+        self._grandchildren: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -64,11 +76,21 @@ class Claimant:
             self._process.stdin.close()
             self._process.wait(host.PATIENCE)
 
-    def spawn(self, threads: int) -> Child:
-        """Make a child."""
-        answer = self._ask(do="spawn", threads=threads)
+    def spawn(self, threads: int, *, spin: bool = False) -> Child:
+        """Make a child, whose threads sleep or keep their CPUs busy."""
+        answer = self._ask(do="spawn", threads=threads, spin=spin)
         self._children.add(answer["pid"])
         return Child(answer["pid"], answer["tids"])
+
+    def tell(self, child: Child, do: str, **order: Any) -> dict[str, Any]:
+        """Have a child do something, see claimant.py."""
+        answer = self._ask(do="tell", pid=child.pid, order={"do": do, **order})
+        self._grandchildren.update(answer.get("pids", ()))
+        return answer
+
+    def disown(self) -> None:
+        """Have children that end vanish at once, their numbers free, from now on."""
+        self._ask(do="disown")
 
     def end(self, pid: int) -> None:
         """Kill a child."""
@@ -76,10 +98,14 @@ class Claimant:
         self._ask(do="end", pid=pid)
 
     def end_all(self) -> int:
-        """Kill all children that are left; how many there were."""
+        """Kill all children that are left, and theirs; how many children there were."""
         left = sorted(self._children)
         for pid in left:
             self.end(pid)
+        for pid in self._grandchildren:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._grandchildren.clear()
         return len(left)
 
     def set_memlock(self, child: Child, vm: str, size: int) -> Answer:
@@ -99,7 +125,7 @@ class Claimant:
         """Call the helper. Tests of one user follow each other fast: what counts as too many calls in 20 s waits."""
         while True:
             answer = self._reply(do="call", member=member, signature=signature, body=body)
-            if not answer.text.startswith("You make too many calls"):
+            if not self._patient or not answer.text.startswith("You make too many calls"):
                 return answer
             time.sleep(1)
 

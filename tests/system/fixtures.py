@@ -22,6 +22,8 @@ from system.people import DESK, User, let_into_group
 from system.vms import HELPER_UNIT, Launch, running
 
 TOML = Path("/etc/qemu-launcher/helper.toml")
+# What desktop sessions hand down (RLIMIT_RTTIME, microseconds, soft and hard), under which real time is soon killed.
+DESKTOP_RTTIME = (200_000, 200_000)
 POLKIT_RULE = Path("/etc/polkit-1/rules.d/10-system-test.rules")
 
 
@@ -66,8 +68,8 @@ def vm() -> Iterator[Callable[..., Launch]]:
 
 @pytest.fixture(scope="module")
 def program_of_alice(members: tuple[User, User]) -> Iterator[Claimant]:
-    """A program of alice's, for all tests of a module."""
-    with Claimant(members[0]) as claimant:
+    """A program of alice's, for all tests of a module, under the limits of a desktop."""
+    with Claimant(members[0], "prlimit", "--rttime={}:{}".format(*DESKTOP_RTTIME)) as claimant:
         yield claimant
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -83,13 +84,30 @@ def test_it_listens_nowhere_and_knows_one_network_namespace_of_its_own(helper: i
     assert "127.0.0.1" not in (host.PROC / f"{helper}/net/tcp").read_text()
 
 
-def test_its_environment_is_nobodys_choice(helper: int) -> None:
-    """Isolated mode: no folder of a user's, of root's or of /usr/local is on its import path."""
+def test_it_runs_isolated(helper: int) -> None:
+    """Isolated mode: no folder of a user's or of root's is on its import path."""
     command = (host.PROC / f"{helper}/cmdline").read_bytes().decode().split("\0")
     assert command[:3] == ["/usr/bin/python3", "-I", "/usr/libexec/qemu-launcher-helper"]
-    mapped = (host.PROC / f"{helper}/maps").read_text()
-    assert "/usr/local/" not in mapped
-    assert "/home/" not in mapped
+
+
+@pytest.mark.parametrize("module", ["dbus_next", "prctl", "asyncio"])
+def test_a_module_planted_in_usr_local_is_not_imported(alice: User, module: str) -> None:
+    """Debian has /usr/local's packages come before its own, so `sudo pip install` could replace what root runs."""
+    place = Path(f"/usr/local/lib/python{sys.version_info.major}.{sys.version_info.minor}/dist-packages")
+    had = place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    planted = place / f"{module}.py"
+    planted.write_text("raise SystemExit(99)\n")
+    try:
+        if module != "asyncio":  # what the standard library has comes first anyway
+            control = subprocess.run(["/usr/bin/python3", "-I", "-c", f"import {module}"], check=False)
+            assert control.returncode == 99, "Python itself would take the planted one"
+        stop_helper()
+        alice.login.run(f"busctl call {INTERFACE} /org/qemulauncher/Helper1 {INTERFACE} GetLimits", check=True)
+    finally:
+        planted.unlink()
+        if not had:
+            place.rmdir()
 
 
 def test_its_unit_is_judged_by_systemd(record_property: Callable[[str, object], None]) -> None:

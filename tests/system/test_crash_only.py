@@ -4,14 +4,16 @@ A helper that kills itself at a step (stepping_helper.py), and users who move th
 systemd's AttachProcessesToUnit (SECURITY.md, S20).
 """
 
+import json
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from system import host
 from system.claims import Child, Claimant
-from system.fixtures import start_helper, stop_helper
+from system.fixtures import DESKTOP_RTTIME, start_helper, stop_helper
 from system.people import User
 from system.stepping import Stepping
 from system.vms import HELPER_UNIT, define, refused
@@ -37,11 +39,23 @@ STEPS = [
 ]
 
 
-def expect_sound(child: Child) -> None:
+def limits_of(child: Child) -> dict[str, tuple[int, int]]:
+    """The limits that grants change."""
+    return {name: host.limit(child.pid, name) for name in ("Max locked memory", "Max realtime timeout")}
+
+
+def expect_sound(child: Child, before: dict[str, tuple[int, int]]) -> None:
     """No thread is real-time but alone on a shielded CPU of its own; what is shielded, nobody else may run on.
 
+    A limit is what it was `before`, or there is a record of a finished grant that says so, from which it is put back.
     A shield in which the child's threads are not yet is sound: it is within the user's limits, and has an owner.
     """
+    record: dict[str, Any] = {"settled": False}
+    for path in host.GRANTS.glob("*-vm"):
+        record = json.loads(path.read_text())
+    now = limits_of(child)
+    for name, key in ("Max locked memory", "memlock_before"), ("Max realtime timeout", "rttime_before"):
+        assert now[name] == before[name] or (record["settled"] and tuple(record[key]) == before[name]), (now, record)
     shielded = {tid for tid in child.tids if host.cpus_of(child.pid, tid) <= host.isolated()}
     assert host.realtime_threads() <= shielded
     assert host.isolated() in (frozenset(), frozenset({4, 5}))
@@ -52,6 +66,8 @@ def expect_sound(child: Child) -> None:
 @pytest.mark.parametrize(("step", "during"), STEPS)
 def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: str, during: str) -> None:
     child = program.spawn(2)
+    before = limits_of(child)
+    assert before["Max realtime timeout"] == DESKTOP_RTTIME
     calls: dict[str, Callable[[], object]] = {
         "memlock": lambda: program.set_memlock(child, "vm", 64 << 20),
         "pin": lambda: program.pin(child, "vm", 4, 5),
@@ -63,7 +79,7 @@ def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: s
     calls[during]()
     assert stepping.obeyed, "the step was never reached"
     start_helper()  # systemd has done so by itself (Restart=on-failure); this waits until it is there
-    expect_sound(child)
+    expect_sound(child, before)
     program.end(child.pid)
     program.call("GetLimits", "")  # any call cleans up first; so does the helper when it leaves, but 15 s later
     host.wait_until_as_before()
@@ -95,12 +111,16 @@ def test_killed_while_it_has_nothing_to_do(program: Claimant) -> None:
 def test_a_shield_without_a_record_ends_with_its_real_time(program: Claimant) -> None:
     """As after a purge and a new installation under a running VM: nobody knows any more whom the CPUs were for."""
     child = program.spawn(2)
+    before = limits_of(child)
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    # Whatever the limit on real time was, nobody knows it any more; it is harmless without real time.
+    before["Max realtime timeout"] = limits_of(child)["Max realtime timeout"]
     stop_helper()
     (host.GRANTS / f"{program.user.uid}-vm").unlink()
     start_helper()
-    expect_sound(child)
+    expect_sound(child, before)
+    assert host.realtime_threads() == set()
 
 
 def leave_scope(program: Claimant, *pids: int) -> None:
@@ -138,15 +158,31 @@ def test_a_decoy_left_in_the_scope_only_delays_that(program: Claimant) -> None:
     child = program.spawn(2)
     assert program.pin(child, "vm", 4, 5).error == "ok"
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
-    scope = host.cgroup(child.pid).parent
-    decoy = program.spawn(0)
-    moved = program.manager("AttachProcessesToUnit", "ssau", scope.name, "", [decoy.pid])
-    assert moved.error != "ok", "she cannot attach to a scope that she does not own, so a decoy must be born inside"
+    [decoy] = program.tell(child, "fork", count=1, lock=0)["pids"]
+    assert host.cgroup(decoy).parent.name in host.scopes(), "born inside"
+    stop_helper()
     leave_scope(program, child.pid)
+    assert host.cgroup(decoy).parent.name in host.scopes()
+    assert host.realtime_threads() == set(child.tids), "this much the documentation concedes"
+    assert host.isolated() == {4, 5}
     start_helper()
-    assert program.call("GetLimits", "").error == "ok"
     assert host.realtime_threads() == set()
-    host.wait_for("the CPUs are back", lambda: host.isolated() == frozenset())
+    assert host.isolated() == frozenset()
+    assert host.cpus_of(1) == host.online()
+
+
+def test_real_time_lifts_its_brake_only_while_it_lasts(program: Claimant) -> None:
+    child = program.spawn(2)
+    before = limits_of(child)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    for policy, priority, lifted in ("fifo", 1, True), ("other", 0, False), ("rr", 1, True):
+        assert program.schedule(child, "vm", policy, priority).error == "ok"
+        now = (host.INFINITY, host.INFINITY) if lifted else DESKTOP_RTTIME
+        assert limits_of(child) == before | {"Max realtime timeout": now}
+    assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+    assert limits_of(child) == before
+    assert host.realtime_threads() == set()
+    assert host.isolated() == frozenset()
 
 
 def test_nobody_else_can_move_her_processes(program: Claimant, carol: User) -> None:
@@ -154,6 +190,8 @@ def test_nobody_else_can_move_her_processes(program: Claimant, carol: User) -> N
     assert program.pin(child, "vm", 4).error == "ok"
     carol.login.run("true", check=True)
     with Claimant(carol) as other:
-        moved = other.manager("AttachProcessesToUnit", "ssau", f"user@{carol.uid}.service", "/init.scope", [child.pid])
-        assert moved.error != "ok"
+        unit = f"user@{carol.uid}.service"
+        moved = other.manager("AttachProcessesToUnit", "ssau", unit, "/init.scope", [child.pid])
+        assert moved.error in ("AccessDenied", "InteractiveAuthorizationRequired"), moved
+        leave_scope(other, other.spawn(0).pid)  # with a process of her own she can
     assert host.isolated() == {4, 5}

@@ -195,6 +195,11 @@ def test_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User, at
     expect_vcpus_tuned(win11)
 
 
+def test_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
+    """Control: where users may make none at all, the refusals above would prove nothing."""
+    alice.login.run("unshare --user --map-root-user --cgroup --mount true", check=True)
+
+
 @pytest.mark.parametrize(
     "attempt",
     [
