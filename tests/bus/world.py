@@ -16,7 +16,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -309,4 +309,16 @@ def world(**options: Any) -> Iterator[World]:
         with World(folder, **options) as host:
             yield host
     finally:
+        # A helper that has just lost its bus writes its last words first.
+        wait_until(lambda: not _names_in_proc(str(folder)), f"the end of what uses {folder}")
         shutil.rmtree(folder)
+
+
+def _names_in_proc(word: str) -> list[int]:
+    """PIDs of processes with `word` in an argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if any(argument.startswith(word) for argument in path.read_bytes().decode(errors="replace").split("\0")):
+                found.append(int(path.parent.name))
+    return found
