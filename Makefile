@@ -46,6 +46,7 @@ DEB_SOURCES := $(shell find launcher helper dbus polkit debian -type f -not -pat
 DESTDIR ?=
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
+SBINDIR ?= $(PREFIX)/sbin
 LIBEXECDIR ?= $(PREFIX)/libexec
 PYTHONDIR ?= $(PREFIX)/lib/qemu-launcher
 MANDIR ?= $(PREFIX)/share/man
@@ -153,14 +154,15 @@ build/man/%: helper/man/%.md
 # --- installation -----------------------------------------------------------------------------------------------------
 
 # Entry scripts and the two files that start the helper carry paths; everything else is installed as it stands.
-place = sed -e 's|/usr/lib/python3/dist-packages|$(PYTHONDIR)|g' -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' $(1) > $(2) && chmod $(3) $(2)
+place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' $(1) > $(2) && chmod $(3) $(2)
 
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
-	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(LIBEXECDIR) $(UNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
+	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
 		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples)
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
 	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
+	@ln -srf $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper $(DESTDIR)$(SBINDIR)/qemu-launcher-helper
 	@$(call place,helper/qemu-launcher-helper.service,$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service,644)
 	@$(call place,dbus/org.qemulauncher.Helper1.service,$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service,644)
 	@(cd launcher && find qemu_launcher -name '*.py' -o -name py.typed) | while read -r f; do \
@@ -189,7 +191,7 @@ reload = if [ -d /run/systemd/system ]; then systemctl daemon-reload; \
 uninstall: ## remove what `make install` with the same variables put there; running VMs keep running
 	@[ -n "$(DESTDIR)" ] || { [ ! -d /run/systemd/system ] || systemctl stop qemu-launcher-helper.service || true; }
 	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
-	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
+	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(SBINDIR)/qemu-launcher-helper $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
 		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf \
 		$(DESTDIR)$(DBUSDIR)/system.d/org.qemulauncher.Helper1.conf \
 		$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service \

@@ -8,19 +8,22 @@ import asyncio
 import logging.handlers
 import os
 import signal
+import socket
 import sys
 
 from . import bus, contract, limits, privileges, service
 from .operations import Operations
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
-_STOP_SECONDS = 20.0
+# How long the journal may take to accept a record.
+_STOP_SECONDS, _JOURNAL_SECONDS = 20.0, 1.0
 
 
 class Journal(logging.handlers.DatagramHandler):
     """Sends each log record to systemd's journal, one datagram of NAME=VALUE lines; arguments by name become fields.
 
-    The names are ours, and no value has a second line: text from elsewhere is logged through ascii() (%a).
+    The names are ours, and no value has a second line: text from elsewhere is logged through ascii() (%a). A journal
+    that others flood holds us up for a moment only: then logging writes to stderr, which systemd reads on its own.
     https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
     """
 
@@ -54,21 +57,20 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
 
 
 def main() -> int:
-    """Run the helper, or with --check [FILE] just read helper.toml; return the exit status."""
-    check = sys.argv[1:2] == ["--check"]
-    logs = [logging.StreamHandler() if check else Journal("/run/systemd/journal/socket", None)]
+    """Serve, or read helper.toml and say what is wrong with it; return the exit status."""
+    logs = [Journal("/run/systemd/journal/socket", None) if "--serve" in sys.argv else logging.StreamHandler()]
     logging.basicConfig(handlers=logs, level=logging.INFO, format="%(message)s")
+    socket.setdefaulttimeout(_JOURNAL_SECONDS)
     os.umask(0o077)
     try:
-        if check:
-            limits.load(*sys.argv[2:3])
-            return 0
-        privileges.drop()
-        return asyncio.run(serve())
+        match sys.argv[1:]:
+            case ["--serve"]:
+                privileges.drop()
+                return asyncio.run(serve())
+            case ["--check", *path] if len(path) <= 1:
+                return limits.check(*path)
     except (contract.Refusal, contract.CallFailed, OSError) as err:
         logging.critical("cannot serve: %a", str(err))
         return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    logging.error("The system bus starts this. By hand: qemu-launcher-helper --check [FILE]; qemu-launcher-helper(8)")
+    return 2

@@ -5,8 +5,8 @@ own connection class dies of a full socket buffer, parses messages of any size f
 malformed one into the next, leaks file descriptors and answers with tracebacks; asyncio's streams do none of that.
 
 What it refuses, before anything but the header is parsed:
-- messages over 64 KiB (drained, unanswered: no client of ours makes such);
-- everything that is no method call to us, no reply that we wait for, no signal of the bus or of systemd;
+- messages over MAX_MESSAGE_BYTES (drained, unanswered: no client of ours makes such);
+- everything that is no method call to us and no reply that we wait for: signals, of whomever, mean nothing to us;
 - file descriptors: they are not negotiated, so the bus delivers none, and a plain recv(2) would drop them.
 Each message is parsed alone, from its own bytes, and whatever the parser makes of odd ones hurts that message only.
 A call's body is parsed only when the service asks for it, after it has compared the signature with its table.
@@ -19,9 +19,8 @@ import asyncio
 import io
 import itertools
 import os
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dbus_next._private.unmarshaller import Unmarshaller
@@ -29,7 +28,7 @@ from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant as Variant  # noqa: PLC0414  for all who make or read values of type v
 
-from .contract import CALL_SECONDS, JOB_SECONDS, MAX_MESSAGE_BYTES, CallFailed
+from .contract import CALL_SECONDS, DAEMON_SECONDS, JOB_PAUSE, JOB_SECONDS, MAX_MESSAGE_BYTES, CallFailed
 
 SOCKET = "/run/dbus/system_bus_socket"
 INTERACTIVE = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
@@ -60,7 +59,6 @@ class SystemBus:
         self._reader, self._writer = reader, writer
         self._serials = itertools.cycle(range(1, 2**32))
         self._waiting: dict[int, asyncio.Future[Message | None]] = {}
-        self._listening: defaultdict[tuple[str, str], list[asyncio.Queue[Body]]] = defaultdict(list)
         self.reading = asyncio.create_task(self._read_forever())
 
     @classmethod
@@ -105,51 +103,33 @@ class SystemBus:
 
     async def daemon(self, member: str, *strings: str, answer: str = "") -> Body:
         """Call the bus itself, with strings."""
-        return await self.call(DAEMON, member, "s" * len(strings), list(strings), answer)
+        return await self.call(DAEMON, member, "s" * len(strings), list(strings), answer, DAEMON_SECONDS)
 
-    def tell(self, to: Peer, member: str, text: str) -> None:
-        """Call with one string, and expect no reply."""
-        self._send(Message(*to, member, flags=MessageFlag.NO_REPLY_EXPECTED, signature="s", body=[text]))
-
-    async def until_gone(self, name: str) -> None:
-        """Return when unique name `name` has left the bus."""
-        async with self._signals(DAEMON, "NameOwnerChanged", f",arg0='{name}'") as changes:
-            if await self.daemon("NameHasOwner", name, answer="b") == [True]:
-                while await changes.get() != [name, name, ""]:
-                    pass
+    async def is_there(self, name: str) -> bool:
+        """Tell whether unique name `name` is on the bus; they are never used again."""
+        with suppress(CallFailed):
+            return await self.daemon("NameHasOwner", name, answer="b") == [True]
+        return False
 
     async def start_unit(self, name: str, properties: Body) -> None:
         """Have systemd start a transient unit, and wait, at most JOB_SECONDS, until it is done with that job.
 
-        Raises CallFailed when systemd does not take the job. What came of it is for the caller to see, in /proc.
+        Raises CallFailed when systemd does not take the job, or is not done with it in time; then it is cancelled, as
+        what it names may be another's later. What came of a job that is done is for the caller to see, in /proc.
+        It is asked for, not waited for: who waits for signals has to believe somebody's.
         """
-        # Its unique name, of this moment (a re-executed systemd has a new one): whoever else sends signals is not it.
-        [owner] = await self.daemon("GetNameOwner", SYSTEMD[0], answer="s")
-        systemd = (owner, *SYSTEMD[1:])
-        # Every JobRemoved is kept from here on, so ours may come before we know its name.
-        async with self._signals(systemd, "JobRemoved") as ended:
-            with suppress(CallFailed):  # AlreadySubscribed, by our job before
-                await self.call(systemd, "Subscribe", "", [], "")
-            body = [name, "fail", properties, []]  # no other unit may be in the way
-            [job] = await self.call(systemd, "StartTransientUnit", "ssa(sv)a(sa(sv))", body, "o")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(JOB_SECONDS):
-                    while (await ended.get())[1] != job:
-                        pass
-
-    @asynccontextmanager
-    async def _signals(self, of: Peer, member: str, more: str = "") -> AsyncIterator[asyncio.Queue[Body]]:
-        """Collect, during the block, the bodies of the signals `member`; `more` restricts the match rule."""
-        sender, path, interface = of
-        rule = f"type='signal',sender='{sender}',path='{path}',interface='{interface}',member='{member}'{more}"
-        queues, queue = self._listening[sender, member], asyncio.Queue[Body]()
-        queues.append(queue)
+        body = [name, "fail", properties, []]  # no other unit may be in the way
+        [job] = await self.call(SYSTEMD, "StartTransientUnit", "ssa(sv)a(sa(sv))", body, "o")
+        number = [int(job.rpartition("/")[2])]
         try:
-            await self.daemon("AddMatch", rule)
-            yield queue
-        finally:
-            queues.remove(queue)
-            self.tell(DAEMON, "RemoveMatch", rule)
+            async with asyncio.timeout(JOB_SECONDS):
+                while True:
+                    await self.call(SYSTEMD, "GetJob", "u", number, "o")
+                    await asyncio.sleep(JOB_PAUSE)
+        except (CallFailed, TimeoutError) as err:
+            if isinstance(err, TimeoutError) or err.name != "org.freedesktop.systemd1.NoSuchJob":
+                await self.call(SYSTEMD, "CancelJob", "u", number, "")
+                raise CallFailed("timeout", "the job is not done") from err
 
     def reply(self, call: Call, signature: str, body: Body, error: str | None = None) -> None:
         """Send the result, or an error of that name; unless the caller wants neither."""
@@ -170,9 +150,6 @@ class SystemBus:
             match _parse(data[:4] + bytes(4) + data[8:]):
                 case Message(sender=str(), message_type=MessageType.METHOD_CALL) as call:
                     self.on_call(Call(call, data))
-                case Message(sender=str() as sender, message_type=MessageType.SIGNAL) as signal:
-                    for queue in self._listening.get((sender, signal.member), ()):
-                        queue.put_nowait(Call(signal, data).body())
                 case Message(sender=str(), reply_serial=int() as serial) if waiting := self._waiting.pop(serial, None):
                     waiting.set_result(_parse(data))  # that it is from whom we called, the bus sees to
             await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory

@@ -73,22 +73,24 @@ MAX_TIDS = 1024
 # Highest CPU number + 1: NR_CPUS of x86-64 with MAXSMP.
 MAX_CPUS = 8192
 
-# Largest message that is parsed at all; see bus.py. The largest sensible PinThreads fits three times.
-MAX_MESSAGE_BYTES = 64 * 1024
+# Largest message that is parsed at all, or kept until it is known whose it is; the largest sensible PinThreads fits.
+MAX_MESSAGE_BYTES = 24 * 1024
 # One launch makes four calls, one after the other. What is more than this is a mistake or an attack.
-CALLS_IN_FLIGHT = 4
-CALLS_PER_WINDOW = 60
-WINDOW_SECONDS = 20.0
+CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS = 4, 60, 20.0
 # Calls of one user that wait for his one password dialog, and dialogs on the whole host: at 128 unanswered ones the
 # bus would stop delivering our own calls (max_replies_per_connection, dbus-daemon(1)).
-DIALOG_QUEUE = 8
-MAX_DIALOGS = 8
+DIALOG_QUEUE, MAX_DIALOGS = 8, 8
 # A person types a password; polkit's own agents give up after about this long.
 DIALOG_SECONDS = 300.0
 # Any other call of ours. 25 s is what every D-Bus library waits by default (dbus_connection_send_with_reply).
 CALL_SECONDS = 25.0
-# A systemd job of ours moves one process into a scope: milliseconds, unless the host is in deep trouble.
-JOB_SECONDS = 60.0
+# The bus itself answers at once, or not at all: in a flood it drops answers to us too. So it is asked who calls again.
+DAEMON_SECONDS, IDENTIFY_TRIES = 10.0, 3
+# A systemd job of ours moves one process into a scope: milliseconds, unless the host is in deep trouble, or the
+# caller's session is being stopped and resists. Only calls about this user wait.
+JOB_SECONDS = 30.0
+# Between two looks at it, which cost systemd next to nothing; the same for a caller who may leave his dialog behind.
+JOB_PAUSE, DIALOG_PAUSE = 0.01, 1.0
 # Long enough to serve a whole launch with one process, short enough that nothing of root's stays around.
 IDLE_SECONDS = 15.0
 

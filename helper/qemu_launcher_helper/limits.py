@@ -34,14 +34,11 @@ PATH = "/etc/qemu-launcher/helper.toml"
 # A hundred entries fit many times; a device or a runaway file does not.
 MAX_FILE_BYTES = 64 * 1024
 CPU = Path("/sys/devices/system/cpu")
-# What always stays unlockable for the host, all users together.
-HOST_BYTES = 2 << 30
-HOST_SHARE = 10  # percent of MemTotal
+# What one user's VMs can never lock together.
+HOST_BYTES, HOST_PERCENT = 2 << 30, 10
 Cpus = frozenset[int]
 # The host's cores, lowest first; each is the set of its online SMT siblings.
 Cores = Sequence[Cpus]
-# The CPUs of each thread of a VM that is pinned inside its shield, as the kernel has them.
-Shielded = Mapping[int, Cpus]
 # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
 OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
@@ -53,6 +50,7 @@ class Limits(NamedTuple):
     cpus: None means every CPU; max_cpus: None means no number of its own; the housekeeping core stays in both cases.
     memlock: bytes per user; None means the host's rule alone (MemTotal less max(2 GiB, 10 %)); INFINITY if written.
     realtime: "shielded" (fifo and rr only on shielded CPUs of the VM) or "anywhere". source: who decided all this.
+    deadline: always no: the kernel refuses it to threads in a partition (EPERM), and admits it for all users as one.
     users, groups: whom the entry is for; both empty means everybody.
     """
 
@@ -63,6 +61,7 @@ class Limits(NamedTuple):
     policies: frozenset[str] = frozenset(contract.POLICIES)
     max_priority: int = 10
     realtime: str = "shielded"
+    deadline: bool = False
     source: str = "the built-in defaults"
     users: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
@@ -84,16 +83,26 @@ class Settings(NamedTuple):
             user = pwd.getpwuid(uid)
             name, gids = user.pw_name, os.getgrouplist(user.pw_name, user.pw_gid)
         for entry in self.entries:
-            anybody = not entry.users and not entry.groups
-            if anybody or name in entry.users or any(_gid(group) in gids for group in entry.groups):
+            if not entry.users + entry.groups or name in entry.users or any(_number(g) in gids for g in entry.groups):
                 return entry
         return Limits()
 
 
-def _gid(group: str) -> int | None:
+def _number(name: str, *, user: bool = False) -> int | None:
     with suppress(KeyError):
-        return grp.getgrnam(group).gr_gid
+        return pwd.getpwnam(name).pw_uid if user else grp.getgrnam(name).gr_gid
     return None
+
+
+def check(path: str | None = None) -> int:
+    """Say what an administrator has to know of the file; return the exit status, 1 if he has to do something."""
+    entries = load(path).entries
+    unknown = [name for entry in entries for name in entry.users if _number(name, user=True) is None]
+    unknown += [name for entry in entries for name in entry.groups if _number(name) is None]
+    for name in unknown:
+        logging.error("%s names %a, whom this host does not know", path or PATH, name)
+    logging.info("%s is understood: %d [[limits]]", path or PATH, len(entries))
+    return int(bool(unknown))
 
 
 def user_name(uid: int) -> str:
@@ -124,7 +133,7 @@ def load(path: str | None = None) -> Settings:
         return Settings()
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:  # the last: quite another shape
         logging.critical("no service, %s: %a", path, str(err))
-        raise Failed("The helper's configuration is broken; journalctl -u qemu-launcher-helper says where") from err
+        raise Failed("helper.toml is broken, nobody is served: sudo qemu-launcher-helper --check says why") from err
 
 
 # By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts.
@@ -140,6 +149,7 @@ _FORMS: dict[str, tuple[type, str]] = {
     "policies": (list, "|".join(contract.POLICIES)),
     "max_priority": (int, r"[0-9]{1,2}"),
     "realtime": (str, r"shielded|anywhere"),
+    "deadline": (bool, "False"),
 }
 
 
@@ -217,7 +227,7 @@ def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, reco
 def lockable_bytes() -> int:
     """Return MemTotal less what the host keeps, in bytes (sysconf(3))."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(0, total - max(HOST_BYTES, total * HOST_SHARE // 100))
+    return max(0, total - max(HOST_BYTES, total * HOST_PERCENT // 100))
 
 
 def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Record], lockable: int) -> int:
@@ -227,30 +237,28 @@ def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Rec
     """
     if limits.memlock == contract.INFINITY:
         return asked
-    others = [record for record in records if record.key != own.key]
-    held = sum(record.memlock for record in others if record.uid == own.uid)
-    most = lockable if limits.memlock is None else limits.memlock
-    left = min(most - held, lockable - sum(min(record.memlock, lockable) for record in others))
-    if left <= 0:
-        rule = f"{most} bytes ({'this host' if limits.memlock is None else limits.source})"
+    held = sum(record.memlock for record in records if record.uid == own.uid and record.key != own.key)
+    most = lockable if limits.memlock is None else min(limits.memlock, lockable)
+    if most <= held:
+        rule = f"{most} bytes ({'this host' if most == lockable else limits.source})"
         raise LimitExceeded(f"No memory is left to lock: your VMs hold {held} bytes of {rule}")
-    return min(asked, left)
+    return min(asked, most - held)
 
 
-def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int], shielded: Shielded) -> None:
+def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int], shielded: Mapping[int, Cpus]) -> None:
     """Refuse (LimitExceeded, TargetRefused, Unsupported) a policy and priority that this caller may not set.
 
-    `tids`: all threads of the VM that would then have real time.
+    `tids`: all threads of the VM that would then have real time. `shielded`: the CPUs of each thread that is pinned
+    inside the VM's shield, as the kernel has them.
     """
     if policy not in limits.policies:
-        allowed = ", ".join(sorted(limits.policies))
-        raise LimitExceeded(f"Policy {policy} is not among yours, {allowed} ({limits.source})")
+        raise LimitExceeded(
+            f"Policy {policy} is not among yours, {', '.join(sorted(limits.policies))} ({limits.source})"
+        )
     if priority > limits.max_priority:
         raise LimitExceeded(f"Priority {priority} is above yours, {limits.max_priority} ({limits.source})")
     if policy in contract.REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:
-        raise contract.Unsupported(
-            "Real time is refused while kernel.sched_rt_runtime_us is -1: nothing would stop a thread"
-        )
+        raise contract.Unsupported("kernel.sched_rt_runtime_us is -1: nothing would stop a real-time thread")
     if policy not in contract.REALTIME_POLICIES or limits.realtime == "anywhere":
         return
     places = [shielded.get(tid, frozenset()) for tid in tids]

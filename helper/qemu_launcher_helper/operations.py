@@ -1,8 +1,9 @@
 """The privileged operations, each as: reconcile, verify, check the limits, record, act, verify again.
 
-One lock is held over all of it. There is no `await` between the last verification of a target and the act on it. When
-a step fails after the record was written, all grants of that VM are withdrawn by the same code that
-reconcile uses: a VM is tuned as asked or not at all.
+All of it is one step, as nothing else runs between two `await`s, but for one wait: systemd may take as long over a
+scope as the caller's session likes. Calls about the same user wait for that, others are served; the record, written
+before, keeps what was claimed, and everything is verified again. When a step fails after the record was written, all
+grants of that VM are withdrawn by the same code that reconcile uses: a VM is tuned as asked or not at all.
 
 Each VM has a systemd scope of its own. Nothing of what systemd is told comes from a user but the PID and the validated
 VM name; and as it answers before it has moved the process, the target is verified after that.
@@ -10,6 +11,7 @@ VM name; and as it answers before it has moved the process, the target is verifi
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_RTTIME
@@ -20,7 +22,7 @@ from .bus import SYSTEMD, SystemBus, Variant
 from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported, cpulist
 from .cpuset.partition import CGROUP
 from .limits import Limits, Settings
-from .records import MECHANISM, Record, reconcile, settle
+from .records import MECHANISM, PENDING, Record, reconcile, settle
 from .target import Target
 
 
@@ -28,12 +30,12 @@ class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
     def __init__(self, bus: SystemBus) -> None:
-        self._bus, self._lock = bus, asyncio.Lock()
+        self._bus = bus
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by whose VMs it is about
 
     async def reconcile(self) -> None:
         """Bring the host to what the records say; see records.reconcile."""
-        async with self._lock:
-            reconcile()
+        reconcile()
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
@@ -41,10 +43,10 @@ class Operations:
         `member` is one of METHODS, `arguments` are what contract.parse made of its body. Raises Refusal; when an act of
         it has failed, no grant of the VM is left, or if it was a repeated call, those that hold as before.
         """
+        uid = arguments.get("uid", caller.uid)
         try:
-            async with self._lock:
-                live, own = reconcile(), settings.limits_for(arguments.get("uid", caller.uid))
-                operation = Operation(caller, settings, own, live, self._bus)
+            async with self._turns[uid]:
+                operation = Operation(caller, settings, settings.limits_for(uid), reconcile(), self._bus)
                 answer = await getattr(operation, contract.METHODS[member][3])(**arguments)
                 return [] if answer is None else [answer]
         except ProcessLookupError as err:
@@ -69,7 +71,7 @@ class Operation(NamedTuple):
             granted = limits.grant_memlock(bytes, record, self.limits, self.live, limits.lockable_bytes())
             before = record.memlock_before or target.rlimit(RLIMIT_MEMLOCK)
             async with self._granting(target, record._replace(memlock=granted, memlock_before=before)):
-                target.rlimit(RLIMIT_MEMLOCK, (RLIM_INFINITY if granted == contract.INFINITY else granted,) * 2)
+                target.rlimit(RLIMIT_MEMLOCK, (granted if granted < 2**63 else RLIM_INFINITY,) * 2)
         return granted
 
     async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> None:
@@ -79,10 +81,9 @@ class Operation(NamedTuple):
         with Target(pid) as target:
             before = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(pin.tid for pin in pins)
-            pinned, shielded = (
-                limits.union(pin.cpus for pin in pins if pin.shielded == kind) for kind in (False, True)
-            )
-            asked = before._replace(shielded=shielded, pinned=pinned)
+            shielded, pinned = (limits.union(p.cpus for p in pins if p.shielded == kind) for kind in (True, False))
+            placed = " ".join(f"{pin.tid}:{cpulist(pin.cpus)}" for pin in pins) + f" {cpulist(others)}"
+            asked = before._replace(shielded=shielded, pinned=pinned, placed=placed)
             wanted = limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
             async with self._granting(target, wanted):
                 still = MECHANISM.shielded_threads(before.scope) or {} if wanted.shielded == before.shielded else {}
@@ -102,12 +103,17 @@ class Operation(NamedTuple):
             if policy in contract.REALTIME_POLICIES:
                 realtime.update(tids)
             limits.check_policy(policy, priority, self.limits, realtime & {*tids, *shielded}, shielded)
-            before = record.rttime_before or target.rlimit(RLIMIT_RTTIME)
-            granted = record._replace(realtime=tuple(sorted(realtime)), rttime_before=before if realtime else None)
-            async with self._granting(target, granted):
-                # Desktop sessions hand down a hard limit of 200 ms, under which a busy FIFO vCPU is killed in 0.3 s.
-                target.rlimit(RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
+            before = record.rttime_before or (target.rlimit(RLIMIT_RTTIME) if realtime else None)
+            granted = record._replace(realtime=tuple(sorted(realtime)), scheduled=f"{policy} {priority} {sorted(tids)}")
+            async with self._granting(target, granted._replace(rttime_before=before if realtime else None)):
+                # What else has real time, from rtkit say, has it under the very limit that is lifted here.
+                target.take_realtime(realtime)
+                if before:
+                    # Desktop sessions hand down a hard limit of 200 ms; under it a busy FIFO vCPU is killed in 0.3 s.
+                    target.rlimit(RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY) if realtime else before)
                 target.set_policy(start_times, policy, priority)
+                if (MECHANISM.shielded_threads(record.scope) or {}) != shielded:
+                    raise TargetRefused(f"VM {vm} lost its shield meanwhile")
 
     async def release(self, uid: int, vm: str) -> None:
         """Take all grants of a VM back; harmless when it has none."""
@@ -115,32 +121,24 @@ class Operation(NamedTuple):
 
     async def list_vms(self, *, everybody: bool) -> list[Any]:
         """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
-        rows = []
-        for record in self.live:
-            if everybody or record.uid == self.caller.uid:
-                who = [record.vm, record.uid, limits.user_name(record.uid), record.pid, record.start_time]
-                how = MECHANISM.name if record.cpus else "none"
-                rows.append([*who, cpulist(record.cpus), how])
-        return rows
+        mine = [vm for vm in self.live if everybody or vm.uid == self.caller.uid]
+        who = ([vm.vm, vm.uid, limits.user_name(vm.uid), vm.pid, vm.start_time] for vm in mine)
+        how = ([cpulist(vm.cpus), MECHANISM.name if vm.cpus else "none"] for vm in mine)
+        return [first + last for first, last in zip(who, how, strict=True)]
 
     async def get_limits(self, **_: int) -> dict[str, Variant]:
         """Return what the caller, or the user he asks about, may have, and who decides it."""
         own, cores, lacking = self.limits, limits.read_cores(), MECHANISM.lacks()
         cpus = limits.union(cores) if own.cpus is None else own.cpus
-        return {
-            "version": Variant("s", contract.VERSION),
-            "mechanism": Variant("s", "none" if lacking else MECHANISM.name),
-            "reason": Variant("s", lacking or "The kernel has remote cpuset partitions"),
-            "limits_source": Variant("s", own.source),
-            "cpus": Variant("s", cpulist(cpus)),
-            "max_cpus": Variant("u", len(cpus) if own.max_cpus is None else own.max_cpus),
-            "max_vms": Variant("u", own.max_vms),
-            "memlock": Variant("t", limits.lockable_bytes() if own.memlock is None else own.memlock),
-            "policies": Variant("as", sorted(own.policies)),
-            "max_priority": Variant("u", own.max_priority),
-            "realtime": Variant("s", own.realtime),
-            "free_cpus": Variant("s", cpulist(limits.free_for(own, cores, self.live))),
-        }
+        facts: dict[str, Any] = {"limits_source": own.source, "realtime": own.realtime, "deadline": own.deadline}
+        facts |= {"version": contract.VERSION, "mechanism": "none" if lacking else MECHANISM.name}
+        facts |= {"reason": lacking or "The kernel has remote cpuset partitions", "policies": sorted(own.policies)}
+        facts |= {"cpus": cpulist(cpus), "free_cpus": cpulist(limits.free_for(own, cores, self.live))}
+        facts |= {"max_cpus": len(cpus) if own.max_cpus is None else own.max_cpus, "max_vms": own.max_vms}
+        memlock = limits.lockable_bytes() if own.memlock is None else own.memlock
+        facts |= {"memlock": memlock, "max_priority": own.max_priority}
+        forms = {str: "s", int: "t", bool: "b", list: "as"}
+        return {name: Variant(forms[type(value)], value) for name, value in facts.items()}
 
     def _verify(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> str:
         return target.verify(self.caller, vm, self.settings.services, comm)
@@ -167,21 +165,34 @@ class Operation(NamedTuple):
         record._replace(settled=repeated).write()
         try:
             unit = self._verify(target, record.vm)
-            if unit != record.scope:
+            if unit != record.scope and not record.settled:
                 await self._start_scope(target, record, unit.rpartition("/")[2])
             # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
-            if self._verify(target, record.vm) != record.scope:
-                raise Failed(f"systemd did not move process {target.pid} into its scope")
+            self._verify_inside(target, record)
             yield
-            self._verify(target, record.vm)
+            self._verify_inside(target, record)
             record._replace(settled=True).write()
         except BaseException:
             # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
             reconcile(release=None if repeated else record.key)
             raise
 
+    def _verify_inside(self, target: Target, record: Record) -> None:
+        if self._verify(target, record.vm) != record.scope:
+            raise TargetRefused(f"Process {target.pid} is not, or not any more, in the scope of VM {record.vm}")
+
     async def _start_scope(self, target: Target, record: Record, unit: str) -> None:
-        """Have systemd move the target into record.scope, beside the `unit` it lives in."""
+        """Move the target into record.scope, beside the `unit` it lives in; others are served meanwhile."""
+        PENDING.add(record.key)
+        try:
+            await self._order_scope(target, record, unit)
+            self.live[:] = reconcile()  # what others did meanwhile; and whether our own record is still there
+        finally:
+            PENDING.discard(record.key)
+        if record.key not in {live.key for live in self.live}:
+            raise TargetRefused(f"VM {record.vm} has ended meanwhile")
+
+    async def _order_scope(self, target: Target, record: Record, unit: str) -> None:
         slice_path, _, name = record.scope.rpartition("/")
         properties = [
             ["Description", Variant("s", f"Virtual machine {record.vm} of {self.caller.user}")],

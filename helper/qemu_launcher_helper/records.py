@@ -19,12 +19,14 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import NamedTuple
 
-from .contract import MESSAGE_ID, Refusal, TargetRefused
+from .contract import MESSAGE_ID, Refusal, TargetRefused, cpulist
 from .cpuset.partition import Partition
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
 MECHANISM = Partition()
+# Keys of VMs whose scope systemd is making just now: what is claimed for them counts, though nothing is settled.
+PENDING: set[str] = set()
 
 
 class Record(NamedTuple):
@@ -42,6 +44,8 @@ class Record(NamedTuple):
     shielded: frozenset[int] = frozenset()  # whole cores
     pinned: frozenset[int] = frozenset()  # CPUs of unshielded pins
     realtime: tuple[int, ...] = ()
+    placed: str = ""  # the last map as it was asked for; with the next, what tells a repeated call from a new one
+    scheduled: str = ""
     settled: bool = False  # everything above has been done; what a helper did not live to finish is taken back
     stray: bool = False  # left its scope or lost its shield; it keeps nothing, but its CPUs still count against its uid
 
@@ -62,11 +66,6 @@ class Record(NamedTuple):
         temporary = GRANTS / f"{self.key}.new"
         temporary.write_text(json.dumps(self._asdict(), default=sorted))
         temporary.replace(GRANTS / self.key)
-
-    def without_grants(self, *, stray: bool) -> "Record":
-        """Return what is left of a live VM's record when its grants were taken back: what still counts."""
-        left = self._replace(memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
-        return left if stray else left._replace(shielded=frozenset(), pinned=frozenset())
 
 
 def read_all() -> Iterator[Record]:
@@ -91,13 +90,14 @@ def reconcile(release: str | None = None) -> list[Record]:
         released = record.key == release
         left = record if not released and _holds(record) else _withdraw(record, stray=not released)
         live += [left] if left else []
-    with _logged("giving CPUs back"):
-        for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
-            logging.warning("withdrawing a shield without a record: %a", scope)
+    for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
+        logging.warning("withdrawing a shield without a record: %a", scope)
+        with _logged("giving CPUs back"):
             for pid in MECHANISM.processes(scope):
                 with suppress(TargetRefused), Target(pid) as process:
                     process.take_realtime()
             MECHANISM.withdraw(scope)
+    with _logged("giving CPUs back"):
         settle(live)
     return live
 
@@ -114,7 +114,8 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
     """
     left = None
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-        left = record.without_grants(stray=stray)
+        left = record._replace(memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
+        left = left if stray else left._replace(shielded=frozenset(), pinned=frozenset())
         with _logged("taking real time and limits back"):
             if record.realtime:
                 process.take_realtime()
@@ -122,26 +123,31 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
                 if before:
                     process.rlimit(which, before)
     with _logged("withdrawing a shield"):
-        MECHANISM.withdraw(record.scope)
-    if left:
-        left.write()
-    else:
-        with _logged("ending a scope"):
+        if not left:
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             MECHANISM.kill(record.scope)
-        (GRANTS / record.key).unlink(missing_ok=True)
-    # A stray has left its scope or lost its shield; what else is released has ended, or was to be released.
-    tell(logging.INFO, "released", "VM", {"uid": str(record.uid), "vm": record.vm}, "stray" if left and stray else "")
+        MECHANISM.withdraw(record.scope)
+    with _logged("keeping the record"):
+        if left:
+            left.write()
+        else:
+            (GRANTS / record.key).unlink(missing_ok=True)
+    what = {"uid": record.uid, "pid": record.pid, "vm": record.vm, "bytes": record.memlock or ""}
+    facts = {name: str(value) for name, value in what.items()} | {"cpus": cpulist(record.cpus)}
+    # A stray has left its scope or lost its shield.
+    tell(logging.INFO, "released", "VM", facts, "ended" if not left else "stray" if stray else "released")
     return left
 
 
 def _holds(record: Record) -> bool:
     """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-        inside = record.settled and f"{process.cgroup()}/".startswith(f"{record.scope}/")
+        # A first thread that has ended says nothing of where the others are: it names its old cgroup for ever.
+        alive = process.status()["State"][0] != "Z"
+        inside = record.settled and alive and f"{process.cgroup()}/".startswith(f"{record.scope}/")
         # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
         whole = not record.shielded or MECHANISM.shielded_threads(record.scope) is not None
-        return record.stray or (inside and whole)
+        return record.stray or record.key in PENDING or (inside and whole)
     return False
 
 

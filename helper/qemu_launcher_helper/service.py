@@ -18,7 +18,7 @@ from typing import Any
 
 from . import contract, limits
 from .bus import INTERACTIVE, Call, SystemBus, Variant
-from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, WINDOW_SECONDS, Caller
+from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, Caller, cpulist
 from .operations import Operations
 from .records import tell
 
@@ -32,26 +32,23 @@ class Service:
         self._bus, self._operations = bus, operations
         self._authority, self._quotas = Authority(bus), Quotas()
         self.tasks: set[asyncio.Task[None]] = set()
-        self._senders: Counter[str] = Counter()
+        self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
         self.idle, self._idle_seconds = asyncio.Event(), idle_seconds
         self._timer = asyncio.get_running_loop().call_later(idle_seconds, self.idle.set)
 
     def receive(self, call: Call) -> None:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
-        sender = call.header.sender
-        # Until the bus has said whose connection this is, a flood is counted by connection.
-        if self._senders[sender] > CALLS_IN_FLIGHT + contract.DIALOG_QUEUE:
-            self._refuse(call, contract.LimitExceeded("Too many calls of this connection are unanswered"))
+        if self._strangers[call.header.sender] >= CALLS_IN_FLIGHT:
+            self._refuse(call, contract.LimitExceeded("Too many calls of this connection at a time"))
             return
         self._timer.cancel()
-        self._senders[sender] += 1
+        self._strangers[call.header.sender] += 1
         task = asyncio.create_task(self._serve(call))
         self.tasks.add(task)
-        task.add_done_callback(lambda _: self._finished(task, sender))
+        task.add_done_callback(self._finished)
 
-    def _finished(self, task: "asyncio.Task[None]", sender: str) -> None:
+    def _finished(self, task: "asyncio.Task[None]") -> None:
         self.tasks.discard(task)
-        self._senders -= Counter([sender])
         if not self.tasks:
             self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.idle.set)
 
@@ -59,19 +56,20 @@ class Service:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
         header, member, facts = call.header, call.header.member, dict[str, str]()
         try:
-            if (header.path, header.interface) != (OBJECT_PATH, INTERFACE) or member not in METHODS:
-                raise contract.UnknownMethod("There is no such method")
-            wanted, answer, action, _ = METHODS[member]
-            if header.signature != wanted:
-                raise contract.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
-            caller = await self._identify(header.sender)
+            try:
+                if (header.path, header.interface) != (OBJECT_PATH, INTERFACE) or member not in METHODS:
+                    raise contract.UnknownMethod("There is no such method")
+                wanted, answer, action, _ = METHODS[member]
+                if header.signature != wanted:
+                    raise contract.InvalidArguments(f"{member} takes arguments of signature '{wanted}'")
+                caller = await self._identify(header.sender)
+            finally:
+                self._strangers -= Counter([header.sender])
             with self._quotas.slot(caller.uid):
                 facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
                 facts |= (details := _details(caller, arguments))
-                facts["tids"] = contract.cpulist(
-                    arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ())]
-                )
+                facts["tids"] = cpulist(arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ())])
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
                     await self._authorise(call, caller, action, details)
@@ -91,11 +89,12 @@ class Service:
 
     async def _identify(self, sender: str) -> Caller:
         """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess."""
-        with suppress(contract.CallFailed):
-            match await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}"):
-                case [{"UnixUserID": Variant(signature="u") as uid, "ProcessID": Variant(signature="u") as pid}]:
-                    if uid.value not in (limits.OVERFLOW_UID, 2**32 - 1) and pid.value > 0:
-                        return Caller(sender, uid.value, pid.value, limits.user_name(uid.value))
+        for _ in range(contract.IDENTIFY_TRIES):
+            with suppress(contract.CallFailed):
+                match await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}"):
+                    case [{"UnixUserID": Variant(signature="u") as uid, "ProcessID": Variant(signature="u") as pid}]:
+                        if uid.value not in (limits.OVERFLOW_UID, 2**32 - 1) and pid.value > 0:
+                            return Caller(sender, uid.value, pid.value, limits.user_name(uid.value))
         raise contract.NotAuthorized("The bus does not say who is calling")
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
@@ -128,8 +127,8 @@ class Authority:
 
         Never raises for what polkit answers, or does not: that is (False, False).
         """
-        # 1 is CheckAuthorizationFlags' AllowUserInteraction.
-        flags, seconds = (1, self._dialog_seconds) if dialog else (0, contract.CALL_SECONDS)
+        # 1 is CheckAuthorizationFlags' AllowUserInteraction. It is dialog() that ends one: polkit has to be told.
+        flags, seconds = (1, 2 * self._dialog_seconds) if dialog else (0, contract.CALL_SECONDS)
         body = [["system-bus-name", {"name": Variant("s", caller.sender)}], action, details, flags, dialog]
         try:
             match await self._bus.call(POLKIT, "CheckAuthorization", "(sa{sv})sa{ss}us", body, "(bba{ss})", seconds):
@@ -152,14 +151,14 @@ class Authority:
             async with self._turns[caller.uid]:
                 name = f"qemu-launcher-{next(self._numbers)}"
                 asking = asyncio.create_task(self.check(caller, action, details, name))
-                leaving = asyncio.create_task(self._bus.until_gone(caller.sender))
-                await asyncio.wait({asking, leaving}, timeout=self._dialog_seconds, return_when="FIRST_COMPLETED")
-                granted = asking.done() and asking.result()[0]
+                end = time.monotonic() + self._dialog_seconds
+                while not asking.done() and time.monotonic() < end and await self._bus.is_there(caller.sender):
+                    await asyncio.wait({asking}, timeout=contract.DIALOG_PAUSE)
                 if asking.cancel():
-                    self._bus.tell(POLKIT, "CancelCheckAuthorization", name)
-                leaving.cancel()
-                await asyncio.gather(asking, leaving, return_exceptions=True)
-                return granted
+                    with suppress(contract.CallFailed):
+                        await self._bus.call(POLKIT, "CancelCheckAuthorization", "s", [name], "")
+                [answer] = await asyncio.gather(asking, return_exceptions=True)
+                return answer in [(True, False), (True, True)]
 
 
 class Quotas:
@@ -178,10 +177,9 @@ class Quotas:
     def slot(self, uid: int) -> Iterator[None]:
         """Hold one of the user's slots for the block. Raises LimitExceeded."""
         calls, now = self._calls[uid], self._clock()
-        if self.in_flight[uid] >= CALLS_IN_FLIGHT or (
-            len(calls) == CALLS_PER_WINDOW and calls[0] > now - WINDOW_SECONDS
-        ):
-            most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {WINDOW_SECONDS:.0f} s"
+        many = len(calls) == CALLS_PER_WINDOW and calls[0] > now - contract.WINDOW_SECONDS
+        if many or self.in_flight[uid] >= CALLS_IN_FLIGHT:
+            most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {contract.WINDOW_SECONDS:.0f} s"
             raise contract.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
         calls.append(now)
         with counted(self.in_flight, uid):
@@ -199,10 +197,17 @@ def counted(counter: Counter[int], uid: int, number: int = 1) -> Iterator[None]:
 
 
 def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
-    """What polkit's dialogs and rules and the log may know: generated, with fixed keys, in a harmless alphabet."""
+    """What polkit's dialogs and rules and the log may know: generated, with fixed keys, in a harmless alphabet.
+
+    cpus: all that would be held or used, in whole cores where shielded; "many" for what is too long to be told.
+    """
     facts = {"user": caller.user}
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}
+    if "uid" in arguments:
+        facts["owner"] = limits.user_name(arguments["uid"])
     if "pins" in arguments:
-        cpus = {cpu for pin in arguments["pins"] for cpu in pin.cpus}
-        facts["cpus"] = text if len(text := contract.cpulist(cpus)) <= 64 else f"{len(cpus)} CPUs"
+        pins, cores = arguments["pins"], limits.read_cores()
+        shield = limits.union(pin.cpus for pin in pins if pin.shielded)
+        cpus = arguments["others"].union(*(pin.cpus for pin in pins), *(core for core in cores if core & shield))
+        facts["cpus"] = text if len(text := cpulist(cpus)) <= 64 else "many"
     return facts

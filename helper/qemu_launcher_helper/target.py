@@ -62,11 +62,11 @@ class Target(ExitStack):
 
     def status(self) -> dict[str, str]:
         """Return the lines of proc_pid_status(5) by name; TargetRefused once the process is gone."""
-        return dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
+        return dict(line.split(":\t", 1) for line in self.read("status").split("\n") if ":\t" in line)
 
     def cgroup(self) -> str:
         """Return the process's cgroup v2 path, "" when it has none; TargetRefused once the process is gone."""
-        return next((line[3:] for line in self.read("cgroup").splitlines() if line.startswith("0::")), "")
+        return next((line[3:] for line in self.read("cgroup").split("\n") if line.startswith("0::")), "")
 
     def tids(self) -> frozenset[int]:
         """Return the TIDs of all threads, as the kernel lists them; OSError once the process is gone."""
@@ -113,9 +113,7 @@ class Target(ExitStack):
         system = rf"/system\.slice/({'|'.join(map(re.escape, (scope, *services)))})" if services else own
         if unit := re.match(f"({own}|{system})(?=/|$)", self.cgroup()):
             return unit[0]
-        raise TargetRefused(
-            f"Process {self.pid} is in no session or service of yours, nor in one that helper.toml names"
-        )
+        raise TargetRefused(f"Process {self.pid} is in no session or service of yours, nor in one of helper.toml's")
 
     def set_policy(self, start_times: Mapping[int, int], policy: str, priority: int) -> None:
         """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself.

@@ -57,6 +57,7 @@ def main() -> int:
     logging.basicConfig(filename=FOLDER / "helper.log", level=logging.INFO, format="%(message)s")
     limits.PATH = f"{FOLDER}/helper.toml"
     helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", float(sys.argv[2]), Recording)
+    sys.argv[1:] = ["--serve"]
     return helper.main()
 
 

@@ -307,7 +307,7 @@ def test_a_broken_configuration_stops_all_service(member: User) -> None:
         before = host.recorded()
         replies = using(host, member, call_all)
         assert {reply.short for reply in replies.values()} == {"Failed"}
-        assert "journalctl -u qemu-launcher-helper" in replies["SetMemlock"].body[0]
+        assert "sudo qemu-launcher-helper --check" in replies["SetMemlock"].body[0]
         assert host.recorded() == before
         assert any("helper.toml: '[[limits]] entry 1: key max_vms" in line for line in host.logged())
         host.toml.write_text("[[limits]]\nmax_vms = 1\n")

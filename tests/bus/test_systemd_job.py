@@ -1,7 +1,6 @@
 """SystemBus.start_unit against a systemd1 of the test's own, on a real bus and under the real bus policy."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,128 +14,114 @@ from qemu_launcher_helper.contract import BUS_NAME, CallFailed
 
 SYSTEMD, PATH, MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
 ARGUMENTS: tuple[str, list[Any]] = ("x.scope", [])
+Answer = str | tuple[str, list[Any]]
 
 
 class FakeSystemd:
-    """Owns systemd's name and answers one job as `script` says."""
+    """Owns systemd's name; answers StartTransientUnit with `first`, and each GetJob with the next of `then`.
 
-    def __init__(self, host: World) -> None:
+    An answer is a signature and a body, or an error's name. When there is none left, nothing is answered any more.
+    """
+
+    def __init__(self, host: World, first: Answer, then: list[Answer]) -> None:
         self.client = Client(host.socket)
         assert self.client.daemon("RequestName", "su", [SYSTEMD, 4]).body == [1]
-        self.subscribed = False
+        self.first, self.then = first, then
 
-    def signal(self, job: str, result: str) -> None:
-        body = [7, job, "x.scope", result]
-        where: dict[str, Any] = {"destination": None, "path": PATH, "interface": MANAGER, "kind": MessageType.SIGNAL}
-        self.client.send("JobRemoved", "uoss", body, **where)
+    def serve(self) -> list[str]:
+        """Serve until the caller has left; what was called."""
+        calls: list[str] = []
+        self.client.daemon("AddMatch", "s", ["type='signal',member='NameOwnerChanged'"])
+        caller = ""
+        while (message := self.client.receive(60)) is not None:
+            if message.member == "NameOwnerChanged" and message.body == [caller, caller, ""]:
+                return calls
+            if message.message_type is not MessageType.METHOD_CALL:
+                continue
+            caller = message.sender
+            calls.append(f"{message.member} {message.body[0]}")
+            match message.member:
+                case "StartTransientUnit":
+                    self.answer(message, self.first)
+                case "GetJob" if self.then:
+                    self.answer(message, self.then.pop(0) if len(self.then) > 1 else self.then[0])
+                case "CancelJob":
+                    self.answer(message, ("", []))
+        return calls
 
-    def reply(self, call: Message, signature: str = "", body: tuple[Any, ...] = ()) -> None:
-        answer = Message.new_method_return(call, signature, list(body))
-        answer.serial = next(self.client._serials)
-        self.client.socket.sendall(bytes(answer._marshall()))
-
-    def serve(self, script: Callable[["FakeSystemd", Message], None]) -> bool:
-        while (call := self.client.receive(20)) is not None:
-            if call.member == "Subscribe":
-                self.subscribed = True
-                self.reply(call)
-            elif call.member == "StartTransientUnit":
-                script(self, call)
-                return self.subscribed
-        return False
+    def answer(self, call: Message, answer: Answer) -> None:
+        if isinstance(answer, str):
+            reply = Message.new_error(call, answer, "no")
+        else:
+            reply = Message.new_method_return(call, answer[0], answer[1])
+        reply.serial = next(self.client._serials)
+        self.client.socket.sendall(bytes(reply._marshall()))
 
 
-def run(host: World, script: Callable[[FakeSystemd, Message], None]) -> tuple[Any, bool]:
-    """Let the helper's side ask for a job; return what it got, and whether it had subscribed."""
-    systemd = FakeSystemd(host)
-    child = as_user(ROOT_USER, lambda: systemd.serve(script))
+def run(host: World, first: Answer, *then: Answer) -> tuple[str, list[str]]:
+    """Let the helper's side ask for a job; how that ended, and what it called."""
+    systemd = FakeSystemd(host, first, list(then))
+    child = as_user(ROOT_USER, systemd.serve)
     systemd.client.socket.close()
-
-    waits: list[asyncio.Timeout] = []
-
-    def waiting(seconds: float) -> asyncio.Timeout:
-        waits.append(real(seconds))
-        return waits[-1]
 
     async def ask() -> str:
         bus = await SystemBus.connect(host.socket)
         await bus.call(DAEMON, "RequestName", "su", [BUS_NAME, 4], "u")
         try:
             await bus.start_unit(*ARGUMENTS)
-            return "timeout" if waits[-1].expired() else "ended"
         except CallFailed as err:
             return f"CallFailed {err.name}"
+        else:
+            return "ended"
         finally:
             await bus.close()
 
-    real = asyncio.timeout
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncio, "timeout", waiting)
-        result = asyncio.run(ask())
-    return result, child.result()
+    return asyncio.run(ask()), child.result()
 
 
-def early(systemd: FakeSystemd, call: Message) -> None:
-    """The signal comes before the reply that names the job."""
-    systemd.signal("/org/freedesktop/systemd1/job/7", "done")
-    systemd.reply(call, "o", ("/org/freedesktop/systemd1/job/7",))
+JOB: Answer = ("o", ["/org/freedesktop/systemd1/job/7"])
+DONE: Answer = "org.freedesktop.systemd1.NoSuchJob"
 
 
-def late(systemd: FakeSystemd, call: Message) -> None:
-    """Another's job ends first."""
-    systemd.reply(call, "o", ("/org/freedesktop/systemd1/job/8",))
-    systemd.signal("/org/freedesktop/systemd1/job/7", "canceled")
-    systemd.signal("/org/freedesktop/systemd1/job/8", "failed")
+def test_it_waits_until_there_is_no_such_job(host: World) -> None:
+    assert run(host, JOB, JOB, JOB, DONE) == ("ended", ["StartTransientUnit x.scope", *["GetJob 7"] * 3])
 
 
-def refused(systemd: FakeSystemd, call: Message) -> None:
-    answer = Message.new_error(call, "org.freedesktop.systemd1.UnitExists", "x.scope was already loaded")
-    answer.serial = 99
-    systemd.client.socket.sendall(bytes(answer._marshall()))
+def test_what_systemd_refuses(host: World) -> None:
+    refused = "org.freedesktop.systemd1.UnitExists"
+    assert run(host, refused) == (f"CallFailed {refused}", ["StartTransientUnit x.scope"])
+    assert run(host, ("s", ["/org/freedesktop/systemd1/job/7"]))[0] == "CallFailed unexpected"
 
 
-def never(systemd: FakeSystemd, call: Message) -> None:
-    """Only another's job ends."""
-    systemd.reply(call, "o", ("/org/freedesktop/systemd1/job/8",))
-    systemd.signal("/org/freedesktop/systemd1/job/7", "done")
-
-
-def silly(systemd: FakeSystemd, call: Message) -> None:
-    systemd.reply(call, "s", ("/org/freedesktop/systemd1/job/7",))
-
-
-@pytest.mark.parametrize(
-    ("script", "result"),
-    [
-        (early, "ended"),
-        (late, "ended"),
-        (never, "timeout"),
-        (refused, "CallFailed org.freedesktop.systemd1.UnitExists"),
-        (silly, "CallFailed unexpected"),
-    ],
-)
-def test_the_end_of_the_job(
-    host: World, script: Callable[[FakeSystemd, Message], None], result: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("answer", [JOB, None], ids=["never done", "silence"])
+def test_a_job_that_is_not_done_in_time_is_cancelled(
+    host: World, monkeypatch: pytest.MonkeyPatch, answer: Answer | None
 ) -> None:
-    if script is never:
-        monkeypatch.setattr("qemu_launcher_helper.bus.JOB_SECONDS", 1.0)
-    assert run(host, script) == (result, True)
-
-
-def test_signals_of_others_are_nobody(host: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """root's other services may send JobRemoved, says the bus; only systemd's own connection counts."""
+    """Else systemd would carry it out later, on a number that may be somebody else's by then."""
     monkeypatch.setattr("qemu_launcher_helper.bus.JOB_SECONDS", 1.0)
+    result, calls = run(host, JOB, *([answer] if answer else []))
+    assert result == "CallFailed timeout"
+    assert calls[-1] == "CancelJob 7"
 
-    def forged(systemd: FakeSystemd, call: Message) -> None:
-        with Client(host.socket) as forger:
-            where: dict[str, Any] = {"destination": call.sender, "path": PATH, "interface": MANAGER}
-            job = "/org/freedesktop/systemd1/job/7"
-            forger.send("JobRemoved", "uoss", [7, job, "x.scope", "done"], kind=MessageType.SIGNAL, **where)
-            forger.daemon("GetId")
-        systemd.reply(call, "o", (job,))
 
-    assert run(host, forged) == ("timeout", True)
-    assert run(host, early) == ("ended", True)
+def test_an_odd_answer_about_the_job_is_no_end_of_it(host: World) -> None:
+    result, calls = run(host, JOB, "org.freedesktop.DBus.Error.AccessDenied")
+    assert result == "CallFailed timeout"
+    assert calls == ["StartTransientUnit x.scope", "GetJob 7", "CancelJob 7"]
+
+
+def test_signals_mean_nothing(host: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends them: root's other services may say what they like, the job has not ended by that."""
+    monkeypatch.setattr("qemu_launcher_helper.bus.JOB_SECONDS", 1.0)
+    real = FakeSystemd.answer
+
+    def answer(systemd: FakeSystemd, call: Message, answer: Answer) -> None:
+        where: dict[str, Any] = {"destination": None, "path": PATH, "interface": MANAGER, "kind": MessageType.SIGNAL}
+        systemd.client.send("JobRemoved", "uoss", [7, JOB[1][0], "x.scope", "done"], **where)
+        real(systemd, call, answer)
+
+    monkeypatch.setattr(FakeSystemd, "answer", answer)
+    assert run(host, JOB, JOB)[0] == "CallFailed timeout"
 
 
 def test_without_systemd(host: World) -> None:
@@ -151,4 +136,4 @@ def test_without_systemd(host: World) -> None:
         finally:
             await bus.close()
 
-    assert asyncio.run(ask()) == "org.freedesktop.DBus.Error.NameHasNoOwner"
+    assert asyncio.run(ask()) == "org.freedesktop.DBus.Error.ServiceUnknown"

@@ -76,7 +76,7 @@ def stepping_unit() -> Iterator[None]:
     script = copied("system/stepping_helper.py") / "stepping_helper.py"
     FOLDER.mkdir(exist_ok=True)
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -I {script}\n")
+    DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -IS {script} --serve\n")
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     stop_helper()
     yield

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = "/usr/lib/python3/dist-packages"
-sys.path = [folder for folder in sys.path if not folder.startswith("/usr/local/")]
-if PACKAGES not in sys.path:
-    sys.path.append(PACKAGES)
+sys.path.append(PACKAGES)
 
 from qemu_launcher_helper import operations, target  # noqa: E402
 from qemu_launcher_helper.__main__ import main  # noqa: E402

@@ -85,9 +85,9 @@ def test_it_listens_nowhere_and_knows_one_network_namespace_of_its_own(helper: i
 
 
 def test_it_runs_isolated(helper: int) -> None:
-    """Isolated mode: no folder of a user's or of root's is on its import path."""
+    """Isolated, without site: no folder of a user's or of root's is on its import path."""
     command = (host.PROC / f"{helper}/cmdline").read_bytes().decode().split("\0")
-    assert command[:3] == ["/usr/bin/python3", "-I", "/usr/libexec/qemu-launcher-helper"]
+    assert command[:3] == ["/usr/bin/python3", "-IS", "/usr/libexec/qemu-launcher-helper"]
 
 
 @pytest.mark.parametrize("module", ["dbus_next", "prctl", "asyncio"])

@@ -1,5 +1,6 @@
 """The audit trail: what reaches the journal's socket, byte by byte, and that nothing in it can be forged."""
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -70,6 +71,30 @@ def test_no_reason_makes_a_second_line_or_field(sent: Callable[[], dict[str, str
 def test_what_a_call_does_not_name_takes_no_place_in_the_line(sent: Callable[[], dict[str, str]]) -> None:
     tell(logging.INFO, "granted", "SetMemlock", {"uid": "1000", "bytes": "4096", "tids": ""})
     assert sent()["MESSAGE"] == "granted SetMemlock uid=1000 bytes=4096"
+
+
+def test_a_journal_that_is_flooded_by_others_does_not_stop_us(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its socket is everybody's. What it does not take goes to stderr, which systemd reads over a stream of our own."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as full,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood,
+    ):
+        full.bind(str(tmp_path / "socket"))
+        flood.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                flood.sendto(b"x", str(tmp_path / "socket"))
+        socket.setdefaulttimeout(0.05)
+        try:
+            handler = Journal(str(tmp_path / "socket"), None)
+            record = logging.LogRecord("x", logging.INFO, "x", 1, "%(MESSAGE)s", ({"MESSAGE": "granted all"},), None)
+            handler.handle(record)
+            handler.close()
+        finally:
+            socket.setdefaulttimeout(None)
+    assert "granted all" in capsys.readouterr().err
 
 
 def test_other_words_are_no_part_of_the_trail(sent: Callable[[], dict[str, str]]) -> None:

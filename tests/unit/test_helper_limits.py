@@ -1,8 +1,10 @@
 """helper.toml: what it can say, who gets what, and that anything else stops all service."""
 
 import grp
+import logging
 import os
 import pwd
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qemu_launcher_helper import limits
+from qemu_launcher_helper.__main__ import main
 from qemu_launcher_helper.contract import INFINITY, Failed
 from qemu_launcher_helper.limits import Limits, Settings, load
 
@@ -140,6 +143,10 @@ def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
         "[[limits]]\npolicies = 'fifo'",
         "[[limits]]\npolicies = [1]",
         "[[limits]]\nrealtime = 'everywhere'",
+        "[[limits]]\ndeadline = true",
+        "[[limits]]\ndeadline = 0",
+        "[[limits]]\nlines = {}",
+        "[[limits]]\nsource = 'me'",
         "[[limits]]\nusers = []",
         "[[limits]]\nusers = ['a b']",
         "[[limits]]\nusers = 'alice'",
@@ -159,7 +166,7 @@ def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
 )
 def test_what_is_not_understood_stops_all_service(toml: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     configure(toml, text)
-    with pytest.raises(Failed, match="journalctl -u qemu-launcher-helper"):
+    with pytest.raises(Failed, match="sudo qemu-launcher-helper --check"):
         load().limits_for(0)
     assert all(record.getMessage().isascii() and record.getMessage().isprintable() for record in caplog.records)
     assert str(toml) in caplog.text
@@ -234,3 +241,54 @@ def test_a_mutated_file_is_understood_or_refused(toml: Path, edit: tuple[int, in
     except Failed as err:
         problem = str(err)
     assert problem
+
+
+def test_deadline_can_only_be_no(toml: Path) -> None:
+    configure(toml, "[[limits]]\ndeadline = false\n")
+    assert load().limits_for(0).deadline is False
+
+
+def check(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the program as an administrator does."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own; with any, basicConfig adds none
+    monkeypatch.setattr("sys.argv", ["qemu-launcher-helper", *words])
+    before = os.umask(0o022)
+    try:
+        return main()
+    finally:
+        os.umask(before)
+        socket.setdefaulttimeout(None)
+
+
+def test_check_says_what_it_has_understood(
+    toml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure(toml, '[[limits]]\nusers = ["root"]\ngroups = ["root"]\n[[limits]]\nmax_vms = 1\n')
+    assert check("--check", str(toml), monkeypatch=monkeypatch) == 0
+    assert capfd.readouterr().err == f"{toml} is understood: 2 [[limits]]\n"
+
+
+def test_check_names_whom_nobody_knows(
+    toml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt name would give its owner the next entry, or the defaults."""
+    configure(toml, '[[limits]]\nusers = ["root", "ailce"]\ngroups = ["stundents"]\n')
+    assert check("--check", str(toml), monkeypatch=monkeypatch) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert said[:2] == [f"{toml} names {name!r}, whom this host does not know" for name in ("ailce", "stundents")]
+
+
+def test_check_says_what_is_wrong(
+    toml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure(toml, "[[limits]]\nmax_vm = 1\n")
+    assert check("--check", str(toml), monkeypatch=monkeypatch) == 1
+    assert f"{toml}: '[[limits]] entry 1: key max_vm does not exist" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--check", "a", "b"], ["--serve", "x"], ["-h"]])
+def test_by_hand_it_only_says_what_can_be_done(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert check(*words, monkeypatch=monkeypatch) == 2
+    assert "qemu-launcher-helper --check [FILE]" in capfd.readouterr().err

@@ -10,6 +10,7 @@ Enabling a partition below the top level is the one write that needs CAP_SYS_ADM
 """
 
 import errno
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 from .. import privileges
 from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
 
-# New threads may be born while the old ones move; a fork bomb must not keep us here.
-SWEEPS = 100
+# New threads may be born while the old ones move; a fork bomb must not keep us here, and everybody else waiting.
+SWEEP_SECONDS = 2.0
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -56,9 +57,7 @@ class Partition:
         present = {path: cpus for path, cpus in wanted.items() if (path / "cpuset.cpus.exclusive").exists()}
         # Shrink from the leaves up, then grow from the top down: no level ever holds less than its children.
         for path in sorted(present, key=lambda path: -len(path.parts)):
-            current = _read(path / "cpuset.cpus.exclusive")
-            if current - present[path]:
-                _write(path / "cpuset.cpus.exclusive", current & present[path])
+            _exclusive(path, present[path], shrink=True)
         for path in sorted(present, key=lambda path: len(path.parts)):
             _exclusive(path, present[path])
 
@@ -105,9 +104,10 @@ class Partition:
             _exclusive(vcpus, frozenset())
         if (base / "cpuset.cpus.exclusive").exists():
             _exclusive(base, frozenset())
+        end = time.monotonic() + SWEEP_SECONDS
         for group in (vcpus, base / "pinned"):
             for place in group.glob("*/"):
-                _drain(place, base / "emulator")
+                _drain(place, base / "emulator", end)
                 place.rmdir()
             if group.is_dir():
                 group.rmdir()
@@ -118,13 +118,15 @@ class Partition:
         if not self._reserved(vcpus):
             return None
         threads: dict[int, frozenset[int]] = {}
-        for place in vcpus.glob("*/"):
-            effective = _read(place / "cpuset.cpus.effective")
-            if effective != _read(place / "cpuset.cpus"):
-                return None  # a CPU went offline, and its thread runs on its neighbours'
-            if place.name in (place / "cgroup.threads").read_text().split():
-                threads[int(place.name)] = effective
-        return threads
+        with suppress(OSError):  # it ends while we look
+            for place in vcpus.glob("*/"):
+                effective = _read(place / "cpuset.cpus.effective")
+                if effective != _read(place / "cpuset.cpus"):
+                    return None  # a CPU went offline, and its thread runs on its neighbours'
+                if place.name in (place / "cgroup.threads").read_text().split():
+                    threads[int(place.name)] = effective
+            return threads
+        return None
 
     def orphans(self, known: frozenset[str]) -> list[str]:
         """Return the scopes of ours that still hold CPUs and are not in `known`."""
@@ -154,24 +156,22 @@ class Partition:
 
     def _sweep(self, base: Path, places: Mapping[int, Path]) -> None:
         """Move all threads but the named ones into emulator/, those born meanwhile included."""
-        homes = {str(place) for place in places.values()}
+        homes, end = {str(place) for place in places.values()}, time.monotonic() + SWEEP_SECONDS
         for group in ("vcpus", "pinned"):
             for place in (base / group).glob("*/"):
-                _drain(place, base / "emulator", keep=place.name if str(place) in homes else "")
+                _drain(place, base / "emulator", end, keep=place.name if str(place) in homes else "")
                 if str(place) not in homes:
                     place.rmdir()
-        _drain(base, base / "emulator")
+        _drain(base, base / "emulator", end)
 
 
-def _drain(source: Path, emulator: Path, keep: str = "") -> None:
-    for _ in range(SWEEPS):
-        tids = [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]
-        if not tids:
-            return
+def _drain(source: Path, emulator: Path, end: float, keep: str = "") -> None:
+    while tids := [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]:
         for tid in tids:
+            if time.monotonic() > end:
+                raise Failed("Threads are born faster than they can be moved, or there are too many")
             with suppress(ProcessLookupError):
                 (emulator / "cgroup.threads").write_text(tid)
-    raise Failed("Threads are born faster than they can be moved")
 
 
 def _threaded(path: Path) -> Path:
@@ -191,11 +191,15 @@ def _write(path: Path, cpus: Iterable[int]) -> None:
     path.write_text(cpulist(cpus) + "\n")
 
 
-def _exclusive(path: Path, cpus: frozenset[int]) -> None:
+def _exclusive(path: Path, cpus: frozenset[int], *, shrink: bool = False) -> None:
     try:
-        if _read(path / "cpuset.cpus.exclusive") != cpus:
-            _write(path / "cpuset.cpus.exclusive", cpus)
+        current = _read(path / "cpuset.cpus.exclusive")
+        wanted = cpus & current if shrink else cpus
+        if current != wanted:
+            _write(path / "cpuset.cpus.exclusive", wanted)
     except OSError as err:
+        if not path.exists():
+            return  # it ended meanwhile, and holds nothing
         if err.errno != errno.EINVAL:
             raise
         raise Conflict(f"The kernel refuses CPUs {cpulist(cpus)}: another cpuset holds some of them") from err
