@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +111,22 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
 
 
 class World:
-    """The running host. `folder` is readable by everybody, as the real places are."""
+    """The running host. `folder` is readable by everybody, as the real places are.
 
-    def __init__(self, folder: Path, *, member_rule: bool = True, idle: float = 600.0) -> None:
+    `rules` and `bus_policies` are an administrator's own files, in /etc/polkit-1/rules.d and /etc/dbus-1/system.d;
+    `groups`: more groups, with their members.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        member_rule: bool = True,
+        idle: float = 600.0,
+        rules: Mapping[str, str] | None = None,
+        bus_policies: Sequence[Path] = (),
+        groups: Mapping[str, Sequence[User]] | None = None,
+    ) -> None:
         self.folder = folder
         self.socket = str(folder / "bus")
         self.acts = folder / "acts.jsonl"
@@ -121,6 +134,7 @@ class World:
         self.toml = folder / "helper.toml"
         self.idle = idle
         self._member_rule = member_rule
+        self._rules, self._bus_policies, self._groups = rules or {}, bus_policies, groups or {}
         self._stack = ExitStack()
         self._polkitd: subprocess.Popen[bytes] | None = None
 
@@ -248,6 +262,8 @@ class World:
         passwd = "".join(f"{user.name}:x:{user.uid}:{user.uid}::/nonexistent:/bin/false\n" for user in users)
         groups = "".join(f"{user.name}:x:{user.uid}:\n" for user in users)
         members = ",".join(user.name for user in users if user.member)
+        for number, (group, its) in enumerate(self._groups.items(), GROUP + 1000):
+            groups += f"{group}:x:{number}:{','.join(user.name for user in its)}\n"
         self._write("passwd", Path("/etc/passwd").read_text() + passwd)
         self._write("group", Path("/etc/group").read_text() + groups + f"qemu-launcher:x:{GROUP}:{members}\n")
         for name in ("actions", "rules", "rules-etc", "services"):
@@ -255,6 +271,8 @@ class World:
         shutil.copy(ROOT / "polkit/org.qemulauncher.policy", self.folder / "actions")
         if self._member_rule:
             shutil.copy(ROOT / "polkit/50-qemu-launcher.rules", self.folder / "rules")
+        for name, text in self._rules.items():
+            self._write(f"rules-etc/{name}", text)
         self._write("services/org.qemulauncher.Helper1.service", self._activation())
         self._write("bus.conf", self._bus_configuration())
         for name in ("users", "sessions"):
@@ -294,7 +312,8 @@ class World:
         systemd = ET.SubElement(root, "policy", user="root")
         ET.SubElement(systemd, "allow", own="org.freedesktop.systemd1")
         ET.SubElement(systemd, "allow", send_destination="org.freedesktop.systemd1")
-        for file in (POLKIT_BUS, ROOT / "dbus/org.qemulauncher.Helper1.conf"):
+        # As /usr/share/dbus-1/system.conf does: what is in /etc/dbus-1/system.d comes after the packages' files.
+        for file in (POLKIT_BUS, ROOT / "dbus/org.qemulauncher.Helper1.conf", *self._bus_policies):
             ET.SubElement(root, "include").text = str(file)
         doctype = '<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN" "busconfig.dtd">\n'
         return doctype + ET.tostring(root, encoding="unicode")
