@@ -177,7 +177,7 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@install -m 644 build/man/*.1 $(DESTDIR)$(MANDIR)/man1/
 	@install -m 644 build/man/*.5 $(DESTDIR)$(MANDIR)/man5/
 	@install -m 644 build/man/*.8 $(DESTDIR)$(MANDIR)/man8/
-	@install -m 644 launcher/examples/* helper/examples/* $(DESTDIR)$(DOCDIR)/examples/
+	@install -m 644 $(addsuffix /examples/*,launcher helper dbus polkit) $(DESTDIR)$(DOCDIR)/examples/
 	@[ -n "$(DESTDIR)" ] || { umask 022; $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
 		systemd-sysusers qemu-launcher.conf; $(reload); \
 		echo 'Installed. Who may use it: sudo usermod -aG qemu-launcher NAME, then log out and in.'; }

@@ -24,6 +24,9 @@ FILES = {
     "usr/share/doc/qemu-launcher/examples/tuned.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/vfio.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/helper.toml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/30-qemu-launcher-students.rules": 0o644,
+    "usr/share/doc/qemu-launcher/examples/40-qemu-launcher-ask.rules": 0o644,
+    "usr/share/doc/qemu-launcher/examples/qemu-launcher-everybody.conf": 0o644,
 }
 PACKAGES = "usr/lib/python3/dist-packages"
 
