@@ -47,6 +47,7 @@ def test_what_must_be_set() -> None:
         "RuntimeDirectoryPreserve": "yes",
         "UMask": "0077",
         "Restart": "on-failure",
+        "RestartSec": "1s",
     }
     assert {key: found.get(key) for key in expected} == {key: [value] for key, value in expected.items()}
     assert found["SystemCallFilter"] == ["@system-service", "~@privileged", "capset"]
@@ -57,11 +58,31 @@ def test_what_must_not_be_set() -> None:
     assert forbidden.isdisjoint(settings())
 
 
+def reasons(text: str) -> dict[str, str]:
+    """What the comment directly above each directive says; above the first of a run of lines, that run's."""
+    found: dict[str, str] = {}
+    for paragraph in re.findall(r"(?:^[^\n[]+\n)+", text, re.MULTILINE):
+        for comment, lines in re.findall(r"((?:^#.*\n)*)((?:^[^#\n].*\n)+)", paragraph, re.MULTILINE):
+            keys = list(dict.fromkeys(re.findall(r"^(\w+)=", lines, re.MULTILINE)))
+            for key in keys:
+                # One comment for several directives says which they are.
+                named = len(keys) == 1 or re.search(rf"\b{key}\b", comment)
+                found.setdefault(key, comment if named else "")
+    return found
+
+
 def test_each_directive_of_the_sandbox_has_its_reason() -> None:
-    """Above each group of directives there is a comment."""
-    service = UNIT.read_text().partition("[Service]")[2]
-    for block in re.split(r"\n\n", service.strip("\n")):
-        assert "#" in block or block.startswith("Type="), block
+    """Directly above it, in a comment that is about it."""
+    found = reasons(UNIT.read_text())
+    assert found.keys() == settings().keys(), "a directive that the test does not see"
+    described = {key for key, reason in found.items() if reason.strip("# \n")}
+    assert found.keys() - described == {"Description", "Documentation"}
+
+
+def test_the_reasons_are_told_apart() -> None:
+    """The test above would see a directive that stands under another's reason, or after a blank line."""
+    text = "[Service]\n# Why.\nA=1\nB=2\n# C, D: why.\nC=1\nD=2\n\nE=1\n# Why.\n\nF=1\n# Three lines.\nG=1\nG=2\n"
+    assert {key for key, reason in reasons(text).items() if reason} == {"C", "D", "G"}
 
 
 def test_exposure() -> None:
