@@ -17,7 +17,7 @@ import prctl
 
 from .contract import Failed
 
-# Names and numbers of linux/capability.h. sys_nice: scheduling and affinity of the caller's threads. sys_resource:
+# Names and numbers of linux/capability.h. sys_nice: scheduling of the caller's threads. sys_resource:
 # prlimit(2) on the caller's process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
 KEPT = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}
 

@@ -98,7 +98,7 @@ def test_the_limit_of_size_is_where_it_says(host: World, member: User) -> None:
     """Positive control of the refusal of large messages: a large one, not too large, is parsed and judged."""
 
     def calls(client: Client) -> str:
-        return client.call("PinThreads", "usa(uaub)au", [4242, "x", [[4243, [1], True]], list(range(8000))]).short
+        return client.call("PinThreads", "usa(uaub)au", [4242, "x", [[4243, [1], True]], list(range(5500))]).short
 
     assert using(host, member, calls) == "ok"
 

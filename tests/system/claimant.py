@@ -9,7 +9,7 @@ one JSON object a line, does it, answers with one:
         {"do": "fork", "count": N, "lock": BYTES}  N children of its own, each of which tries to lock so much memory
                                                    -> {"pids": [...], "locked": how many of them could}
         {"do": "threads", "count": N}              N more threads -> {"tids": [...]}
-        {"do": "exec", "argv": [...]}              another program in its place -> {}
+        {"do": "exec", "argv": [...], "env": {}}   another program in its place, waiting for input -> {}
         {"do": "exit_thread"}                      its first thread ends, the others live on -> {}
     {"do": "call", "member": M, "signature": S, "body": [...]}      the helper
     {"do": "manager", "member": M, "signature": S, "body": [...]}   systemd's system manager
@@ -94,10 +94,11 @@ def live(orders: int, answers: int, threads: int, *, spin: bool) -> None:
                 case "threads":
                     say({"tids": more_threads(order["count"], spin=False)})
                 case "exec":
-                    os.execv(order["argv"][0], order["argv"])
+                    os.dup2(lines.fileno(), 0)  # where nothing more will come, nor an end
+                    os.execve(order["argv"][0], order["argv"], os.environ | order.get("env", {}))
                 case "exit_thread":
                     say({})
-                    ctypes.CDLL(None).pthread_exit(None)
+                    ctypes.CDLL(None).syscall(60, 0)  # exit(2), of this thread alone: x86-64's number
 
 
 def more_threads(count: int, *, spin: bool) -> list[int]:

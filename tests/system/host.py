@@ -118,6 +118,20 @@ def threads() -> Iterator[Thread]:
             yield Thread(pid, tid, name, parse(allowed.partition("\n")[0]), int(fields[9 - 3]), int(fields[22 - 3]))
 
 
+def parent(pid: int) -> int:
+    """PID of its parent."""
+    return int(status(pid)["PPid"])
+
+
+def namespaced(pid: int) -> int | None:
+    """The number that a process has in a PID namespace of its own; None when it is in the host's, or gone."""
+    try:
+        numbers = status(pid)["NSpid"].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(numbers[1]) if len(numbers) > 1 else None
+
+
 def born(pid: int) -> int:
     """Start time of a process in clock ticks since boot: field 22 of proc_pid_stat(5)."""
     return int((PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()[22 - 3])

@@ -13,6 +13,7 @@ import select
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
@@ -43,6 +44,17 @@ def login_command(user: str, *command: str) -> list[str]:
         *(f"--uid={user}", "--property=PAMName=login", f"--working-directory={home}", f"--setenv=HOME={home}"),
         *command,
     ]
+
+
+def service_command(unit: str, *properties: str, user: str) -> Callable[..., list[str]]:
+    """Makes commands that run as `user`, but as the system service `unit` with these properties, in no login."""
+
+    def command(_: str, *words: str) -> list[str]:
+        options = [f"--property={one}" for one in (*properties, f"SupplementaryGroups={GROUP}")]
+        run = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--unit={unit}", f"--uid={user}"]
+        return [*run, *options, *words]
+
+    return command
 
 
 class Login:

@@ -57,11 +57,13 @@ class Halt:
 
     def wait(self, launch: Launch) -> None:
         """Return when the helper stands still over a call of this launcher's."""
-        host.wait_for(
-            "the helper comes to that step",
-            lambda: select.select([self._halted], [], [], 0)[0] or not launch.is_alive,
-        )
+        host.wait_for("the helper comes to that step", lambda: self.reached or not launch.is_alive)
         assert launch.is_alive, f"the launcher ended before the helper came to that step: {launch.said}"
+
+    @property
+    def reached(self) -> bool:
+        """Whether the helper stands still."""
+        return bool(select.select([self._halted], [], [], 0)[0])
 
     def close(self) -> None:
         """Let it go on, if it stands still. Closing our end is what ends its reading."""

@@ -1,0 +1,349 @@
+"""How much one user can take: attacks A8 to A11, A16 and A19, and what a hostile reader of the helper thought of.
+
+Whatever a user runs, and whatever it asks for: real-time threads, locked memory and CPUs stay within the limits of his
+uid, and everybody else is served meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from system import host
+from system.claims import Answer, Child, Claimant
+from system.fixtures import start_helper, stop_helper
+from system.people import User
+from system.stepping import Stepping
+from system.test_crash_only import leave_scope
+from system.vms import HELPER_UNIT
+
+# How often: enough to see it happen; QEMU_LAUNCHER_ROUNDS=1000 for a long look.
+ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "100"))
+CPU = Path("/sys/devices/system/cpu")
+RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
+
+
+@contextmanager
+def memory_max(user: User, size: str) -> Iterator[None]:
+    """What the auditor's page tells an administrator to set."""
+    unit = f"user-{user.uid}.slice"
+    subprocess.run(["systemctl", "set-property", "--runtime", unit, f"MemoryMax={size}"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["systemctl", "set-property", "--runtime", unit, "MemoryMax=infinity"], check=True)
+
+
+def locked_by(user: User) -> int:
+    """Bytes that all processes of `user` have locked."""
+    total = 0
+    for pid in host.pids():
+        try:
+            if host.status(pid)["Uid"].split()[0] == str(user.uid):
+                total += host.locked(pid)
+        except (FileNotFoundError, ProcessLookupError, KeyError):
+            continue
+    return total
+
+
+@pytest.mark.attack("A8")
+def test_a8_a_program_that_asks_for_everything(
+    alice: User, program: Claimant, helper_toml: Callable[..., None]
+) -> None:
+    helper_toml('[[limits]]\nmax_cpus = 4\nmax_vms = 2\nmemlock = "64M"\nmax_priority = 3\n')
+    child, other, third = program.spawn(8), program.spawn(2), program.spawn(1)
+    everything = 2**64 - 1
+    assert program.set_memlock(child, "a", everything).body == [64 << 20]
+    assert program.set_memlock(other, "b", everything).error == "LimitExceeded"
+    assert program.pin(child, "a", 0, 1, 2, 3, 4, 5, 6, 7).error == "LimitExceeded"
+    assert program.pin(child, "a", 4, 5).error == "ok"
+    assert program.pin(other, "b", 6, 7).error == "ok"
+    assert program.pin(third, "c", 2).error == "LimitExceeded"
+    for policy in ("fifo", "rr"):
+        assert program.schedule(child, "a", policy, 99, threads=2).error == "LimitExceeded"
+        assert program.schedule(child, "a", policy, 3).error == "TargetRefused", "not all of them are shielded"
+        assert program.schedule(child, "a", policy, 3, threads=2).error == "ok"
+    assert host.realtime_threads() == set(child.tids[:2])
+
+    # A process's limits are its children's: only the user's slice bounds their sum.
+    with memory_max(alice, "600M"):
+        answer = program.tell(child, "fork", count=40, lock=32 << 20)
+        assert 1 <= answer["locked"] < 40, "some could, and not all: 40 times 32 MiB is more than the slice may have"
+        assert 32 << 20 <= locked_by(alice) <= 600 << 20
+    pids = program.tell(other, "fork", count=500, lock=0)["pids"]
+    assert len(pids) == 500
+    assert host.realtime_threads() == set(child.tids[:2]), "no child is real-time"
+    assert host.isolated() == {4, 5, 6, 7}
+    allowed = host.online() - host.isolated()
+    assert {host.cpus_of(pid) for pid in pids} == {allowed}, "and none is on a shielded CPU"
+
+
+def answer_times(user: User, count: int = 5) -> list[float]:
+    """How long the host takes to answer somebody else: systemd, and the helper."""
+    times = []
+    ask = "busctl call org.qemulauncher.Helper1 /org/qemulauncher/Helper1 org.qemulauncher.Helper1 GetLimits"
+    for _ in range(count):
+        began = time.monotonic()
+        subprocess.run(["systemctl", "show", "--property=ActiveState", "init.scope"], check=True, capture_output=True)
+        user.login.run(ask, check=True)
+        times.append(time.monotonic() - began)
+    return times
+
+
+@pytest.mark.attack("A9")
+def test_a9_real_time_that_never_rests(program: Claimant, carol: User) -> None:
+    """On every CPU that may be shielded: what is left answers, and no task of the host waits behind the spinners."""
+    before = min(answer_times(carol))
+    spinners = []
+    for name, cpu in ("a", 2), ("b", 4), ("c", 6):
+        child = program.spawn(1, spin=True)
+        assert program.pin(child, name, cpu).error == "ok"
+        assert program.schedule(child, name, "fifo", 10).error == "ok"
+        spinners.append(child)
+    tids = {child.tids[0] for child in spinners}
+    assert host.realtime_threads() == tids
+    assert host.isolated() == {2, 3, 4, 5, 6, 7}
+    since = max(host.born(child.pid) for child in spinners)
+    assert host.trespassers(host.isolated(), tids, since=since) == []
+    during = max(answer_times(carol))
+    assert {host.status(child.pid, child.tids[0])["State"][0] for child in spinners} == {"R"}
+    sys.stdout.write(f"answers during / before: {during / before:.1f}\n")
+
+
+class Racer:
+    """One user's random claims. What is wrong is kept for the test to see."""
+
+    def __init__(self, program: Claimant, seed: int) -> None:
+        self.program, self.random = program, random.Random(seed)
+        self.children = [(f"vm{number}", program.spawn(2)) for number in range(3)]
+        self.answers: dict[str, int] = {}
+        self.wrong: list[str] = []
+
+    def run(self, rounds: int) -> None:
+        """Claim and release."""
+        for _ in range(rounds):
+            name, child = self.random.choice(self.children)
+            if self.random.random() < 0.3:
+                answer = self.program.call("Release", "us", self.program.user.uid, name)
+            else:
+                cpus = self.random.sample(sorted(host.online()), k=self.random.choice([1, 2, 2]))
+                shielded = self.random.random() < 0.8
+                answer = self.program.pin(child, name, *cpus, shielded=shielded)
+                if answer.error == "ok":
+                    self.check(child, cpus, shielded=shielded)
+            self.answers[answer.error] = self.answers.get(answer.error, 0) + 1
+
+    def check(self, child: Child, cpus: list[int], *, shielded: bool) -> None:
+        """Nobody else changes what is one's own."""
+        for tid, cpu in zip(child.tids, cpus, strict=False):
+            if host.cpus_of(child.pid, tid) != {cpu}:
+                self.wrong.append(f"{tid} is on {host.cpus_of(child.pid, tid)}, not on {cpu}")
+        if shielded and not set(cpus) <= host.isolated():
+            self.wrong.append(f"{cpus} are not all isolated: {host.isolated()}")
+        own = f"qemu-launcher-{self.program.user.uid}-"
+        held = {path: claimed for path, claimed in host.exclusive().items() if own in path and path.endswith("vcpus")}
+        if len(frozenset[int]().union(*held.values())) > 4:
+            self.wrong.append(f"more than the limit of four: {held}")
+
+
+@pytest.mark.attack("A10")
+def test_a10_two_users_race(alice: User, carol: User, stepping: Stepping, helper_toml: Callable[..., None]) -> None:
+    helper_toml("[[limits]]\nmax_cpus = 4\n")
+    cores = [{cpu, cpu + 1} for cpu in range(0, 8, 2)]
+    with Claimant(alice) as hers, Claimant(carol) as others:
+        racers = [Racer(hers, 1), Racer(others, 2)]
+        threads = [threading.Thread(target=racer.run, args=[ROUNDS]) for racer in racers]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            isolated = host.isolated()
+            assert any(isolated.isdisjoint(core) for core in cores), "a core is always left"
+            assert all(core <= isolated or isolated.isdisjoint(core) for core in cores), "whole cores"
+            time.sleep(0.05)
+        for racer in racers:
+            assert racer.wrong == []
+            assert racer.answers.keys() <= {"ok", "Conflict", "LimitExceeded"}, racer.answers
+            assert racer.answers["ok"] > ROUNDS // 10
+        assert sum(racer.answers.get("Conflict", 0) for racer in racers) > 0, "they did meet"
+        sys.stdout.write(f"{[racer.answers for racer in racers]}\n")
+
+
+@contextmanager
+def offline(*cpus: int) -> Iterator[None]:
+    """Take CPUs away from the host, as for a while."""
+    for cpu in cpus:
+        (CPU / f"cpu{cpu}/online").write_text("0")
+    try:
+        yield
+    finally:
+        for cpu in cpus:
+            (CPU / f"cpu{cpu}/online").write_text("1")
+
+
+def failures() -> str:
+    """What the helper has said of itself that it should never have to say."""
+    command = ["journalctl", "--quiet", "-b", "-t", "qemu-launcher-helper", "QEMU_LAUNCHER_VERDICT=failed"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout
+
+
+@pytest.mark.attack("A11")
+@pytest.mark.parametrize("cpus", [[5], [4, 5]], ids=["one", "all"])
+def test_a11_a_shielded_cpu_goes_offline(program: Claimant, cpus: list[int]) -> None:
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    before = failures()
+    with offline(*cpus):
+        # Two real-time threads would share a CPU, or run among the host's: any call finds that out.
+        assert program.call("GetLimits", "").error == "ok"
+        assert host.realtime_threads() == set()
+        assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+        assert host.isolated() == frozenset()
+        second = program.spawn(1)
+        assert program.pin(second, "second", 5).error == "InvalidArgs"
+        assert program.pin(second, "second", 6).error == "ok"
+    third = program.spawn(2)
+    assert program.pin(third, "third", 4, 5).error == "ok"
+    assert program.schedule(third, "third", "fifo", 1).error == "ok"
+    assert host.isolated() == {4, 5, 6, 7}
+    assert host.realtime_threads() == set(third.tids)
+    assert failures() == before
+
+
+@pytest.mark.attack("A19")
+def test_a19_out_of_the_scope_again_and_again(program: Claimant, carol: User) -> None:
+    """With a decoy left in every other scope, so that systemd starts nobody: the next call is what ends it."""
+    share = len(host.online()) - 2
+    most = 0
+    for number in range(max(10, ROUNDS // 2)):
+        child = program.spawn(2)
+        cpus = random.Random(number).choice([(2, 3), (4, 5), (6, 7)])
+        assert program.pin(child, f"vm{number}", *cpus).error == "ok"
+        assert program.schedule(child, f"vm{number}", "fifo", 1).error == "ok"
+        assert host.realtime_threads() == set(child.tids), "those of the rounds before are not any more"
+        if number % 2:
+            program.tell(child, "fork", count=1, lock=0)
+        leave_scope(program, child.pid)
+        most = max(most, len(host.realtime_threads()))
+        if number % 7 == 6:
+            program.end_all()
+    assert most <= share
+    assert answer_times(carol, 1)
+    program.end_all()
+    program.call("GetLimits", "")
+    host.wait_for("the CPUs are back", lambda: host.isolated() == frozenset())
+
+
+@pytest.mark.attack("S20")
+def test_a_first_thread_that_ends_hides_nothing(program: Claimant) -> None:
+    """/proc says of it for ever that it is where it was, while systemd can take the others anywhere."""
+    child = program.spawn(2)
+    before = host.limit(child.pid, "Max locked memory")
+    assert program.set_memlock(child, "vm", 64 << 20).error == "ok"
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    program.tell(child, "fork", count=1, lock=0)
+    program.tell(child, "exit_thread")
+    host.wait_for("its first thread has ended", lambda: host.status(child.pid)["State"][0] == "Z")
+    place = (f"user@{program.user.uid}.service", "/init.scope", [child.pid])
+    sys.stdout.write(f"systemd says: {program.manager('AttachProcessesToUnit', 'ssau', *place)}\n")
+    assert program.call("GetLimits", "").error == "ok"
+    assert host.realtime_threads() == set()
+    assert host.isolated() == frozenset()
+    assert host.limit(child.tids[0], "Max locked memory") == before
+
+
+@pytest.mark.attack("S9")
+def test_others_real_time_does_not_lose_its_brake(program: Claimant) -> None:
+    """rtkit gives real time under a limit of 200 ms; lifting that for vCPUs must not lift it for such a thread."""
+    child = program.spawn(3)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    os.sched_setscheduler(child.tids[2], os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(20))
+    assert host.realtime_threads() == {child.tids[2]}
+    assert program.schedule(child, "vm", "fifo", 1, threads=2).error == "ok"
+    assert host.realtime_threads() == set(child.tids[:2])
+
+
+@pytest.mark.attack("S9")
+def test_no_real_time_where_nothing_would_stop_it(program: Claimant) -> None:
+    child = program.spawn(1)
+    assert program.pin(child, "vm", 4).error == "ok"
+    usual = RT_RUNTIME.read_text()
+    RT_RUNTIME.write_text("-1")
+    try:
+        assert program.schedule(child, "vm", "fifo", 1).error == "Unsupported"
+        assert host.realtime_threads() == set()
+    finally:
+        RT_RUNTIME.write_text(usual)
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+
+
+@pytest.mark.attack("S8")
+def test_a_session_that_resists_its_end_keeps_only_its_own_user_waiting(alice: User, carol: User) -> None:
+    """systemd starts a scope after the session beside it has ended; a program that ignores SIGTERM takes its time."""
+    stubborn = ("sh", "-c", 'trap "" TERM HUP; exec "$@"', "sh")
+    with Claimant(carol) as others, ExitStack() as stack:
+        hers = stack.enter_context(Claimant(alice, *stubborn))
+        child, other = hers.spawn(0), others.spawn(1)
+        session = host.cgroup(child.pid).name
+        assert session.startswith("session-")
+        assert others.call("GetLimits", "").error == "ok"
+        subprocess.run(["systemctl", "stop", "--no-block", session], check=True)
+        answers: list[Answer] = []
+        call = threading.Thread(target=lambda: answers.append(hers.set_memlock(child, "late", 1 << 20)))
+        call.start()
+        host.wait_for("her call is under way", lambda: answers or f"{alice.uid}-late" in host.records())
+        waited = not answers
+        assert others.pin(other, "vm", 4).error == "ok"
+        assert others.schedule(other, "vm", "fifo", 1).error == "ok"
+        if waited:
+            assert not answers, "she still waits, and nobody else did"
+        call.join(host.PATIENCE)
+        assert host.isolated() == {4, 5}
+        sys.stdout.write(f"she got {answers}, {'after a while' if waited else 'at once'}\n")
+
+
+@pytest.mark.attack("S6")
+def test_a_thousand_threads_do_not_hold_the_helper(program: Claimant, carol: User) -> None:
+    """More than can be moved in the time that is given for it: granted or refused whole, and others are served."""
+    child = program.spawn(2)
+    for _ in range(10):
+        program.tell(child, "threads", count=100)
+    answer = program.pin(child, "vm", 4, 5)
+    assert answer.error in ("ok", "Failed"), answer
+    assert host.isolated() == (frozenset({4, 5}) if answer.error == "ok" else frozenset())
+    assert answer_times(carol, 1)
+    assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+    assert host.isolated() == frozenset()
+
+
+@pytest.mark.attack("S10")
+def test_sizes_that_no_limit_can_be(program: Claimant, helper_toml: Callable[..., None]) -> None:
+    helper_toml('[[limits]]\nmemlock = "infinity"\n')
+    child = program.spawn(0)
+    for size in (2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1):
+        assert program.set_memlock(child, "vm", size).body == [size]
+        assert host.limit(child.pid, "Max locked memory") in ((size, size), (host.INFINITY, host.INFINITY))
+
+
+@pytest.mark.attack("A16")
+def test_a16_starting_it_over_and_over(carol: User, program: Claimant) -> None:
+    """Through systemd, as anybody may; each time it really starts, and leaves."""
+    start = "org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus StartServiceByName su"
+    stop_helper()
+    for _ in range(5):
+        carol.login.run(f"busctl call {start} org.qemulauncher.Helper1 0", check=True)
+        assert host.helper() is not None
+        stop_helper()
+    start_helper()
+    assert program.call("GetLimits", "").error == "ok"
+    assert subprocess.run(["systemctl", "is-failed", "--quiet", HELPER_UNIT], check=False).returncode != 0
