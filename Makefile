@@ -59,7 +59,7 @@ POLKITDIR := /usr/share/polkit-1
 MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 \
 	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
 
-.PHONY: help setup apt lint unit test demo shell deb deb-path man install uninstall bench clean
+.PHONY: help setup apt lint unit test fuzz demo shell deb deb-path man install uninstall bench clean
 
 help: ## show this list
 	@echo "qemu-launcher $(VERSION): make TARGET"
@@ -108,7 +108,17 @@ unit: setup ## the tests that take seconds and touch nothing
 	$(PYTEST) -q tests/unit tests/contract
 
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
-	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/package tests/lab tests/bus tests/qemu tests/system
+	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
+
+# Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
+# namespace is enough for.
+FUZZ_SECONDS ?= 600
+fuzz: setup ## feed the helper's parsers odd bytes, FUZZ_SECONDS=600 for each of the three; finds go to build/fuzz
+	@found=; for target in message arguments limits; do mkdir -p build/fuzz/$$target; root=; \
+		[ "$$(id -u)" = 0 ] || [ $$target != limits ] || root='unshare --map-root-user'; \
+		TMPDIR=build/fuzz PYTHONPATH=helper:tests nice $$root $(VENV)/python -m fuzz $$target \
+			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/$$target- build/fuzz/$$target tests/fuzz/corpus/$$target || found+=" $$target"; done; \
+	[ -z "$$found" ] || { echo "Found something in:$$found. tests/fuzz/test_fuzz.py says what to do with it." >&2; exit 1; }
 
 demo: setup deb ## the main job for real: a VM pinned, shielded, locked and real-time, started by an ordinary user
 	PYTHONPATH=tests $(VENV)/python -m demo
