@@ -5,13 +5,17 @@ import logging
 import os
 import pwd
 import socket
+import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fuzz.targets import check_settings
 from qemu_launcher_helper import limits
 from qemu_launcher_helper.__main__ import main
 from qemu_launcher_helper.contract import INFINITY, Failed
@@ -228,19 +232,77 @@ def test_it_is_read_afresh(toml: Path) -> None:
     assert load().limits_for(0) == Limits()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edit=st.tuples(st.integers(0, 200), st.integers(0, 5), st.text(max_size=5)))
-def test_a_mutated_file_is_understood_or_refused(toml: Path, edit: tuple[int, int, str]) -> None:
-    text = 'comm = ["qemu-*"]\n[[limits]]\nusers = ["a"]\ncpus = "8-11"\nmemlock = "16G"\npolicies = ["fifo"]\n'
-    place, length, new = edit
-    toml.write_text(text[:place] + new + text[place + length :], encoding="utf-8", errors="surrogatepass")
+FULL = """\
+comm = ["qemu-*", "kvm"]
+services = ["my-vm.service"]
+[[limits]]
+users = ["alice", "bob"]
+groups = ["students"]
+cpus = "8-11,15"
+max_cpus = 4
+max_vms = 2
+memlock = "16G"
+policies = ["other", "fifo"]
+max_priority = 5
+realtime = "anywhere"
+deadline = false
+[[limits]]
+memlock = "infinity"
+"""
+# By all types that TOML has, among them the right ones, so that a key can get another's value.
+VALUES = (
+    *("0", "7", "-1", "99", "1_0", "0x10", "1e3", "1.5", "nan", "inf", "true", "false", "2026-11-25", "13:00:00"),
+    *('""', '"a"', '"8-3"', '"0-3"', '"infinity"', '"5K"', '"shielded"', '"a.service"', r'"\u0000"', r'"\n"', "'rr'"),
+    *("[]", "[1]", "[true]", '["a"]', '["rr", "idle"]', '["a.service"]', '[["a"]]', '["a", 1]', "{}", '{a = "b"}'),
+)
+LINE, KEY = st.integers(0, 14), st.sampled_from([line.split(" ")[0] for line in FULL.splitlines() if "=" in line])
+EDITS = st.one_of(
+    st.tuples(st.just("value"), LINE, st.sampled_from(VALUES)),
+    st.tuples(
+        st.just("key"), LINE, KEY | st.sampled_from(["source", "entries", "limits", "max_vm", "", "a.b", '"cpus"'])
+    ),
+    st.tuples(st.just("twice"), LINE, LINE),
+    st.tuples(st.just("drop"), LINE, st.none()),
+    st.tuples(st.just("text"), st.tuples(st.integers(0, 300), st.integers(0, 5)), st.text(max_size=5)),
+)
+
+
+def edited(text: str, kind: str, where: Any, new: Any) -> str:
+    """Make one of EDITS."""
+    lines = text.splitlines(keepends=True)
+    if kind == "text":
+        place, length = where
+        return f"{text[:place]}{new}{text[place + length :]}"
+    if where >= len(lines):
+        return text
+    key, equals, value = lines[where].partition(" = ")
+    if kind == "value" and equals:
+        lines[where] = f"{key} = {new}\n"
+    if kind == "key" and equals:
+        lines[where] = f"{new} = {value}"
+    if kind == "twice":
+        lines.insert(new, lines[where])
+    if kind == "drop":
+        del lines[where]
+    return "".join(lines)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=500, deadline=None)
+@given(edits=st.lists(EDITS, max_size=4))
+@example(edits=[])
+@example(edits=[("value", 3, "[]")])
+@example(edits=[("value", 6, "true")])
+@example(edits=[("twice", 5, 6)])
+def test_a_mutated_file_is_restated_or_refused(toml: Path, edits: list[tuple[str, Any, Any]]) -> None:
+    """Types, keys and letters changed, lines doubled and left out; nothing that the file says is ever half kept."""
+    text = FULL
+    for edit in edits:
+        text = edited(text, *edit)
+    toml.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
     toml.chmod(0o644)
-    problem = str(toml)
-    try:
-        assert isinstance(load(), Settings)
-    except Failed as err:
-        problem = str(err)
-    assert problem
+    with suppress(Failed):
+        check_settings(load(), tomllib.loads(toml.read_bytes().decode()), str(toml))
+    assert edits or load().entries[0].users == ("alice", "bob")
 
 
 def test_deadline_can_only_be_no(toml: Path) -> None:
