@@ -1,6 +1,7 @@
 """Claims on CPUs: disjoint, whole cores, a core for the host, within each user's limits, in whatever order."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from qemu_launcher_helper.contract import Conflict, InvalidArguments, LimitExceeded, Refusal, cpulist, parse_cpulist
-from qemu_launcher_helper.limits import Cores, Limits, check_cpus, free_for, union
+from qemu_launcher_helper.contract import (
+    INFINITY,
+    Conflict,
+    InvalidArguments,
+    LimitExceeded,
+    Refusal,
+    cpulist,
+    parse_cpulist,
+)
+from qemu_launcher_helper.limits import Cores, Limits, check_cpus, free_for, grant_memlock, union
 from qemu_launcher_helper.records import Record
 
 # Eight CPUs, four cores of two SMT siblings each, numbered as the lab's host numbers them.
 CORES = [frozenset({cpu, cpu + 1}) for cpu in range(0, 8, 2)]
-ALICE, BOB = 1000, 1001
+USERS = ALICE, BOB, CAROL = 1000, 1001, 1002
 
 
 @pytest.fixture(autouse=True)
 def names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qemu_launcher_helper.limits.user_name", {ALICE: "alice", BOB: "bob"}.__getitem__)
+    monkeypatch.setattr(
+        "qemu_launcher_helper.limits.user_name", {ALICE: "alice", BOB: "bob", CAROL: "carol"}.__getitem__
+    )
 
 
 @dataclass
@@ -128,59 +139,140 @@ def test_cpulist_refuses(text: str) -> None:
         parse_cpulist(text)
 
 
-def whole_cores(cpus: frozenset[int]) -> frozenset[int]:
-    return union(core for core in CORES if core & cpus)
-
-
-cpus = st.frozensets(st.integers(0, 9), max_size=5)
+# Mostly what exists, and mostly little: of claims that are refused at once the machine learns nothing.
+cpus = st.frozensets(st.integers(0, 7), max_size=2) | st.frozensets(st.integers(0, 9), max_size=5)
+few_cpus = st.just(frozenset[int]()) | st.just(frozenset[int]()) | cpus
+shields = st.lists(st.sampled_from(CORES), min_size=1, max_size=4).map(union) | cpus
+GIB = 2**30
+LOCKABLE = 16 * GIB
+sizes = st.integers(1, 9).map(lambda number: number * GIB) | st.sampled_from([1, INFINITY])
+USER, VM = st.sampled_from(USERS), st.sampled_from("ab")
 
 
 class Claims(RuleBasedStateMachine):
-    """Two users claim and release at random; the invariants are the promises of limits.py (A10, its pure half)."""
+    """Users claim and release at random; the invariants are the promises of limits.py (A10, its pure half).
+
+    Beside that VMs become strays, and the administrator takes cores and SMT siblings off line and puts them back. As
+    smt/control does, only the second CPU of a core ever goes alone: which CPUs are siblings, the kernel says of online
+    ones only. max_vms is not here, it is operations' to count.
+    """
 
     vms = Bundle("vms")
 
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[tuple[int, str], Record] = {}
-        self.limits = {ALICE: Limits(max_cpus=4), BOB: Limits(cpus=frozenset(range(2, 8)))}
+        self.offline = frozenset[int]()
+        self.limits = {
+            ALICE: Limits(),
+            BOB: Limits(cpus=frozenset(range(2, 8)), max_cpus=3, memlock=6 * GIB),
+            CAROL: Limits(cpus=frozenset(range(6)), max_cpus=4, memlock=40 * GIB),
+        }
 
-    @rule(target=vms, uid=st.sampled_from([ALICE, BOB]), vm=st.sampled_from("abc"), shielded=cpus, pinned=cpus)
-    def claim(self, uid: int, vm: str, shielded: frozenset[int], pinned: frozenset[int]) -> tuple[int, str]:
-        wanted = Record(uid, vm, 2, 1, 0, "", shielded=shielded, pinned=pinned)
-        free = free_for(self.limits[uid], CORES, [r for r in self.live.values() if r.key != f"{uid}-{vm}"])
+    @property
+    def cores(self) -> list[frozenset[int]]:
+        """As limits.read_cores gives them."""
+        return [core - self.offline for core in CORES if core - self.offline]
+
+    def known(self, uid: int, vm: str) -> Record:
+        """The VM's record, as operations finds or makes it."""
+        return self.live.get((uid, vm)) or Record(uid, vm, 2, 1, 0, "")
+
+    @rule(target=vms, uid=USER, vm=VM, shielded=shields)
+    def shield(self, uid: int, vm: str, shielded: frozenset[int]) -> tuple[int, str]:
+        return self.ask(uid, vm, shielded, frozenset(), frozenset())
+
+    @rule(target=vms, uid=USER, vm=VM, pinned=cpus, others=few_cpus)
+    def pin(self, uid: int, vm: str, pinned: frozenset[int], others: frozenset[int]) -> tuple[int, str]:
+        return self.ask(uid, vm, frozenset(), pinned, others)
+
+    @rule(target=vms, uid=USER, vm=VM, shielded=shields, pinned=cpus, others=few_cpus)
+    def shield_and_pin(
+        self, uid: int, vm: str, shielded: frozenset[int], pinned: frozenset[int], others: frozenset[int]
+    ) -> tuple[int, str]:
+        return self.ask(uid, vm, shielded, pinned, others)
+
+    def ask(
+        self, uid: int, vm: str, shielded: frozenset[int], pinned: frozenset[int], others: frozenset[int]
+    ) -> tuple[int, str]:
+        """Claim, and see that what came of it is right at this moment; return whose it is."""
+        key, own, cores = (uid, vm), self.limits[uid], self.cores
+        wanted = self.known(uid, vm)._replace(shielded=shielded, pinned=pinned)
+        if wanted.stray:  # operations refuses those
+            return key
+        whole = union(core for core in cores if core & shielded)
+        beside = [record for other, record in self.live.items() if other != key]
+        free = free_for(own, cores, beside)
         try:
-            granted = check_cpus(wanted, frozenset(), self.limits[uid], CORES, list(self.live.values()))
+            granted = check_cpus(wanted, others, own, cores, list(self.live.values()))
         except Refusal:
-            # What was offered as free must really have been: only the count or the shared part can refuse it.
-            whole = whole_cores(shielded)
-            assert not shielded or not whole <= free or pinned or (uid == ALICE) or shielded - union(CORES)
-        else:
-            assert granted == wanted._replace(shielded=whole_cores(shielded))
-            self.live[uid, vm] = granted
+            # What was offered as free must really have been: only the count, the shared part or a CPU that is not there
+            # can be the reason.
+            held = whole.union(*(record.cpus for record in beside if record.uid == uid))
+            fits = own.max_cpus is None or len(held) <= own.max_cpus
+            assert not (whole and whole <= free and fits) or pinned or others or shielded - union(cores)
+            return key
+        assert granted == wanted._replace(shielded=whole)
+        assert shielded <= whole
+        self.live[key] = granted
+        gone = union(record.shielded for record in self.live.values() if not record.stray)
+        assert not whole or any(core.isdisjoint(gone) for core in cores), "no core is left to the host"
+        return key
+
+    @rule(target=vms, uid=USER, vm=VM, asked=sizes)
+    def lock(self, uid: int, vm: str, asked: int) -> tuple[int, str]:
+        own = self.known(uid, vm)
+        if not own.stray:
+            with suppress(LimitExceeded):
+                granted = grant_memlock(asked, own, self.limits[uid], list(self.live.values()), LOCKABLE)
+                assert 1 <= granted <= asked
+                self.live[uid, vm] = own._replace(memlock=granted)
         return uid, vm
 
     @rule(key=consumes(vms))
-    def release(self, key: tuple[int, str]) -> None:
+    def end(self, key: tuple[int, str]) -> None:
         self.live.pop(key, None)
 
+    @rule(key=vms)
+    def release(self, key: tuple[int, str]) -> None:
+        """What Release leaves of a VM that lives on."""
+        if key in self.live:
+            self.live[key] = self.live[key].without_grants(stray=False)
+
+    @rule(key=vms)
+    def stray(self, key: tuple[int, str]) -> None:
+        if key in self.live:
+            self.live[key] = self.live[key].without_grants(stray=True)
+
+    @rule(core=st.sampled_from(CORES), how=st.sampled_from(["none", "none", "second", "both"]))
+    def come_and_go(self, core: frozenset[int], how: str) -> None:
+        gone = {"both": core, "second": frozenset({max(core)}), "none": frozenset[int]()}[how]
+        if (self.offline - core) | gone < union(CORES):  # the kernel keeps one
+            self.offline = (self.offline - core) | gone
+        for key, record in self.live.items():
+            if record.shielded and record.shielded <= self.offline:  # the kernel ends a shield without a CPU
+                self.live[key] = record.without_grants(stray=True)
+
     @invariant()
-    def shields_are_disjoint_whole_and_leave_a_core(self) -> None:
-        shields = [record.shielded for record in self.live.values()]
-        together = union(shields)
-        assert sum(map(len, shields)) == len(together)
-        assert together == whole_cores(together)
+    def shields_are_disjoint_and_leave_a_core(self) -> None:
+        live = [record for record in self.live.values() if not record.stray]
+        together = union(record.shielded for record in live)
+        for core in CORES:
+            # Not even siblings, of which one was off line when the other was claimed, belong to two VMs.
+            assert sum(bool(core & record.shielded) for record in live) <= 1
         assert any(core.isdisjoint(together) for core in CORES)
-        for one in self.live.values():
-            assert one.pinned.isdisjoint(together)
+        assert all(record.pinned.isdisjoint(together) for record in live)
 
     @invariant()
     def limits_hold(self) -> None:
-        of_alice = union(r.shielded | r.pinned for r in self.live.values() if r.uid == ALICE)
-        of_bob = union(r.shielded | r.pinned for r in self.live.values() if r.uid == BOB)
-        assert len(of_alice) <= 4
-        assert of_bob <= frozenset(range(2, 8))
+        """Of each user alone, strays included."""
+        for uid, own in self.limits.items():
+            mine = [record for record in self.live.values() if record.uid == uid]
+            held = union(record.cpus for record in mine)
+            assert own.max_cpus is None or len(held) <= own.max_cpus
+            assert own.cpus is None or held <= own.cpus
+            assert sum(record.memlock for record in mine) <= min(own.memlock or LOCKABLE, LOCKABLE)
 
 
 TestClaims = Claims.TestCase
-TestClaims.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestClaims.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
