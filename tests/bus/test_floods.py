@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 
@@ -127,6 +128,24 @@ def test_odd_types_and_depths(host: World, member: User) -> None:
     assert answers[:4] == ["InvalidArgs"] * 4
     assert answers[5] == "ok"
     assert host.helper_pid() == pid
+
+
+@pytest.mark.xfail(strict=True, reason="dbus_next.signature.SignatureTree._cache keeps every signature: bus._parse")
+def test_a_flood_of_signatures(host: World, member: User, other: User) -> None:
+    """All are refused by comparing with the table, which needs no memory at all."""
+    pid = served(host, other)
+
+    def flood() -> None:
+        with Client(host.socket) as client:
+            for number in range(1500):
+                signature = "y" * 239 + f"{number:016b}".replace("0", "y").replace("1", "b")
+                body = [True if letter == "b" else 1 for letter in signature]
+                client.send("GetLimits", signature, body, flags=NO_REPLY)
+            client.daemon("GetId")
+
+    as_user(member, flood).result()
+    assert served(host, other) == pid
+    assert peak(pid) < 80 * MIB
 
 
 def test_unknown_flags_and_types(host: World, member: User) -> None:
