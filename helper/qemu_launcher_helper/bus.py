@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
-from dbus_next.signature import Variant as Variant  # noqa: PLC0414  for all who make or read values of type v
+from dbus_next.signature import SignatureTree, Variant as Variant  # noqa: PLC0414  for all who make or read type v
 
 from .contract import CALL_SECONDS, DAEMON_SECONDS, JOB_PAUSE, JOB_SECONDS, MAX_MESSAGE_BYTES, CallFailed
 
@@ -148,7 +148,7 @@ class SystemBus:
             data = await self._receive()
             # With a body of no length, the parser reads the header and nothing of the body.
             match _parse(data[:4] + bytes(4) + data[8:]):
-                case Message(sender=str(), message_type=MessageType.METHOD_CALL) as call:
+                case Message(sender=str(), message_type=MessageType.METHOD_CALL) as call if call.serial and call.sender:
                     self.on_call(Call(call, data))
                 case Message(sender=str(), reply_serial=int() as serial) if waiting := self._waiting.pop(serial, None):
                     waiting.set_result(_parse(data))  # that it is from whom we called, the bus sees to
@@ -169,6 +169,7 @@ class SystemBus:
 
 def _parse(data: bytes) -> Message | None:
     """Parse one message from its own bytes; None if that is not possible, and nobody would know what to do about it."""
+    SignatureTree._cache.clear()  # noqa: SLF001  every signature that anybody ever sent, at 46 KiB each
     with suppress(Exception):  # the parser raises whatever Python raises on data it did not expect
         return Unmarshaller(io.BytesIO(data)).unmarshall()
     return None

@@ -140,8 +140,8 @@ def load(path: str | None = None) -> Settings:
 _FORMS: dict[str, tuple[type, str]] = {
     "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}"),
     "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service"),
-    "users": (list, r"[^\s:,]{1,64}"),
-    "groups": (list, r"[^\s:,]{1,64}"),
+    "users": (list, r"[^\s:,\0]{1,64}"),
+    "groups": (list, r"[^\s:,\0]{1,64}"),
     "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"),
     "max_cpus": (int, r"[0-9]{1,4}"),
     "max_vms": (int, r"[0-9]{1,3}"),  # not more: the records are read at every call

@@ -132,8 +132,8 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
             left.write()
         else:
             (GRANTS / record.key).unlink(missing_ok=True)
-    what = {"uid": record.uid, "pid": record.pid, "vm": record.vm, "bytes": record.memlock or ""}
-    facts = {name: str(value) for name, value in what.items()} | {"cpus": cpulist(record.cpus)}
+    named = record._asdict() | {"cpus": cpulist(record.cpus), "bytes": record.memlock or ""}
+    facts = {name: str(named[name]) for name in ("uid", "pid", "vm", "cpus", "bytes")}
     # A stray has left its scope or lost its shield.
     tell(logging.INFO, "released", "VM", facts, "ended" if not left else "stray" if stray else "released")
     return left

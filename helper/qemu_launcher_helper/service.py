@@ -29,8 +29,7 @@ class Service:
     """Serves calls: `tasks`. `idle` is set when there has been none for `idle_seconds`."""
 
     def __init__(self, bus: SystemBus, operations: Operations, idle_seconds: float = contract.IDLE_SECONDS) -> None:
-        self._bus, self._operations = bus, operations
-        self._authority, self._quotas = Authority(bus), Quotas()
+        self._bus, self._operations, self._authority, self._quotas = bus, operations, Authority(bus), Quotas()
         self.tasks: set[asyncio.Task[None]] = set()
         self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
         self.idle, self._idle_seconds = asyncio.Event(), idle_seconds

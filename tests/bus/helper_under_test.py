@@ -15,8 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helper"))
 
-from qemu_launcher_helper import __main__ as helper
-from qemu_launcher_helper import limits
+from qemu_launcher_helper import __main__ as helper, limits
 from qemu_launcher_helper.bus import Variant
 from qemu_launcher_helper.contract import Caller, Conflict
 

@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import pytest
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 
@@ -130,7 +129,6 @@ def test_odd_types_and_depths(host: World, member: User) -> None:
     assert host.helper_pid() == pid
 
 
-@pytest.mark.xfail(strict=True, reason="dbus_next.signature.SignatureTree._cache keeps every signature: bus._parse")
 def test_a_flood_of_signatures(host: World, member: User, other: User) -> None:
     """All are refused by comparing with the table, which needs no memory at all."""
     pid = served(host, other)

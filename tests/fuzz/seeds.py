@@ -154,7 +154,7 @@ def files() -> dict[str, bytes]:
     full = (
         'comm = ["qemu-*"]\nservices = ["my-vm.service"]\n[[limits]]\nusers = ["alice"]\ngroups = ["students"]\n'
         'cpus = "8-11,15"\nmax_cpus = 4\nmax_vms = 2\nmemlock = "16G"\npolicies = ["other", "fifo"]\nmax_priority = 5\n'
-        'realtime = "anywhere"\n[[limits]]\nmemlock = "infinity"\n'
+        'realtime = "anywhere"\ndeadline = false\n[[limits]]\nmemlock = "infinity"\n'
     )
     texts = {
         "full": full,
@@ -173,6 +173,7 @@ def files() -> dict[str, bytes]:
         "backwards": entry + 'cpus = "8-3"\n',
         "many-cpus": entry + 'cpus = "0-9999"\n',
         "largest-memlock": entry + 'memlock = "999999T"\n',
+        "deadline": entry + "deadline = true\n",
         "newline-in-value": entry + 'realtime = "shielded\\n"\n',
         "strings": entry + "users = ['a', \"\\u00e4\\U0001F600\", '''b''', \"\"\"c\\\n d\"\"\"]\n",
         "control": 'comm = ["\\u001b[31m\\u202e"]\n',

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.message import Message
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from qemu_launcher_helper import contract
 from qemu_launcher_helper.bus import Call

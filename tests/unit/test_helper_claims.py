@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from qemu_launcher_helper.contract import (
@@ -237,12 +236,12 @@ class Claims(RuleBasedStateMachine):
     def release(self, key: tuple[int, str]) -> None:
         """What Release leaves of a VM that lives on."""
         if key in self.live:
-            self.live[key] = self.live[key].without_grants(stray=False)
+            self.live[key] = self.live[key]._replace(shielded=frozenset(), pinned=frozenset())
 
     @rule(key=vms)
     def stray(self, key: tuple[int, str]) -> None:
         if key in self.live:
-            self.live[key] = self.live[key].without_grants(stray=True)
+            self.live[key] = self.live[key]._replace(stray=True)
 
     @rule(core=st.sampled_from(CORES), how=st.sampled_from(["none", "none", "second", "both"]))
     def come_and_go(self, core: frozenset[int], how: str) -> None:
@@ -251,7 +250,7 @@ class Claims(RuleBasedStateMachine):
             self.offline = (self.offline - core) | gone
         for key, record in self.live.items():
             if record.shielded and record.shielded <= self.offline:  # the kernel ends a shield without a CPU
-                self.live[key] = record.without_grants(stray=True)
+                self.live[key] = record._replace(stray=True)
 
     @invariant()
     def shields_are_disjoint_and_leave_a_core(self) -> None:

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from qemu_launcher import cmdline, definition, yamlnode
 from qemu_launcher.definition import VmDefinition

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from qemu_launcher import definition as definitions
-from qemu_launcher import plan
+from qemu_launcher import definition as definitions, plan
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import MEMLOCK_OVERHEAD

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from qemu_launcher import procfs
 from qemu_launcher.cpulist import MAX_CPU, format_cpulist, parse_cpulist

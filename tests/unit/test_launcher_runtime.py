@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from qemu_launcher import runtime
 from qemu_launcher.errors import AlreadyRunning, LauncherError

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import __main__ as program
-from qemu_launcher import cli, definition, stdout
+from qemu_launcher import __main__ as program, cli, definition, stdout
 from qemu_launcher.errors import LauncherError
 from unit.reading import ROOT
 
