@@ -3,7 +3,7 @@
 Why it exists: one function makes the child, so that there is one place where its descriptors, signal mask and
 limits are decided.
 
-    fork -> the child waits at its gate -> open_gate() -> exec -> ... -> ended (exit status)
+    fork -> the child waits at its gate -> open_gate() -> exec -> ... -> ended (an Ending)
 
 The gate is a pipe. As long as it is closed no QEMU runs, and the PID is already the one that QEMU will have: it is
 written into the lock file, and handed to the helper, before QEMU exists. End of file at the gate means that the
@@ -55,13 +55,35 @@ class Command:
     soft_memlock: int | None  # bytes; raised by the child itself, within its hard limit (setrlimit(2))
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process ended: by itself with `code` 0-255, or by signal `-code`, as os.waitstatus_to_exitcode tells.
+
+    A shell folds both into one number, in which `exit 130` and SIGINT are the same: that is for our own exit alone.
+    """
+
+    code: int
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell reports it: 128+N for signal N."""
+        return 128 - self.code if self.code < 0 else self.code
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"with exit status {self.code}"
+        # Most real-time signals have no name (signal(7)).
+        names = {number.value: f" ({number.name})" for number in signal.Signals}
+        return f"by signal {-self.code}{names.get(-self.code, '')}"
+
+
 class Qemu:
     """The child. An async context manager: enter it right after `forked`."""
 
     def __init__(self, command: Command, process: Process, pidfd: int, gate: int, report: int) -> None:
         self.command = command
         self.process = process
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._pidfd = pidfd
         self._gate = gate
         self._report = report
@@ -122,13 +144,13 @@ class Qemu:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
-    async def end(self, grace: float = QUIT_GRACE) -> int:
-        """SIGTERM, which QEMU takes as `quit`; after `grace` seconds SIGKILL. Returns the exit status."""
+    async def end(self, grace: float = QUIT_GRACE) -> None:
+        """SIGTERM, which QEMU takes as `quit`; after `grace` seconds SIGKILL. Returns when it has ended."""
         self.send(signal.SIGTERM)
         done, _ = await asyncio.wait([self.ended], timeout=grace)
         if not done:
             self.send(signal.SIGKILL)
-        return await self.ended
+        await self.ended
 
     def let_run(self) -> None:
         """From now on the child survives us, whatever happens here."""
@@ -137,9 +159,8 @@ class Qemu:
     def _reap(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
         if not self.ended.done():
-            self.ended.set_result(128 - code if code < 0 else code)
+            self.ended.set_result(Ending(os.waitstatus_to_exitcode(status)))
 
 
 def forked(command: Command) -> Qemu:

@@ -196,19 +196,16 @@ def _early_end(qemu: Qemu, suspicion: str | None) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
     if qemu.failure is not None:
         raise qemu.failure
-    status = qemu.ended.result()
-    if status == 0:
+    ending = qemu.ended.result()
+    if ending.code == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
-    how = f"with exit status {status}"
-    if status > 128:
-        how = f"by signal {status - 128} ({signal.Signals(status - 128).name})"
     error = QemuFailed(
-        f"QEMU ended {how} before the guest ran",
+        f"QEMU ended {ending} before the guest ran",
         "\n".join(filter(None, (suspicion, f"its command line: {shlex.join(qemu.command.argv)}"))),
-        status=status,
+        status=ending.exit_status,
         argv=qemu.command.argv,
     )
-    error.exit_status = status
+    error.exit_status = ending.exit_status
     raise error
 
 

@@ -78,7 +78,7 @@ class Shutdown:
         qmp.listen(self._hear)
 
     async def until_ended(self, signals: Signals) -> int:
-        """Wait until QEMU has ended, acting on every signal until then. Returns QEMU's exit status."""
+        """Wait until QEMU has ended, acting on every signal until then. Returns its exit status, 128+N for signal N."""
         loop = asyncio.get_running_loop()
         heard = asyncio.ensure_future(signals.next())
         down = asyncio.ensure_future(self._guest_is_down.wait())
@@ -95,7 +95,7 @@ class Shutdown:
                     await self._on_guest_down()
                 elif self._deadline is not None and loop.time() >= self._deadline:
                     await self._on_deadline()
-            return self._qemu.ended.result()
+            return self._qemu.ended.result().exit_status
         finally:
             for task in (heard, down):
                 task.cancel()

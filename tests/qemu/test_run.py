@@ -158,6 +158,31 @@ def test_early_death_is_told_with_status_and_command_line(home: Home, options: t
     assert "its command line: qemu-system-x86_64 -readconfig" in run.output
 
 
+def ending(home: Home, line: str) -> Path:
+    """A `binary:` that ends with this line of shell, instead of becoming QEMU."""
+    wrapper = home.configuration / "ending"
+    wrapper.write_text(f"#!/bin/sh\n{line}\n")
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+@pytest.mark.parametrize("status", [129, 130, 137, 200, 255])
+def test_exit_status_above_128_is_not_taken_for_a_signal(home: Home, status: int) -> None:
+    home.define(binary=str(ending(home, f"exit {status}")))
+    run = home.start()
+    assert run.end() == status
+    assert f"QEMU ended with exit status {status} before the guest ran" in run.output
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "9 (SIGKILL)"), (15, "15 (SIGTERM)"), (40, "40")])
+def test_early_death_by_a_signal(home: Home, number: int, name: str) -> None:
+    """Also by a real-time signal, most of which have no name in signal(7)."""
+    home.define(binary=str(ending(home, f"kill -{number} $$")))
+    run = home.start()
+    assert run.end() == 128 + number
+    assert f"QEMU ended by signal {name} before the guest ran" in run.output
+
+
 def test_option_without_its_value_swallows_none_of_ours(home: Home) -> None:
     home.define(qemu=("m",))
     run = home.start()
