@@ -20,6 +20,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,10 +34,14 @@ DIRECTORY = "qemu-launcher"
 STARTING, RUNNING = "starting", "running"
 # A QEMU that never ran has written nothing, so it need not be waited for as one that did (process.QUIT_GRACE).
 NEVER_STARTED_GRACE = 2.0  # seconds
+# A launcher writes its record right after it took the lock, and lets go of the lock right after it cleared the record.
+# Between the two the record is not its own; these looks see it through unless it is held up.
+_LOOKS, _PAUSE = 20, 0.025  # seconds
 
 _TMP = Path("/tmp")  # noqa: S108 (what we make in it is checked by _is_ours_alone)
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
+_FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
 _LOCK_LINK = re.compile(rf"/{DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
 
 
@@ -107,6 +112,12 @@ class Found:
     def is_alive(self) -> bool:
         """Whether anybody is there."""
         return self.qemu is not None or self.launcher is not None
+
+    @property
+    def is_starting(self) -> bool:
+        """Its launcher is there, and QEMU, if it exists already, has not been heard of yet."""
+        ended = self.record.qemu is not None and self.qemu is None
+        return self.launcher is not None and self.record.state != RUNNING and not ended
 
     @property
     def never_started(self) -> bool:
@@ -206,15 +217,35 @@ def connected(path: Path) -> Iterator[socket.socket]:
 def _lock(fd: int, name: str) -> Process | None:
     """Take the lock; return the QEMU that had to go for it, None if there was none."""
     discarded = None
-    if not _try_lock(fd):
-        discarded = _discard_or_refuse(_holder(fd, name))
-        if not _try_lock(fd):
-            others = ", ".join(f"{pid} ({procfs.comm(pid)})" for pid, _ in _open_in_processes(name))
-            raise AlreadyRunning(
-                f"{name} has ended, but processes it left behind still hold its lock: {others or 'not visible to you'}",
-                "end them, then start it again",
-            )
-    return discarded
+    for _ in range(_LOOKS):
+        if _try_lock(fd):
+            return discarded
+        discarded = _discard_or_refuse(_holder(fd, name)) or discarded
+        time.sleep(_PAUSE)
+    raise _held(fd, name)
+
+
+def _held(fd: int, name: str) -> AlreadyRunning:
+    """The error for a lock that somebody has who is not in the record."""
+    holders = dict(_holders(fd, name))
+    for pid, took_it in holders.items():
+        if took_it:
+            return _being_started(name, pid)
+    others = ", ".join(f"{pid} ({procfs.comm(pid)})" for pid in holders)
+    return AlreadyRunning(
+        f"{name} has ended, but processes it left behind still hold its lock: {others or 'not visible to you'}",
+        "end them, then start it again",
+    )
+
+
+def _holders(fd: int, name: str) -> Iterator[tuple[int, bool]]:
+    """(PID, whether it took the lock itself or has inherited it) of every other process that holds this very lock."""
+    lock = os.fstat(fd)
+    for pid, link in _open_in_processes(name):
+        with contextlib.suppress(OSError):
+            found = _FLOCK.search((link.parent.parent / "fdinfo" / link.name).read_text())
+            if found is not None and os.path.samestat(link.stat(), lock):
+                yield pid, int(found[1]) == pid
 
 
 def _try_lock(fd: int) -> bool:
@@ -246,18 +277,28 @@ def _discard_or_refuse(vm: Found | None) -> Process | None:
     if qemu is not None and vm.never_started:
         procfs.end(qemu, grace=NEVER_STARTED_GRACE)
         return qemu
-    if qemu is None and vm.record.qemu is not None:
+    launcher = vm.launcher
+    if launcher is not None and vm.is_starting:
+        raise _being_started(vm.name, launcher.pid)
+    if qemu is None:
+        if launcher is None:  # it has ended since
+            return None
         raise AlreadyRunning(
-            f"{vm.name} has just ended, and its launcher (PID {vm.record.launcher.pid if vm.record.launcher else '?'}) "
-            "is giving its CPUs back",
+            f"{vm.name} has just ended, and its launcher (PID {launcher.pid}) is about to end too",
             "try again in a moment",
         )
-    who = f"PID {qemu.pid}" if qemu is not None else "it is being started"
     raise AlreadyRunning(
-        f"{vm.name} is already running ({who})",
+        f"{vm.name} is already running (PID {qemu.pid})",
         f"see it with: qemu-launcher status {vm.name}\n"
         f"power it down with: qemu-launcher stop {vm.name}\n"
         f"cut its power with: qemu-launcher kill {vm.name}",
+    )
+
+
+def _being_started(name: str, launcher: int) -> AlreadyRunning:
+    return AlreadyRunning(
+        f"{name} is being started already, by the launcher with PID {launcher}",
+        f"see it with: qemu-launcher status {name}\nend it with: qemu-launcher kill {name}",
     )
 
 

@@ -163,7 +163,7 @@ async def _pictures(found: list[Found]) -> list[Picture]:
 
 async def _picture(vm: Found) -> Picture:
     if vm.qemu is None:
-        state = "starting" if vm.record.qemu is None else "ended; its launcher is giving its CPUs back"
+        state = "starting" if vm.record.qemu is None else "ended; its launcher is about to end too"
         return Picture(vm.name, None, state, (), ())
     state, vcpus = await _state_and_vcpus(vm)
     pid = vm.qemu.pid

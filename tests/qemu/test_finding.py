@@ -258,3 +258,13 @@ def test_process_that_qemu_left_behind_is_named(home: Home) -> None:
     again = home.start()
     assert again.end() == 1
     assert re.search(r"processes it left behind still hold its lock: \d+ \(sleep\)", again.output)
+
+
+def test_second_start_while_the_first_one_starts(home: Home) -> None:
+    run, _ = start_held(home, **TUNED)
+    second = home.start()
+    assert second.end() == 1
+    expected = f"vm-under-test is being started already, by the launcher with PID {run.process.pid}\n"
+    assert expected in second.output
+    run.signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def holder(place: Path) -> Iterator["subprocess.Popen[bytes]"]:
     yield process
     process.kill()
     process.wait()
+
+
+@contextmanager
+def child(argv: list[str], *fds: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that inherits `fds`, until the context ends."""
+    process = subprocess.Popen(argv, pass_fds=fds, stdout=subprocess.PIPE)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def written(place: Path, **fields: object) -> None:
@@ -80,7 +92,10 @@ def test_claim_writes_who_we_are_and_leaves_nothing(place: Path) -> None:
 
 def test_second_claim_of_the_same_name_is_refused_and_another_is_not(place: Path) -> None:
     with runtime.claimed(NAME, DEFINITION):
-        with pytest.raises(AlreadyRunning, match=f"^{NAME} is already running"), runtime.claimed(NAME, DEFINITION):
+        with (
+            pytest.raises(AlreadyRunning, match=f"^{NAME} is being started already"),
+            runtime.claimed(NAME, DEFINITION),
+        ):
             pass
         with runtime.claimed(OTHER, DEFINITION):
             assert {vm.name for vm in runtime.find_all()} >= {OTHER, NAME}
@@ -95,14 +110,58 @@ def test_running_vm_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]"
 
 def test_starting_vm_of_a_living_launcher_is_left_alone(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     written(place, qemu=process_of(holder), launcher=Process.of(os.getpid()))
-    with pytest.raises(AlreadyRunning), runtime.claimed(NAME, DEFINITION):
+    message = rf"{NAME} is being started already, by the launcher with PID {os.getpid()}$"
+    with pytest.raises(AlreadyRunning, match=message), runtime.claimed(NAME, DEFINITION):
         pass
     assert holder.poll() is None
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["empty", "of the last run"])
+def test_launcher_that_has_the_lock_and_not_yet_written_is_starting_it(place: Path, stale: bool) -> None:
+    """Between lock and record a launcher looks for the VM elsewhere, and may have to end one that never started."""
+    place.mkdir(mode=0o700)
+    lock = place / f"{NAME}.lock"
+    lock.touch()
+    if stale:
+        written(place, qemu=ended(), launcher=ended(), state=RUNNING)
+    script = "import fcntl, sys, time\nfcntl.flock(lock := open(sys.argv[1]), fcntl.LOCK_EX)\nprint('mine', flush=1)\n"
+    with child([sys.executable, "-c", f"{script}time.sleep(1000)", str(lock)]) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"mine\n"
+        message = rf"^{NAME} is being started already, by the launcher with PID {launcher.pid}$"
+        with pytest.raises(AlreadyRunning, match=message), runtime.claimed(NAME, DEFINITION):
+            pass
+
+
+def test_lock_that_becomes_free_meanwhile_is_taken(
+    place: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that has cleared its record is about to let go of the lock: that is worth a moment."""
+    looked, looks = runtime._holder, []
+
+    def ends_after_two_looks(fd: int, name: str) -> Found | None:
+        looks.append(looked(fd, name))
+        if len(looks) == 2:
+            holder.kill()
+            holder.wait()
+        return looks[-1]
+
+    monkeypatch.setattr(runtime, "_holder", ends_after_two_looks)
+    with runtime.claimed(NAME, DEFINITION) as (_, discarded):
+        assert discarded is None
+
+
+def test_only_who_has_the_lock_is_named(place: Path, holder: "subprocess.Popen[bytes]") -> None:
+    """A reader, such as `status`, or another who lost, has the file open too."""
+    with (place / f"{NAME}.lock").open() as reader, child(["sleep", "1000"], reader.fileno()):
+        named = rf"processes it left behind still hold its lock: {holder.pid} \(sleep\)$"
+        with pytest.raises(AlreadyRunning, match=named), runtime.claimed(NAME, DEFINITION):
+            pass
+
+
 def test_vm_that_has_just_ended_is_told_so(place: Path, holder: "subprocess.Popen[bytes]") -> None:
     written(place, qemu=ended(), launcher=process_of(holder), state=RUNNING)
-    message = rf"has just ended, and its launcher \(PID {holder.pid}\) is giving"
+    message = rf"{NAME} has just ended, and its launcher \(PID {holder.pid}\) is about to"
     with pytest.raises(AlreadyRunning, match=message), runtime.claimed(NAME, DEFINITION):
         pass
     assert holder.poll() is None
