@@ -1,11 +1,8 @@
 """Which VMs of this user run: one lock file and one control socket for each, and how to find a VM without them.
 
 `$XDG_RUNTIME_DIR/qemu-launcher/NAME.lock` is locked with flock(2) by the launcher, and QEMU inherits the open file:
-it stays locked as long as one of the two lives, so a lock can never be stale. Its content says who they are, by PID
-and start time, and whether the guest was ever let run:
-
-    starting   QEMU may exist, but has been given no `cont`: without its launcher it will never run
-    running    written before `cont` is sent, so that a guest which ran is never taken for one which did not
+it stays locked as long as one of the two lives, so a lock can never be stale. Its content, a `record`, says who they
+are and whether the guest was ever let run.
 
 When the user logs out, $XDG_RUNTIME_DIR goes and the VM may stay. Then it is found by the open file in QEMU itself
 (/proc/PID/fd), and by its scope in the cgroup tree; a second start is refused all the same.
@@ -15,23 +12,22 @@ Refused: a directory that is not ours alone (NotOurs). A failing claim leaves no
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import cgroups, procfs
 from .errors import AlreadyRunning, LauncherError
 from .procfs import Process
+from .record import RUNNING, STARTING, Record
 
 DIRECTORY = "qemu-launcher"
-STARTING, RUNNING = "starting", "running"
 # A QEMU that never ran has written nothing, so it need not be waited for as one that did (process.QUIT_GRACE).
 NEVER_STARTED_GRACE = 2.0  # seconds
 # A launcher writes its record right after it took the lock, and lets go of the lock right after it cleared the record.
@@ -43,51 +39,6 @@ _NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
 _FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
 _LOCK_LINK = re.compile(rf"/{DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The content of a lock file."""
-
-    launcher: Process | None = None
-    qemu: Process | None = None
-    state: str = STARTING
-    definition: str = ""
-    vcpus: Mapping[int, int] = field(default_factory=dict)  # vCPU index -> TID
-
-    def encode(self) -> bytes:
-        """As one line of JSON."""
-
-        def pair(process: Process | None) -> list[int] | None:
-            return None if process is None else [process.pid, process.start_time]
-
-        value = {
-            "launcher": pair(self.launcher),
-            "qemu": pair(self.qemu),
-            "state": self.state,
-            "definition": self.definition,
-            "vcpus": sorted(self.vcpus.items()),
-        }
-        return json.dumps(value).encode() + b"\n"
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Record | None":
-        """None for what is no record: an empty file, or one that is being written at this moment."""
-
-        def process(pair: Any) -> Process | None:
-            return None if pair is None else Process(int(pair[0]), int(pair[1]))
-
-        try:
-            value = json.loads(data)
-            return cls(
-                launcher=process(value["launcher"]),
-                qemu=process(value["qemu"]),
-                state=str(value["state"]),
-                definition=str(value["definition"]),
-                vcpus={int(index): int(tid) for index, tid in value["vcpus"]},
-            )
-        except (ValueError, KeyError, TypeError, IndexError):
-            return None
 
 
 @dataclass(frozen=True, slots=True)

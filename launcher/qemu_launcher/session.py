@@ -26,6 +26,7 @@ from .monitors import Monitors
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
+from .record import RUNNING
 from .runtime import Claim
 from .shutdown import Shutdown, Signals, quit_qemu
 from .threads import Threads
@@ -106,7 +107,7 @@ class _Start:
         """Returns the monitor when the guest runs; or when it stands still because its user wants it to."""
         await self._tuning.before_exec(self.qemu)
         if not self.holds_guest:
-            self._claim.update(state=runtime.RUNNING)
+            self._claim.update(state=RUNNING)
         await self.qemu.open_gate()
         await self._tuning.while_starting()
         self.qmp = qmp = await patiently(Qmp.negotiated(made.ours), self._tell_progress)
@@ -114,7 +115,7 @@ class _Start:
         self._claim.update(vcpus={vcpu.index: vcpu.tid for vcpu in found.vcpus})
         await self._tuning.before_cont(self.qemu, found)
         # Written first: a guest that ran must never be taken for one that did not.
-        self._claim.update(state=runtime.RUNNING)
+        self._claim.update(state=RUNNING)
         if self.holds_guest and not _stands_still(self._definition):
             await qmp.execute("cont")
         self.qemu.let_run()

@@ -20,7 +20,8 @@ from .cpulist import format_cpulist
 from .errors import LauncherError, NotRunning, QmpError, printable
 from .process import QUIT_GRACE
 from .qmp import Qmp
-from .runtime import RUNNING, Found
+from .record import RUNNING
+from .runtime import Found
 from .shutdown import NOT_STARTED
 from .voice import format_size
 

@@ -16,7 +16,8 @@ from hypothesis import given, strategies as st
 from qemu_launcher import runtime
 from qemu_launcher.errors import AlreadyRunning, LauncherError
 from qemu_launcher.procfs import Process
-from qemu_launcher.runtime import RUNNING, STARTING, Found, Record
+from qemu_launcher.record import RUNNING, STARTING, Record
+from qemu_launcher.runtime import Found
 
 # VMs are found wherever their files are: no real VM of whoever runs this, and no other run of it, has these names.
 NAME, OTHER = f"unit-test-{os.getpid()}", f"unit-test-{os.getpid()}-other"
