@@ -21,7 +21,7 @@ from .keys import MAX_PRIORITY, MIN_PRIORITY, REALTIME_POLICIES, HostCpu, Memloc
 from .options import QemuOption, has_mem_lock, has_vfio, read_options, vcpu_limit
 from .yamlnode import Map, Node, describe, fail
 
-__all__ = ["HostCpu", "Memlock", "Pinning", "QemuOption", "VmDefinition", "load", "parse", "read"]
+__all__ = ["HostCpu", "Memlock", "Pinning", "QemuOption", "VmDefinition", "load", "parse", "read", "validate_tunable"]
 
 MAX_FILE_BYTES = 1 << 20  # a long definition has 10 KiB; this bounds time and memory for a file that is none
 DEFAULT_SHUTDOWN_TIMEOUT = 60.0  # seconds
@@ -53,6 +53,11 @@ class VmDefinition(NamedTuple):
     @property
     def is_realtime(self) -> bool:
         return self.scheduler in REALTIME_POLICIES
+
+    @property
+    def wants_tuning(self) -> bool:
+        """Whether there is anything to do before the guest may run."""
+        return self.memlock.kind != "none" or self.pinning is not None or self.scheduler is not None
 
 
 def load(path: Path, name: str) -> VmDefinition:
@@ -111,6 +116,23 @@ def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> d
         DefinitionError(f"the section {name}: is missing", mark=root.mark) for name in SECTIONS if name not in sections
     )
     return sections
+
+
+def validate_tunable(definition: VmDefinition) -> None:
+    """Raise DefinitionError if this QEMU could not be tuned as the definition wants. It may still be run untuned."""
+    if not definition.wants_tuning:
+        return
+    problems = [
+        DefinitionError(
+            "-preconfig stops QEMU before it has made its vCPUs, so they cannot be tuned before the guest runs",
+            "remove it; -S holds the guest too, once its vCPUs are there",
+            mark=option.mark,
+        )
+        for option in definition.options
+        if option.bare_name == "preconfig"
+    ]
+    if problems:
+        raise DefinitionError.several(problems)
 
 
 # Rules across keys

@@ -113,11 +113,6 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
     )
 
 
-def is_tuned(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
-    """Whether there is anything to do before the guest may run."""
-    return memlock is not None or definition.pinning is not None or definition.scheduler is not None
-
-
 def needs_helper(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
     """Whether any of it takes more rights than the user has."""
     return (

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads, tune
-from .definition import VmDefinition
+from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed
 from .monitors import Monitors
 from .patience import patiently, retrieved
@@ -38,6 +38,7 @@ def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
     if not untuned:
         try:
+            validate_tunable(definition)
             host.validate_against_host(definition, host.read_host())
         except DefinitionError as err:
             last = err.problems[:MOST_PROBLEMS][-1]
@@ -131,6 +132,15 @@ class _Start:
             await self.qmp.close()
 
     async def _threads(self, qmp: Qmp) -> Threads:
+        try:
+            return await self._read_threads(qmp)
+        except QmpRefused:
+            if self.holds_guest:
+                raise
+            # Under -preconfig there are none yet. Only `status` would like to know, and asks for itself.
+            return Threads((), ())
+
+    async def _read_threads(self, qmp: Qmp) -> Threads:
         cpus = await qmp.execute("query-cpus-fast")
         possible = None
         if threads.has_inner_levels(cpus):

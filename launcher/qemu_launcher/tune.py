@@ -56,7 +56,7 @@ class Tuning:
     @property
     def wanted(self) -> bool:
         """Whether the guest must be held until something has been done."""
-        return not self._left_out and plan.is_tuned(self._definition, self._memlock)
+        return not self._left_out and self._definition.wants_tuning
 
     @property
     def soft_memlock(self) -> int | None:

@@ -129,6 +129,21 @@ def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
     assert run.end() == 0
 
 
+def test_preconfig_waits_for_its_user(home: Home) -> None:
+    home.define(qemu=("preconfig",))
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    with pytest.raises(RuntimeError, match="only after machine initialization"):
+        qmp("query-cpus-fast")
+    qmp("x-exit-preconfig")
+    assert qmp("query-status")["status"] == "running"
+    qmp.close()
+    assert "vm-under-test: running, PID" in home.ask("status").stdout
+    home.ask("kill", "vm-under-test")
+    assert run.end() == 0
+
+
 def test_exit_status_of_a_killed_qemu(home: Home) -> None:
     home.define()
     run = home.start()

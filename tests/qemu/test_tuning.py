@@ -328,6 +328,13 @@ def test_way_out_is_named_where_the_host_lacks_a_cpu(home: Home, pinning: dict[s
     assert_never_ran(home.start(), message="host CPU 8000 does not exist; this host has ", status=2)
 
 
+def test_preconfig_cannot_be_tuned(home: Home) -> None:
+    path = home.define(qemu=("preconfig",), **SHIELDED)
+    assert_never_ran(home.start(), message=f"{path}:11:3: -preconfig stops QEMU before it has made", status=2)
+    untuned = home.start("vm-under-test", "--untuned")
+    assert "untuned" in untuned.wait_running()
+
+
 def test_way_out_of_a_definition_that_was_given_by_its_path(home: Home, tmp_path: Path) -> None:
     path = tmp_path / "elsewhere, with a space.d" / "vm-under-test.yml"
     path.parent.mkdir()

@@ -9,7 +9,7 @@ from qemu_launcher import definition
 from qemu_launcher.definition import HostCpu, Memlock
 from qemu_launcher.errors import MOST_PROBLEMS, DefinitionError, Mark
 from qemu_launcher.options import MAX_ARGUMENT_BYTES
-from unit.reading import launcher, launcher_refusal, read, refusal
+from unit.reading import launcher, launcher_refusal, read, refusal, shown
 
 
 def cpus(*places: tuple[int, int, int]) -> tuple[HostCpu, ...]:
@@ -248,6 +248,30 @@ def test_daemonize(item: str) -> None:
         "3:8: -daemonize takes QEMU out of the launcher's hands, which waits for it and ends it in order\n"
         "    remove it; to have a shell back, run the launcher itself in the background"
     )
+
+
+@pytest.mark.parametrize("item", ["preconfig", "-preconfig"])
+@pytest.mark.parametrize("keys", ["vcpu_pinning: [0]", "scheduler: batch", "rlimit_memlock: 1G"])
+def test_preconfig_and_tuning(item: str, keys: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        definition.validate_tunable(launcher(keys, f"[{item}]"))
+    assert shown(caught.value) == (
+        "4:8: -preconfig stops QEMU before it has made its vCPUs, so they cannot be tuned before the guest runs\n"
+        "    remove it; -S holds the guest too, once its vCPUs are there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "item"),
+    [
+        ("", "preconfig"),
+        ("rlimit_memlock: false", "preconfig"),
+        ("scheduler: batch", "S"),
+        ("scheduler: batch", "name: preconfig"),
+    ],
+)
+def test_preconfig_without_tuning(keys: str, item: str) -> None:
+    definition.validate_tunable(launcher(keys, f"[{item}]"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def vcpus(*tids: int) -> Threads:
 def test_nothing_asked_nothing_needed() -> None:
     vm = defined()
     assert plan.memlock_need(vm, 0, HOST) is None
-    assert not plan.is_tuned(vm, None)
+    assert not vm.wants_tuning
     assert not plan.needs_helper(vm, None)
 
 
@@ -102,7 +102,7 @@ def test_what_to_try_when_qemu_could_not_lock_its_memory() -> None:
 )
 def test_who_is_needed(keys: str, tuned: bool, helper: bool) -> None:
     vm = defined(keys)
-    assert plan.is_tuned(vm, None) is tuned
+    assert vm.wants_tuning is tuned
     assert plan.needs_helper(vm, None) is helper
 
 
