@@ -47,19 +47,66 @@ def has_option(definition: VmDefinition, name: str) -> bool:
 def guest_ram(definition: VmDefinition) -> int | None:
     """The guest's RAM in bytes when it starts, None where the options do not tell in a form we understand.
 
-    As QEMU does: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
+    The machine's own, and what is plugged in from the start (virtio-mem with all that it may grow to): all of it may
+    have to be locked.
     """
+    if has_option(definition, "readconfig"):
+        return None  # it may say anything
+    machine, plugged = _machine_ram(definition), _plugged_ram(definition)
+    if machine is None or plugged is None or machine + plugged >= MOST_RAM:
+        return None
+    return machine + plugged
+
+
+def _machine_ram(definition: VmDefinition) -> int | None:
+    """As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB."""
+    if any(
+        name.startswith("memory.")  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
+        for option in definition.options
+        if option.bare_name in ("machine", "M")
+        for name, _ in option.properties()
+    ):
+        return None
     sizes = [size for option in definition.options if option.bare_name == "m" for size in _sizes(option)]
     if sizes:
         return parse_size(sizes[-1], default_unit="M")
     backend = _last(definition, "machine", "memory-backend") or _last(definition, "M", "memory-backend")
-    if backend is not None:
-        for option in definition.options:
-            properties = dict(option.properties())
-            if option.bare_name == "object" and properties.get("id") == backend:
-                return parse_size(properties.get("size") or "", default_unit="B")
+    return DEFAULT_RAM if backend is None else _backend_size(definition, backend)
+
+
+def _plugged_ram(definition: VmDefinition) -> int | None:
+    """Bytes of all memory backends that a -device brings into the guest: pc-dimm, nvdimm, virtio-mem, cxl-type3."""
+    backends = set()
+    for option in definition.options:
+        if option.bare_name == "device" and "memdev" in str(option.value):
+            settings = _settings(option)
+            if settings is None:
+                return None
+            backends |= {value for name, value in settings.items() if name.endswith("memdev")}
+    sizes = [_backend_size(definition, backend) for backend in backends]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _backend_size(definition: VmDefinition, backend: str | None) -> int | None:
+    for option in definition.options:
+        if option.bare_name == "object":
+            settings = _settings(option)
+            if settings is not None and settings.get("id") == backend:
+                return parse_size(settings.get("size") or "", default_unit="B")
+    return None
+
+
+def _settings(option: QemuOption) -> dict[str, str | None] | None:
+    """The properties of a -device or -object, None for JSON that we cannot read."""
+    if not (isinstance(option.value, str) and option.value.lstrip().startswith("{")):
+        return dict(option.properties())
+    import json  # noqa: PLC0415  few write options so, and `command` is to be quick
+
+    try:
+        members = json.loads(option.value)
+    except (ValueError, RecursionError):  # single quotes, which QEMU takes, or nothing that it would take
         return None
-    return DEFAULT_RAM
+    return {str(name): str(value) for name, value in members.items()}
 
 
 def _sizes(option: QemuOption) -> list[str]:

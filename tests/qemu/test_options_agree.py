@@ -53,6 +53,21 @@ def test_guest_ram(items: str) -> None:
     assert cmdline.guest_ram(read(definition(items))) == ask(items, "query-memory-size-summary")["base-memory"]
 
 
+DIMM = "device: [pc-dimm, memdev: mem]"
+JSON_BACKEND = """object: '{"qom-type": "memory-backend-ram", "id": "mem", "size": 134217728}'"""
+JSON_DIMM = """device: '{"driver": "pc-dimm", "memdev": "mem"}'"""
+
+
+@pytest.mark.parametrize(
+    "items",
+    [f"{BACKEND}, {DIMM}", f"{JSON_BACKEND}, {DIMM}", f"{JSON_BACKEND}, {JSON_DIMM}", f"{BACKEND}, device: e1000"],
+)
+def test_guest_ram_that_is_plugged_in(items: str) -> None:
+    items = f"m: [256M, slots: 2, maxmem: 4G], {items}"
+    summary = ask(items, "query-memory-size-summary")
+    assert cmdline.guest_ram(read(definition(items))) == summary["base-memory"] + summary["plugged-memory"]
+
+
 @pytest.mark.parametrize(
     "items",
     [

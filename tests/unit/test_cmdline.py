@@ -126,6 +126,43 @@ def test_has_not_option(items: str) -> None:
         ("machine: [q35, memory-backend: mem], object: [memory-backend-memfd, id: mem, size: 4G]", 4 << 30),
         ("M: 'q35,memory-backend=mem', object: 'memory-backend-memfd,id=mem,size=1073741824'", 1 << 30),
         ("machine: [q35, memory-backend: mem], object: [memory-backend-memfd, id: other, size: 4G]", None),
+        # What may be said where we do not look
+        ("m: 2G, readconfig: file", None),
+        ("m: 2G, -readconfig: file", None),
+        ("machine: [q35, memory.size: 4G]", None),
+        ("M: 'memory.size=4G', m: 2G", None),
+        # Memory that is plugged in from the start
+        ("m: 1G, object: [memory-backend-ram, id: a, size: 2G], device: [pc-dimm, memdev: a]", 3 << 30),
+        (
+            "m: 1G, object: [qom-type: memory-backend-ram, id: a, size: 2G], device: [driver: nvdimm, memdev: a]",
+            3 << 30,
+        ),
+        (
+            "m: 1G, object: 'memory-backend-file,id=a,size=2G,mem-path=/x', device: 'virtio-mem-pci,id=v,memdev=a'",
+            3 << 30,
+        ),
+        (
+            "m: 1G, object: [memory-backend-ram, id: a, size: 2147483648], device: [pc-dimm, memdev: a], "
+            "object: [memory-backend-ram, id: b, size: 1G], device: [pc-dimm, memdev: b]",
+            4 << 30,
+        ),
+        (
+            'm: 1G, object: \'{"qom-type": "memory-backend-ram", "id": "a", "size": 1073741824}\', '
+            'device: \'{"driver": "pc-dimm", "memdev": "a"}\'',
+            2 << 30,
+        ),
+        ("m: 1G, object: [memory-backend-ram, id: a, size: 1G], device: [cxl-type3, volatile-memdev: a]", 2 << 30),
+        ("m: 1G, object: [memory-backend-ram, id: a, size: 1G], numa: [node, memdev: a]", 1 << 30),
+        ("m: 1G, object: [memory-backend-ram, id: a, size: 1G]", 1 << 30),
+        ("m: 1G, device: [pc-dimm, memdev: a]", None),
+        ("m: 1G, object: [memory-backend-ram, id: a, size: lots], device: [pc-dimm, memdev: a]", None),
+        ("m: 1G, device: '{nonsense}'", 1 << 30),
+        ("m: 1G, device: '{nonsense with memdev}'", None),
+        ('m: 1G, device: \'{"memdev": ' + 10000 * "[" + "'", None),
+        ("m: 1G, device: '[1]'", 1 << 30),
+        ('m: 1G, device: \'{"driver": "pc-dimm", "memdev": 1}\'', None),
+        ("m: lots, object: [memory-backend-ram, id: a, size: 2G], device: [pc-dimm, memdev: a]", None),
+        ("m: 8388607T, object: [memory-backend-ram, id: a, size: 8388607T], device: [pc-dimm, memdev: a]", None),
     ],
 )
 def test_guest_ram(items: str, expected: int | None) -> None:

@@ -65,6 +65,24 @@ def test_auto_without_a_ram_to_be_seen() -> None:
         plan.memlock_need(defined("  rlimit_memlock: auto\n", "- m: [nonsense]"), 0, HOST)
 
 
+@pytest.mark.parametrize("key", ["  rlimit_memlock: auto\n", ""])
+def test_auto_with_a_configuration_file_asks_for_a_size(key: str) -> None:
+    """`auto` is also the default of a VM with a VFIO device."""
+    vm = defined(key, "- m: 24G\n- device: vfio-pci\n- readconfig: /x/more.cfg")
+    with pytest.raises(TuningFailed, match="cannot tell the guest's RAM") as caught:
+        plan.memlock_need(vm, 0, HOST)
+    assert caught.value.hint == "write rlimit_memlock: true, or a size such as 16G"
+
+
+def test_memory_that_is_plugged_in_counts() -> None:
+    plugged = "- m: 24G\n- object: memory-backend-ram,id=a,size=8G\n- device: pc-dimm,memdev=a"
+    need = plan.memlock_need(defined("  rlimit_memlock: auto\n", plugged), 0, HOST)
+    assert need is not None
+    assert need.wanted == need.least == 33 * GIB
+    with pytest.raises(TuningFailed, match="25 GiB is less than the guest's RAM, 32 GiB"):
+        plan.memlock_need(defined("  rlimit_memlock: 25G\n", plugged), 0, HOST)
+
+
 @pytest.mark.parametrize(("key", "granted"), [("true", 24 * GIB - 1), ("auto", 25 * GIB - 1), ("30G", 30 * GIB - 1)])
 def test_granted_less(key: str, granted: int) -> None:
     need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), 0, HOST)
