@@ -96,7 +96,7 @@ class Tuning:
                 await self._pin_by_helper(self._plan, qemu)
                 self._check(readback.thread_differences(qemu.pid, self._plan))
             except TuningFailed as err:
-                self._voice.warn(f"{err.message}; the guest runs on")
+                self._voice.warn(f"{err.message}; the guest runs on", err.hint)
         if self._helper is not None and self._by_helper:
             await self._helper.until_lost()
             self._voice.warn("lost the system bus; systemd cannot ask for a power-down any more, the guest runs on")
@@ -142,7 +142,7 @@ class Tuning:
             if self._definition.on_tuning_failure != "continue":
                 err.hint = with_way_out(err.hint, self._definition)
                 raise
-            self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)")
+            self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)", err.hint)
             self._left_out = True
             await self._undo(qemu, err.message)
 
@@ -239,7 +239,7 @@ class Tuning:
         except TuningFailed as err:
             # Who is not let in, or finds no helper, was granted nothing, and has read why already.
             if err.message != known:
-                self._voice.warn(f"its CPUs could not be given back: {err.message}")
+                self._voice.warn(f"its CPUs could not be given back: {err.message}", err.hint)
         finally:
             self._by_helper = False
             await self._leave_bus()

@@ -25,9 +25,10 @@ class Voice:
         if not self._quiet:
             self.say(text)
 
-    def warn(self, text: str) -> None:
-        """Not as the definition wants it."""
-        self.say(f"warning: {text}")
+    def warn(self, text: str, hint: str | None = None) -> None:
+        """Not as the definition wants it; `hint` says what to do about it."""
+        # One write, as errors.render would show it: QEMU's own lines must not come in between.
+        self.say("\n    ".join([f"warning: {text}", *(hint or "").splitlines()]))
 
     def say(self, text: str) -> None:
         """What the user must know, also with `-q`."""

@@ -316,10 +316,18 @@ def test_continue_undoes_what_a_lying_helper_left_half_done(home: Home, bus: Pri
     assert os.sched_getaffinity(tid) == os.sched_getaffinity(run.process.pid)
 
 
-def test_continue_without_a_bus(home: Home) -> None:
+@pytest.mark.parametrize("options", [(), ("-q",)])
+def test_continue_tells_the_remedy_but_not_the_way_out(home: Home, options: tuple[str, ...]) -> None:
     home.define(rlimit_memlock="1G", on_tuning_failure="continue")
-    run = home.start()
-    assert "untuned" in run.wait_running()
+    run = home.start("vm-under-test", *options)
+    line = run.wait_line("vm-under-test: warning: there is no system bus at")
+    assert line.endswith("; it starts without tuning (on_tuning_failure: continue)")
+    assert run.wait_line("sudo apt install qemu-launcher").startswith("    qemu-launcher-helper, dbus and polkit must")
+    if not options:
+        assert "untuned" in run.wait_running()
+    assert home.ask("kill", "vm-under-test").returncode == 0
+    run.end()
+    assert "--untuned" not in run.output
 
 
 @pytest.mark.parametrize("pinning", [{}, {"isolation": "affinity"}])
