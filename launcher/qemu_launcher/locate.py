@@ -87,6 +87,19 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
     )
 
 
+def spelled(name: str, path: Path, environ: Mapping[str, str]) -> str:
+    """How to tell a shell the definition `path` of the VM `name`: by its name if that finds this very file."""
+    from shlex import quote  # noqa: PLC0415  only for messages, and `command` is to be quick
+
+    try:
+        if path.samefile(find(name, environ)[1]):
+            return name
+    except (DefinitionError, OSError):  # the name finds nothing, or another
+        pass
+    text = os.fspath(path)
+    return quote(f"./{text}" if text.startswith("-") else text)
+
+
 def _exists(path: Path) -> bool:
     try:
         path.lstat()  # a dangling link is there: reading it says what is wrong

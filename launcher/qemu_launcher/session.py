@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from . import cmdline, host, identity, monitors, procfs, runtime, terminal, threads, tune
+from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed
 from .monitors import Monitors
@@ -36,20 +36,21 @@ from .voice import Voice, format_size
 
 def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
+    spelled = locate.spelled(definition.name, definition.path, os.environ)  # as long as that is the user's who reads it
     if not untuned:
         try:
             validate_tunable(definition)
             host.validate_against_host(definition, host.read_host())
         except DefinitionError as err:
             last = err.problems[:MOST_PROBLEMS][-1]
-            last.hint = tune.with_way_out(last.hint, definition)
+            last.hint = tune.with_way_out(last.hint, spelled)
             raise
     terminal.fill_standard_descriptors()
     identity.assume(definition)
-    return asyncio.run(_run(definition, Voice(definition.name, quiet=quiet), untuned=untuned))
+    return asyncio.run(_run(definition, spelled, Voice(definition.name, quiet=quiet), untuned=untuned))
 
 
-async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
+async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned: bool) -> int:
     began = time.monotonic()
     for warning in definition.warnings:
         voice.warn(warning)
@@ -61,7 +62,7 @@ async def _run(definition: VmDefinition, voice: Voice, *, untuned: bool) -> int:
             voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
         stack.enter_context(terminal.kept())
         tuning = await stack.enter_async_context(
-            Tuning(definition, voice, lambda: signals.put(signal.SIGTERM), untuned=untuned)
+            Tuning(definition, spelled, voice, lambda: signals.put(signal.SIGTERM), untuned=untuned)
         )
         holds_guest = tuning.wanted
 

@@ -11,13 +11,12 @@ defined or not at all.
 import contextlib
 import os
 import resource
-import shlex
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import cgroups, locate, plan, procfs, readback
+from . import cgroups, plan, procfs, readback
 from .cpulist import format_cpulist
 from .definition import VmDefinition
 from .errors import TuningFailed
@@ -38,11 +37,15 @@ _UNAIDED_POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": o
 class Tuning:
     """What one VM is given. An async context manager; the steps are called in the order they are written in.
 
-    `on_stop` is called when systemd, which has made the VM's scope for us, wants it to end.
+    `on_stop` is called when systemd, which has made the VM's scope for us, wants it to end. `spelled`: how the VM is
+    named on the command line.
     """
 
-    def __init__(self, definition: VmDefinition, voice: Voice, on_stop: Callable[[], None], *, untuned: bool) -> None:
+    def __init__(
+        self, definition: VmDefinition, spelled: str, voice: Voice, on_stop: Callable[[], None], *, untuned: bool
+    ) -> None:
         self._definition = definition
+        self._spelled = spelled
         self._voice = voice
         self._on_stop = on_stop
         self._left_out = untuned
@@ -140,7 +143,7 @@ class Tuning:
             await step
         except TuningFailed as err:
             if self._definition.on_tuning_failure != "continue":
-                err.hint = with_way_out(err.hint, self._definition)
+                err.hint = with_way_out(err.hint, self._spelled)
                 raise
             self._voice.warn(f"{err.message}; it starts without tuning (on_tuning_failure: continue)", err.hint)
             self._left_out = True
@@ -248,11 +251,9 @@ class Tuning:
         return await patiently(call, lambda: self._voice.note("waiting for qemu-launcher-helper, or for your answer"))
 
 
-def with_way_out(hint: str | None, definition: VmDefinition) -> str:
-    """`hint`, and how to start all the same."""
-    known = definition.path.parent in locate.folders(os.environ)
-    vm = definition.name if known else shlex.quote(os.fspath(definition.path))
-    without = f"start it without tuning: qemu-launcher run --untuned {vm}"
+def with_way_out(hint: str | None, spelled: str) -> str:
+    """`hint`, and how to start all the same the VM that is `spelled` so on the command line."""
+    without = f"start it without tuning: qemu-launcher run --untuned {spelled}"
     return f"{hint}\n{without}" if hint else without
 
 

@@ -6,6 +6,7 @@ witnessed by QEMU's own events and states, never by the launcher's words.
 
 import json
 import os
+import shlex
 import signal
 import tempfile
 from pathlib import Path
@@ -350,6 +351,32 @@ def test_way_out_of_a_definition_that_was_given_by_its_path(home: Home, tmp_path
     run = home.start(str(path))
     assert run.end() == 1
     assert run.output.rstrip().endswith(f"start it without tuning: qemu-launcher run --untuned '{path}'")
+
+
+@pytest.mark.parametrize("how", ["by name", "as .yaml", "elsewhere", "elsewhere, with another of its name"])
+def test_way_out_leads_out(home: Home, tmp_path: Path, how: str) -> None:
+    """The command that is printed starts this very definition."""
+    path = home.define(**SHIELDED)
+    argument = "vm-under-test"
+    if how == "as .yaml":
+        path = path.rename(path.with_suffix(".yaml"))
+        argument = str(path)
+    elif how != "by name":
+        place = tmp_path / "it's elsewhere"
+        (place / "qemu-launcher").mkdir(parents=True)
+        path.rename(place / "qemu-launcher" / path.name)
+        if how != "elsewhere":
+            home.define(binary="/nowhere/qemu")
+        argument = str(place / "qemu-launcher" / path.name)
+    run = home.start(argument)
+    assert run.end() == 1
+    *_, last = run.output.splitlines()
+    start, _, command = last.strip().partition(": ")
+    assert start == "start it without tuning"
+    program, *words = shlex.split(command)
+    assert program == "qemu-launcher"
+    again = home.start(argv=home.command(*words))
+    assert "untuned" in again.wait_running()
 
 
 def test_untuned_asks_nobody(home: Home, bus: PrivateBus) -> None:
