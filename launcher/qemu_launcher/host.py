@@ -45,7 +45,11 @@ def _cpulist(path: Path) -> frozenset[int]:
     try:
         return parse_cpulist(path.read_text("ascii"))
     except (OSError, ValueError) as err:
-        raise LauncherError(f"cannot read the host's CPUs from {path}: {err}") from err
+        why = err.strerror if isinstance(err, OSError) else err  # str(err) would name the path once more
+        raise LauncherError(
+            f"cannot read the host's CPUs from {path}: {why}",
+            "vcpu_pinning is checked against /sys: mount sysfs there if it is missing",
+        ) from err
 
 
 def validate_against_host(definition: VmDefinition, host: Host) -> None:

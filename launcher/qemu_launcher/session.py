@@ -21,7 +21,7 @@ from typing import Any
 
 from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
 from .definition import VmDefinition, validate_tunable
-from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed
+from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
 from .monitors import Monitors
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
@@ -38,16 +38,21 @@ def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
     spelled = locate.spelled(definition.name, definition.path, os.environ)  # as long as that is the user's who reads it
     if not untuned:
-        try:
-            validate_tunable(definition)
-            host.validate_against_host(definition, host.read_host())
-        except DefinitionError as err:
-            last = err.problems[:MOST_PROBLEMS][-1]
-            last.hint = tune.with_way_out(last.hint, spelled)
-            raise
+        _validate_tuning(definition, spelled)
     terminal.fill_standard_descriptors()
     identity.assume(definition)
     return asyncio.run(_run(definition, spelled, Voice(definition.name, quiet=quiet), untuned=untuned))
+
+
+def _validate_tuning(definition: VmDefinition, spelled: str) -> None:
+    try:
+        validate_tunable(definition)
+        if definition.pinning is not None:
+            host.validate_against_host(definition, host.read_host())
+    except LauncherError as err:
+        last = err.problems[:MOST_PROBLEMS][-1] if isinstance(err, DefinitionError) else err
+        last.hint = tune.with_way_out(last.hint, spelled)
+        raise
 
 
 async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned: bool) -> int:
@@ -74,7 +79,7 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned:
         claim.update(qemu=qemu.process)
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
-        start = _Start(definition, voice, claim, tuning, qemu, holds_guest=holds_guest)
+        start = _Start(definition, spelled, voice, claim, tuning, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
         outcome = await _started(start, made, signals)
         if isinstance(outcome, int):
@@ -95,10 +100,19 @@ class _Start:
     """The way of one QEMU from its gate to its running guest."""
 
     def __init__(
-        self, definition: VmDefinition, voice: Voice, claim: Claim, tuning: Tuning, qemu: Qemu, *, holds_guest: bool
+        self,
+        definition: VmDefinition,
+        spelled: str,
+        voice: Voice,
+        claim: Claim,
+        tuning: Tuning,
+        qemu: Qemu,
+        *,
+        holds_guest: bool,
     ) -> None:
         self.qemu = qemu
         self.qmp: Qmp | None = None
+        self.spelled = spelled
         self.holds_guest = holds_guest
         self._definition = definition
         self._voice = voice
@@ -178,7 +192,7 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
         if not qemu.ended.done() and starting.done() and isinstance(starting.exception(), ConnectionLost):
             await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)  # its sockets close a moment before it ends
         if qemu.ended.done():
-            return _early_end(qemu, start.suspicion())
+            return _early_end(start)
         if starting.done():
             if interrupted.done():
                 signals.put(interrupted.result())
@@ -198,22 +212,31 @@ async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int
 async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
     try:
         return starting.result()
-    except LauncherError:
+    except LauncherError as err:
+        if isinstance(err, QmpError) and start.holds_guest:
+            err.hint = tune.with_way_out(err.hint, start.spelled)
         await quit_qemu(start.qemu, start.qmp)
         await asyncio.wait([start.qemu.ended], timeout=QUIT_GRACE)
         raise
 
 
-def _early_end(qemu: Qemu, suspicion: str | None) -> int:
+def _early_end(start: _Start) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
+    qemu, suspicion = start.qemu, start.suspicion()
     if qemu.failure is not None:
         raise qemu.failure
     ending = qemu.ended.result()
     if ending.code == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
+    hint = (
+        f"its command line: {shlex.join(qemu.command.argv)}\n"
+        f"without the launcher's own part, to be run by hand: qemu-launcher command {start.spelled}"
+    )
+    if suspicion is not None:
+        hint = tune.with_way_out(f"{suspicion}\n{hint}", start.spelled)
     error = QemuFailed(
         f"QEMU ended {ending} before the guest ran",
-        "\n".join(filter(None, (suspicion, f"its command line: {shlex.join(qemu.command.argv)}"))),
+        hint,
         status=ending.exit_status,
         argv=qemu.command.argv,
     )

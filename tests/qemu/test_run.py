@@ -171,6 +171,8 @@ def test_early_death_is_told_with_status_and_command_line(home: Home, options: t
     assert run.end() == status
     assert f"QEMU ended with exit status {status} before the guest ran" in run.output
     assert "its command line: qemu-system-x86_64 -readconfig" in run.output
+    assert "without the launcher's own part, to be run by hand: qemu-launcher command vm-under-test\n" in run.output
+    assert "--untuned" not in run.output
 
 
 def ending(home: Home, line: str) -> Path:

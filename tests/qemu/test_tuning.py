@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -282,8 +283,7 @@ def test_qemu_that_cannot_lock_what_it_maps_is_given_a_hint(home: Home, locks: b
     if not locks:  # the same limit harms nobody who locks nothing
         run.wait_running()
         return
-    assert run.end() == 1
-    assert "it may lock 4 MiB; write rlimit_memlock: 3G\n" in run.output
+    assert_never_ran(run, message="it may lock 4 MiB; write rlimit_memlock: 3G\n")
     assert "tb-size" in run.output
     assert "its command line: " in run.output
 
@@ -329,6 +329,45 @@ def test_continue_tells_the_remedy_but_not_the_way_out(home: Home, options: tupl
     assert home.ask("kill", "vm-under-test").returncode == 0
     run.end()
     assert "--untuned" not in run.output
+
+
+BLIND = "from qemu_launcher import host; host.CPU_FOLDER = 'sys/no-such-folder'\n"
+MAIN = "import sys; from qemu_launcher.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_host_whose_cpus_cannot_be_read(home: Home) -> None:
+    home.define(**SHIELDED)
+    run = home.start(argv=[sys.executable, "-c", BLIND + MAIN, "vm-under-test"])
+    what = "qemu-launcher: cannot read the host's CPUs from /sys/no-such-folder/online: No such file or directory\n"
+    assert_never_ran(
+        run, message=f"{what}    vcpu_pinning is checked against /sys: mount sysfs there if it is missing\n"
+    )
+
+
+def test_cpus_of_the_host_are_not_asked_for_when_nothing_is_pinned(home: Home) -> None:
+    home.define(scheduler="batch")
+    run = home.start(argv=[sys.executable, "-c", BLIND + MAIN, "vm-under-test"])
+    run.wait_running()
+
+
+def odd_qemu(home: Home) -> Path:
+    wrapper = home.configuration / "odd-qemu"
+    script = Path(__file__).with_name("odd_qemu.py")
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def test_qemu_that_does_not_tell_its_vcpus_cannot_be_tuned(home: Home) -> None:
+    home.define(binary=str(odd_qemu(home)), scheduler="batch")
+    assert_never_ran(home.start(), message="QEMU refused query-cpus-fast: it is a secret")
+
+
+def test_qemu_that_does_not_tell_its_vcpus_runs_untuned(home: Home) -> None:
+    home.define(binary=str(odd_qemu(home)))
+    run = home.start()
+    assert "untuned" in run.wait_running()
+    assert home.ask("kill", "vm-under-test").returncode == 0
 
 
 @pytest.mark.parametrize("pinning", [{}, {"isolation": "affinity"}])
