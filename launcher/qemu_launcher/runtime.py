@@ -4,8 +4,9 @@
 it stays locked as long as one of the two lives, so a lock can never be stale. Its content, a `record`, says who they
 are and whether the guest was ever let run.
 
-When the user logs out, $XDG_RUNTIME_DIR goes and the VM may stay. Then it is found by the open file in QEMU itself
-(/proc/PID/fd), and by its scope in the cgroup tree; a second start is refused all the same.
+When the user logs out, $XDG_RUNTIME_DIR goes and the VM may stay; and who asks may have another one than who started
+it. Then it is found by the open file in QEMU itself (/proc/PID/fd), and by its scope in the cgroup tree; a second start
+is refused all the same.
 
 Refused: a directory that is not ours alone (NotOurs). A failing claim leaves no lock and no socket behind.
 """
@@ -47,7 +48,7 @@ class Found:
 
     name: str
     record: Record
-    socket: Path | None  # None when its directory is gone
+    socket: Path | None  # None when its directory is gone, or not to be seen from here
 
     @property
     def qemu(self) -> Process | None:
@@ -326,18 +327,28 @@ def _in_directories() -> Iterator[Found]:
 
 
 def _in_processes() -> Iterator[Found]:
-    """VMs whose lock file is gone from its directory, by the open file in QEMU or its launcher."""
+    """VMs whose lock file is elsewhere, or gone from its directory, by the open file in QEMU or its launcher."""
     for pid, link in _open_in_processes():
         with contextlib.suppress(OSError):
-            name = _LOCK_LINK.search(os.fspath(link.readlink()))
+            lock = link.readlink()
+            name = _LOCK_LINK.search(os.fspath(lock))
             fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 record = _read_record(fd)
+                there = _is_there(fd, lock)
             finally:
                 os.close(fd)
             # Only what the process says of itself: a child of QEMU's may have inherited the file too.
             if name and record and pid in {process.pid for process in (record.qemu, record.launcher) if process}:
-                yield Found(name[1], record, None)
+                yield Found(name[1], record, lock.with_suffix(".sock") if there else None)
+
+
+def _is_there(fd: int, path: Path) -> bool:
+    """Whether the open file is (still, and for us) the one at `path`, in a directory that is ours alone."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat()) and _is_ours_alone(path.parent)
+    except OSError:  # "NAME.lock (deleted)", or a path without its mount point, or one of another mount namespace
+        return False
 
 
 def _open_in_processes(name: str | None = None) -> Iterator[tuple[int, Path]]:

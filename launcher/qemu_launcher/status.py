@@ -119,7 +119,7 @@ async def _ask(vm: Found, *commands: str) -> list[Any]:
     """Answers to `commands` over the control socket. Busy or LauncherError when nobody answers."""
     if vm.socket is None or not vm.socket.exists():
         raise LauncherError(
-            f"the control socket of {vm.name} is gone, with the runtime directory of an earlier login",
+            f"the control socket of {vm.name} is gone, with the runtime directory of an earlier login, or hidden",
             f"power the guest down from inside, or cut its power with: qemu-launcher kill {vm.name}",
         )
     try:

@@ -207,6 +207,23 @@ def test_vm_whose_runtime_directory_is_gone(home: Home) -> None:
     assert home.ask("status", "vm-under-test").returncode == 3
 
 
+def test_vm_of_another_runtime_directory(home: Home, tmp_path: Path) -> None:
+    """`status` and `stop` reach it, although they would look for its files elsewhere."""
+    home.define()
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    (tmp_path / "login").mkdir(mode=0o700)
+    home.environment["XDG_RUNTIME_DIR"] = str(tmp_path / "login")
+    busy = home.ask("stop", "vm-under-test")
+    assert "the control socket of vm-under-test is busy" in busy.stderr
+    qmp.close()
+    assert f"vm-under-test: running, PID {run.qemu_pid}\n" in home.ask("status").stdout
+    assert home.ask("stop", "vm-under-test").returncode == 0
+    assert home.ask("kill", "vm-under-test").returncode == 0
+    assert run.end() == 0
+
+
 def test_never_started_vm_whose_runtime_directory_is_gone_is_ended_by_the_next_start(home: Home) -> None:
     pid = never_started(home)
     shutil.rmtree(home.runtime / "qemu-launcher")

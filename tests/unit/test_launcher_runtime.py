@@ -198,6 +198,36 @@ def test_vm_without_its_directory_is_found_by_its_open_file(place: Path, holder:
         pass
 
 
+def test_vm_of_another_runtime_directory_has_its_socket_there(
+    place: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Started by a service, say, and asked from a login: the open file says where it is."""
+    written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
+    (place / f"{NAME}.sock").touch()
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "other"))
+    vm = runtime.find(NAME)
+    assert vm is not None
+    assert vm.socket == place / f"{NAME}.sock"
+    (place / f"{NAME}.lock").unlink()
+    gone = runtime.find(NAME)
+    assert gone is not None
+    assert gone.socket is None
+
+
+def test_socket_beside_another_lock_is_not_believed(
+    place: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The directory is somebody's who made a file of this name in it: not the one that QEMU has open."""
+    written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "other"))
+    place.chmod(0o755)
+    vm = runtime.find(NAME)
+    assert vm is not None
+    assert vm.socket is None
+
+
 def test_dead_vms_are_not_found(place: Path) -> None:
     place.mkdir(mode=0o700)
     written(place, qemu=ended(), launcher=ended(), state=RUNNING)
