@@ -1,7 +1,10 @@
 """What a VM's lock file says: who its launcher and its QEMU are, and whether its guest was ever let run.
 
     starting   QEMU may exist, but has been given no `cont`: without its launcher it will never run
-    running    written before `cont` is sent, so that a guest which ran is never taken for one which did not
+    unheld     written before an untuned QEMU is executed: nothing will hold its guest, which may run at any moment
+    running    written when QEMU has answered, before `cont` is sent
+
+So a guest that ran is never taken for one that did not, whenever the launcher dies.
 
 Processes are named by PID and start time, so that a record of the past names nobody. What is no record, an empty file
 or one that is being written at this moment, is None.
@@ -14,7 +17,7 @@ from typing import Any
 
 from .procfs import Process
 
-STARTING, RUNNING = "starting", "running"
+STARTING, UNHELD, RUNNING = "starting", "unheld", "running"
 
 
 @dataclass(frozen=True, slots=True)

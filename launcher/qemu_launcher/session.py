@@ -26,7 +26,7 @@ from .monitors import Monitors
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
-from .record import RUNNING
+from .record import RUNNING, UNHELD
 from .runtime import Claim
 from .shutdown import Shutdown, Signals, quit_qemu
 from .threads import Threads
@@ -84,7 +84,7 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned:
         outcome = await _started(start, made, signals)
         if isinstance(outcome, int):
             return outcome
-        voice.note(f"running, {tuning.summary()}, {time.monotonic() - began:.1f} s")
+        voice.note(f"{_stillness(definition) or 'running'}, {tuning.summary()}, {time.monotonic() - began:.1f} s")
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(tuning.after_cont(qemu))
@@ -123,7 +123,7 @@ class _Start:
         """Returns the monitor when the guest runs; or when it stands still because its user wants it to."""
         await self._tuning.before_exec(self.qemu)
         if not self.holds_guest:
-            self._claim.update(state=RUNNING)
+            self._claim.update(state=UNHELD)
         await self.qemu.open_gate()
         await self._tuning.while_starting()
         self.qmp = qmp = await patiently(Qmp.negotiated(made.ours), self._tell_progress)
@@ -132,7 +132,7 @@ class _Start:
         await self._tuning.before_cont(self.qemu, found)
         # Written first: a guest that ran must never be taken for one that did not.
         self._claim.update(state=RUNNING)
-        if self.holds_guest and not _stands_still(self._definition):
+        if self.holds_guest and _stillness(self._definition) is None:
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp
@@ -270,6 +270,8 @@ def _check_binary(binary: str, env: Mapping[str, str]) -> None:
     )
 
 
-def _stands_still(definition: VmDefinition) -> bool:
-    """Whether the user himself wants QEMU to start paused."""
-    return cmdline.has_option(definition, "S") or cmdline.has_option(definition, "incoming")
+def _stillness(definition: VmDefinition) -> str | None:
+    """What the guest does while it stands still because its user himself wants it to; None if it is to run at once."""
+    ways = {"preconfig": "waiting in preconfig", "incoming": "waiting for its migration", "S": "paused"}
+    words = [word for option, word in ways.items() if cmdline.has_option(definition, option)]
+    return f"{words[0]}, as you asked" if words else None

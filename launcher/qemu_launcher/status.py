@@ -20,7 +20,6 @@ from .cpulist import format_cpulist
 from .errors import LauncherError, NotRunning, QmpError, printable
 from .process import QUIT_GRACE
 from .qmp import Qmp
-from .record import RUNNING
 from .runtime import Found
 from .shutdown import NOT_STARTED
 from .voice import format_size
@@ -118,6 +117,8 @@ def _running(name: str) -> Found:
 async def _ask(vm: Found, *commands: str) -> list[Any]:
     """Answers to `commands` over the control socket. Busy or LauncherError when nobody answers."""
     if vm.socket is None or not vm.socket.exists():
+        if vm.is_starting:
+            raise _still_starting(vm)
         raise LauncherError(
             f"the control socket of {vm.name} is gone, with the runtime directory of an earlier login, or hidden",
             f"power the guest down from inside, or cut its power with: qemu-launcher kill {vm.name}",
@@ -132,12 +133,21 @@ async def _ask(vm: Found, *commands: str) -> list[Any]:
             finally:
                 await qmp.close()
     except (TimeoutError, BlockingIOError) as err:
+        if vm.is_starting:
+            raise _still_starting(vm) from err
         raise Busy(
             f"the control socket of {vm.name} is busy: another program is connected to it, or QEMU hangs",
             f"close that program ({vm.socket}), or cut the power with: qemu-launcher kill {vm.name}",
         ) from err
     except OSError as err:
         raise LauncherError(f"nobody listens on the control socket of {vm.name}: {err.strerror}") from err
+
+
+def _still_starting(vm: Found) -> LauncherError:
+    return LauncherError(
+        f"{vm.name} is still starting, and QEMU does not answer yet",
+        f"try again in a moment, or end it with: qemu-launcher kill {vm.name}",
+    )
 
 
 async def _power_down(vm: Found) -> None:
@@ -183,7 +193,7 @@ async def _state_and_vcpus(vm: Found) -> tuple[str, dict[int, int]]:
     known = dict(vm.record.vcpus)
     if vm.never_started:
         return f"never started (its launcher died; qemu-launcher run {vm.name} ends it first)", known
-    if vm.record.state != RUNNING:
+    if vm.is_starting:
         return "starting", known
     try:
         status, cpus = await _ask(vm, "query-status", "query-cpus-fast")

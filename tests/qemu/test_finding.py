@@ -157,6 +157,34 @@ def test_signal_before_cont_ends_it_without_a_run(home: Home) -> None:
         connection.close()
 
 
+def test_untuned_vm_that_is_starting(home: Home) -> None:
+    run, go = start_held(home)
+    assert f"vm-under-test: starting, PID {run.qemu_pid}\n" in home.ask("status").stdout
+    stopped = home.ask("stop", "vm-under-test")
+    assert stopped.returncode == 1
+    assert "vm-under-test is still starting, and QEMU does not answer yet\n" in stopped.stderr
+    go.write_text("go\n")
+    run.wait_running()
+    assert "vm-under-test: running, PID" in home.ask("status").stdout
+
+
+def test_untuned_vm_whose_launcher_died_while_it_started_may_run(home: Home) -> None:
+    """Nothing holds its guest: it is no VM that never started, which the next start would end."""
+    run, go = start_held(home)
+    pid = run.qemu_pid
+    run.process.kill()
+    run.process.wait()
+    assert "never started" not in home.ask("status").stdout
+    again = home.start()
+    assert again.end() == 1
+    assert f"vm-under-test is already running (PID {pid})" in again.output
+    go.write_text("go\n")
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "running"
+    qmp.close()
+    assert f"vm-under-test: running, PID {pid}\n" in home.ask("status").stdout
+
+
 def test_signal_while_qemu_starts(home: Home) -> None:
     run, _ = start_held(home, **TUNED)
     run.signal(signal.SIGTERM)

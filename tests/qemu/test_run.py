@@ -118,7 +118,7 @@ def test_sigint_to_the_whole_group_does_not_reach_qemu(home: Home) -> None:
 def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
     home.define(qemu=("S",))
     run = home.start()
-    run.wait_running()
+    run.wait_line("^vm-under-test: paused, as you asked, untuned, ")
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "prelaunch"
     qmp.close()
@@ -129,10 +129,21 @@ def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
     assert run.end() == 0
 
 
+def test_incoming_waits_for_its_migration(home: Home) -> None:
+    home.define(qemu=({"incoming": "defer"},))
+    run = home.start()
+    run.wait_line("^vm-under-test: waiting for its migration, as you asked, untuned, ")
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "inmigrate"
+    qmp("quit")
+    assert run.end() == 0
+    assert "running" not in run.output
+
+
 def test_preconfig_waits_for_its_user(home: Home) -> None:
     home.define(qemu=("preconfig",))
     run = home.start()
-    run.wait_running()
+    run.wait_line("^vm-under-test: waiting in preconfig, as you asked, untuned, ")
     qmp = run.qmp()
     with pytest.raises(RuntimeError, match="only after machine initialization"):
         qmp("query-cpus-fast")
