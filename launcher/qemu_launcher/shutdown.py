@@ -113,7 +113,7 @@ class Shutdown:
 
     async def _on_deadline(self) -> None:
         if self._stage is _Stage.ASKED:
-            self._voice.say(f"the guest did not power down within {self._timeout:g} s: cutting the power")
+            self._voice.say(f"the guest did not power down within {self._timeout:.0f} s: cutting the power")
             await self._quit()
         elif self._stage is _Stage.QUITTING:
             self._kill()
@@ -135,7 +135,7 @@ class Shutdown:
         except (QmpError, TimeoutError) as err:
             self._voice.say(f"the guest cannot be asked to power down: {err or 'QEMU does not answer'}")
         else:
-            limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:g} s"
+            limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
             self._voice.say(f"asked the guest to power down{limit}; Ctrl-C again cuts the power")
         if number == signal.SIGTERM:
             self._set_deadline(self._timeout)

@@ -94,6 +94,16 @@ def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> N
     assert "killing" not in run.output
 
 
+def test_long_timeout_is_told_in_whole_seconds(home: Home) -> None:
+    home.define(shutdown_timeout=1234567)
+    run = home.start()
+    run.wait_running()
+    run.signal(signal.SIGTERM)
+    assert run.wait_line("asked the guest").endswith("power down within 1234567 s; Ctrl-C again cuts the power")
+    home.ask("kill", "vm-under-test")
+    assert run.end() == 0
+
+
 def test_sigterm_quits_after_the_timeout(home: Home) -> None:
     home.define(shutdown_timeout=1)
     run = home.start()
