@@ -87,6 +87,7 @@ class Version(NamedTuple):
 Arguments = Run | Command | Status | Stop | Kill | Help | Version
 
 COMMANDS = ("run", "command", "status", "stop", "kill")
+OPTIONS = {"-q": "run", "--quiet": "run", "--untuned": "run", "--json": "command"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +109,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         return Version()
     command, rest = _split(argv)
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
+    for option in (word.partition("=")[0] for word in words):
+        if OPTIONS.get(option, command) != command:
+            parser.error(f"{option} is an option of {OPTIONS[option]}, not of {command}")
     if command == "run":
         parser.add_argument("-q", "--quiet", action="store_true")
         parser.add_argument("--untuned", action="store_true")
