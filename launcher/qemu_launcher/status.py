@@ -68,9 +68,11 @@ class Picture:
 
 def show(name: str | None) -> int:
     """Show one VM, or all of this user. Returns the exit status. NotRunning for a named one that does not run."""
-    found = runtime.find_all() if name is None else [_running(name)]
+    found = runtime.find_all() if name is None else [_running(name, "status")]
     pictures = asyncio.run(_pictures(found))
-    if not pictures:
+    if not pictures and os.geteuid() == 0:
+        stdout.say("no VM of root is running; those of another user: sudo -u USER qemu-launcher status\n")
+    elif not pictures:
         stdout.say("no VM of yours is running\n")
     elif not (sys.stdout is not None and sys.stdout.isatty() and _show_rich(pictures)):
         stdout.say("\n".join(_plain(picture) for picture in pictures))
@@ -79,7 +81,7 @@ def show(name: str | None) -> int:
 
 def stop(name: str) -> int:
     """Ask the guest to power down; returns when QEMU has pressed its power button. Returns the exit status."""
-    vm = _running(name)
+    vm = _running(name, "stop")
     if vm.never_started:
         raise LauncherError(
             f"the guest of {name} has never been started: its launcher died before",
@@ -92,7 +94,7 @@ def stop(name: str) -> int:
 
 def kill(name: str) -> int:
     """Cut the power: SIGTERM, on which QEMU closes its images, then SIGKILL. Returns when QEMU is gone."""
-    vm = _running(name)
+    vm = _running(name, "kill")
     if vm.qemu is not None:
         procfs.end(vm.qemu, grace=QUIT_GRACE)
     elif vm.launcher is not None:  # between its lock and its QEMU: it ends in order
@@ -104,11 +106,15 @@ def kill(name: str) -> int:
     return 0
 
 
-def _running(name: str) -> Found:
+def _running(name: str, command: str) -> Found:
     vm = runtime.find(name)
-    if vm is None:
-        raise NotRunning(f"{name} is not running", "see what runs with: qemu-launcher status")
-    return vm
+    if vm is not None:
+        return vm
+    message, hint = f"{name} is not running", "see what runs with: qemu-launcher status"
+    if os.geteuid() == 0:  # who became another user to start it (`user:`) has to become him to see it too
+        message = f"{name} is not running among the VMs of root"
+        hint += f"\na VM with user: in its definition is that user's: sudo -u USER qemu-launcher {command} {name}"
+    raise NotRunning(message, hint)
 
 
 # The control socket

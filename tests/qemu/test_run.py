@@ -382,6 +382,9 @@ def test_root_starts_it_as_another_user(home: Home) -> None:
         assert [int(word) for word in groups[1].split()] == sorted(os.getgrouplist("nobody", nobody.pw_gid))
         assert place.stat().st_uid == nobody.pw_uid
         assert not (home.runtime / "qemu-launcher").exists()
+        asked = home.ask("status", "as-nobody")
+        assert asked.returncode == 3
+        assert "sudo -u USER qemu-launcher status as-nobody\n" in asked.stderr
         os.kill(record["qemu"][0], signal.SIGTERM)
         assert run.end() == 0
     finally:

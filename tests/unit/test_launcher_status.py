@@ -29,8 +29,26 @@ def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_root_is_told_whose_vms_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With `user:` root has started a VM that is that user's, and root's no more."""
+    monkeypatch.setattr(runtime, "find_all", list)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert status.show(None) == 0
+    assert capsys.readouterr().out == (
+        "no VM of root is running; those of another user: sudo -u USER qemu-launcher status\n"
+    )
+    for command, ask in (("status", status.show), ("stop", status.stop), ("kill", status.kill)):
+        with pytest.raises(NotRunning, match=r"^win11 is not running among the VMs of root$") as caught:
+            ask("win11")
+        assert caught.value.hint == (
+            "see what runs with: qemu-launcher status\n"
+            f"a VM with user: in its definition is that user's: sudo -u USER qemu-launcher {command} win11"
+        )
+
+
 def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(runtime, "find_all", list)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert status.show(None) == 0
     assert capsys.readouterr().out == "no VM of yours is running\n"
     for ask in (status.show, status.stop, status.kill):
