@@ -125,6 +125,19 @@ def test_sigint_to_the_whole_group_does_not_reach_qemu(home: Home) -> None:
     assert run.end() == 0
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGQUIT, 128 + signal.SIGQUIT)])
+def test_other_signals_to_the_whole_group_end_qemu_at_once(home: Home, number: signal.Signals, status: int) -> None:
+    """As qemu-launcher(1) says of timeout(1), KillMode=control-group and Ctrl-\\."""
+    home.define(shutdown_timeout="infinity")
+    without_core = ["sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
+    run = home.start(argv=[*without_core, *home.command("run", "vm-under-test")])
+    run.wait_running()
+    pid = run.qemu_pid
+    os.killpg(run.process.pid, number)
+    assert run.end() == status
+    wait_gone(pid)
+
+
 def test_quit_of_a_vm_that_its_user_keeps_paused(home: Home) -> None:
     home.define(qemu=("S",))
     run = home.start()
