@@ -150,6 +150,11 @@ class Home:
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "qemu_launcher", *words]
 
+    def with_changed(self, change: str, *words: str) -> list[str]:
+        """argv of `run` for VM `words`, in which the line of Python `change` has been executed before."""
+        main = "import sys; from qemu_launcher.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        return [sys.executable, "-c", f"{change}\n{main}", "run", *(words or ("vm-under-test",))]
+
     def start(
         self,
         name: str = "vm-under-test",

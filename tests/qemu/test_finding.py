@@ -31,10 +31,10 @@ def held_binary(home: Home) -> tuple[Path, Path]:
     return here, go
 
 
-def start_held(home: Home, **launcher: Any) -> tuple[Run, Path]:
+def start_held(home: Home, *, argv: list[str] | None = None, **launcher: Any) -> tuple[Run, Path]:
     here, go = held_binary(home)
     home.define(binary=str(home.configuration / "held-qemu"), **launcher)
-    run = home.start()
+    run = home.start(argv=argv)
     here.read_bytes()
     return run, go
 
@@ -155,6 +155,20 @@ def test_signal_before_cont_ends_it_without_a_run(home: Home) -> None:
         assert "running" not in run.output
         assert home.leftovers() == []
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("tuning", "words"),
+    [(TUNED, r"preparing memory, [0-9.]+ [KM]iB of 64 MiB"), ({}, "QEMU is still starting")],
+    ids=["tuned", "untuned"],
+)
+def test_word_about_a_start_that_takes_long(home: Home, tuning: dict[str, Any], words: str) -> None:
+    """After 3 seconds, which are none here: the first word is due at once, and QEMU is held until it has come."""
+    impatient = home.with_changed("from qemu_launcher import patience; patience.FIRST_WORD = 0.0")
+    run, go = start_held(home, argv=impatient, **tuning)
+    run.wait_line(f"^vm-under-test: {words}$")
+    go.write_text("go\n")
+    run.wait_running()
 
 
 def test_untuned_vm_that_is_starting(home: Home) -> None:

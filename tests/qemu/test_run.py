@@ -77,6 +77,34 @@ def test_second_ctrl_c_cuts_the_power(home: Home) -> None:
     assert run.end() == 0
 
 
+def test_third_ctrl_c_kills_a_qemu_that_does_not_quit(home: Home) -> None:
+    home.define()
+    # It answers nothing below: no need to wait for it. And no end of time, only the third Ctrl-C, is to kill it.
+    hasty = home.with_changed("from qemu_launcher import shutdown as s; s._ANSWER_TIMEOUT, s.QUIT_GRACE = 0.5, 1e6")
+    run = home.start(argv=hasty)
+    run.wait_running()
+    pid = run.qemu_pid
+    run.signal(signal.SIGINT)
+    run.wait_line("the guest .*power down")
+    os.kill(pid, signal.SIGSTOP)
+    run.signal(signal.SIGINT)
+    wait_pending(pid, signal.SIGTERM)
+    assert is_alive(pid)
+    run.signal(signal.SIGINT)
+    run.wait_line("^vm-under-test: QEMU does not quit: killing it$")
+    assert run.end() == 128 + signal.SIGKILL
+
+
+def wait_pending(pid: int, number: signal.Signals) -> None:
+    """Until a stopped process has been sent a signal that it cannot take."""
+    while True:
+        pending = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        assert pending is not None
+        if int(pending[1], 16) & (1 << number - 1):
+            return
+        os.sched_yield()
+
+
 def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> None:
     home.define(shutdown_timeout="infinity")
     run = home.start()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -116,6 +117,31 @@ def test_terminal_is_restored_after_a_killed_qemu(home: Home, terminal: Terminal
     assert termios.tcgetattr(terminal.slave) != terminal.before
     os.kill(home.record()["qemu"][0], signal.SIGKILL)
     assert terminal.end() == 128 + signal.SIGKILL
+    assert termios.tcgetattr(terminal.slave) == terminal.before
+    assert fcntl.fcntl(terminal.slave, fcntl.F_GETFL) == terminal.flags
+
+
+@pytest.mark.parametrize(
+    ("then", "keys", "message"),
+    [
+        ("exit 3", {}, "QEMU ended with exit status 3 before the guest ran"),
+        ("kill -9 $$", {}, "QEMU ended by signal 9"),
+        ('exec qemu-system-x86_64 "$@"', {"vcpu_pinning": [0, 0], "isolation": "affinity"}, "QEMU has no vCPU 1"),
+    ],
+    ids=["early death", "early death by a signal", "tuning failure"],
+)
+def test_terminal_is_restored_when_the_guest_never_ran(
+    home: Home, terminal: Terminal, then: str, keys: dict[str, Any], message: str
+) -> None:
+    """The wrapper leaves it raw, as a QEMU does that cannot clean up."""
+    wrapper, changed = home.configuration / "wrapper", home.configuration / "changed"
+    wrapper.write_text(f"#!/bin/sh\nstty raw -echo && stty -a >{changed}\n{then}\n")
+    wrapper.chmod(0o755)
+    home.define(binary=str(wrapper), **keys)
+    terminal.start()
+    assert terminal.end() != 0
+    terminal.wait(message)
+    assert " -echo " in changed.read_text()
     assert termios.tcgetattr(terminal.slave) == terminal.before
     assert fcntl.fcntl(terminal.slave, fcntl.F_GETFL) == terminal.flags
 

@@ -331,13 +331,12 @@ def test_continue_tells_the_remedy_but_not_the_way_out(home: Home, options: tupl
     assert "--untuned" not in run.output
 
 
-BLIND = "from qemu_launcher import host; host.CPU_FOLDER = 'sys/no-such-folder'\n"
-MAIN = "import sys; from qemu_launcher.__main__ import main; sys.exit(main(sys.argv[1:]))"
+BLIND = "from qemu_launcher import host; host.CPU_FOLDER = 'sys/no-such-folder'"
 
 
 def test_host_whose_cpus_cannot_be_read(home: Home) -> None:
     home.define(**SHIELDED)
-    run = home.start(argv=[sys.executable, "-c", BLIND + MAIN, "vm-under-test"])
+    run = home.start(argv=home.with_changed(BLIND))
     what = "qemu-launcher: cannot read the host's CPUs from /sys/no-such-folder/online: No such file or directory\n"
     assert_never_ran(
         run, message=f"{what}    vcpu_pinning is checked against /sys: mount sysfs there if it is missing\n"
@@ -346,7 +345,7 @@ def test_host_whose_cpus_cannot_be_read(home: Home) -> None:
 
 def test_cpus_of_the_host_are_not_asked_for_when_nothing_is_pinned(home: Home) -> None:
     home.define(scheduler="batch")
-    run = home.start(argv=[sys.executable, "-c", BLIND + MAIN, "vm-under-test"])
+    run = home.start(argv=home.with_changed(BLIND))
     run.wait_running()
 
 
@@ -380,7 +379,7 @@ def test_preconfig_cannot_be_tuned(home: Home) -> None:
     path = home.define(qemu=("preconfig",), **SHIELDED)
     assert_never_ran(home.start(), message=f"{path}:11:3: -preconfig stops QEMU before it has made", status=2)
     untuned = home.start("vm-under-test", "--untuned")
-    assert "untuned" in untuned.wait_running()
+    untuned.wait_line("waiting in preconfig, as you asked, untuned")
 
 
 def test_way_out_of_a_definition_that_was_given_by_its_path(home: Home, tmp_path: Path) -> None:
@@ -416,6 +415,23 @@ def test_way_out_leads_out(home: Home, tmp_path: Path, how: str) -> None:
     assert program == "qemu-launcher"
     again = home.start(argv=home.command(*words))
     assert "untuned" in again.wait_running()
+
+
+@needs_two_cpus
+def test_guest_that_its_user_holds_is_tuned_and_stays_paused(home: Home, bus: PrivateBus) -> None:
+    home.define(qemu=("S",), **SHIELDED)
+    run = home.start(env=bus.environment)
+    run.wait_line(rf"^vm-under-test: paused, as you asked, 1 vCPU on {CPU} \(shielded\), ")
+    assert bus.members()[0] == "PinThreads"
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "prelaunch"
+    (vcpu,) = qmp("query-cpus-fast")
+    assert os.sched_getaffinity(vcpu["thread-id"]) == {CPU}
+    qmp("cont")
+    qmp.wait_event("RESUME")
+    assert os.sched_getaffinity(vcpu["thread-id"]) == {CPU}
+    qmp("quit")
+    assert run.end() == 0
 
 
 def test_untuned_asks_nobody(home: Home, bus: PrivateBus) -> None:
