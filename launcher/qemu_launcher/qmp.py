@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import QmpError
+from .patience import retrieved
 
 # query-cpus-fast takes about 250 bytes for a vCPU, and asyncio's own limit of 64 KiB a line would end at 260 vCPUs.
 MAX_LINE = 16 * 1024 * 1024
@@ -95,6 +96,8 @@ class Qmp:
             if arguments:
                 request["arguments"] = dict(arguments)
             self._answer = asyncio.get_running_loop().create_future()
+            # The connection may be found broken while the command is still being sent: then nobody waits for this.
+            self._answer.add_done_callback(retrieved)
             try:
                 self._writer.write(json.dumps(request).encode() + b"\n")
                 await self._writer.drain()

@@ -1,6 +1,7 @@
 """QMP over a real socketpair, with a scripted other end that behaves as no well-behaved QEMU would."""
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Awaitable, Callable
@@ -106,6 +107,28 @@ def test_end_of_file_reaches_every_waiting_caller_and_every_later_one() -> None:
             await qmp.execute("three")
 
     run(body)
+
+
+def test_end_while_a_command_is_being_sent_makes_no_noise() -> None:
+    """QEMU is ended by somebody else while we tell it to quit: one failure reaches the caller, and no other is left."""
+    noise: list[dict[str, Any]] = []
+
+    async def body(qmp: Qmp, far: Far) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: noise.append(context))
+
+        async def drain() -> None:
+            far.sock.close()
+            assert qmp._pump is not None
+            await asyncio.wait([qmp._pump])
+            raise ConnectionResetError
+
+        qmp._writer.drain = drain  # type: ignore[method-assign]  # the moment at which it must happen
+        with pytest.raises(ConnectionLost, match="QEMU closed its monitor while quit was sent"):
+            await qmp.execute("quit")
+        gc.collect()
+
+    run(body)
+    assert noise == []
 
 
 def test_half_a_line_before_the_end_is_the_end() -> None:
