@@ -53,7 +53,8 @@ def test_one_record_each(program: Claimant) -> None:
     assert pin["QEMU_LAUNCHER_TIDS"] == scheduler["QEMU_LAUNCHER_TIDS"] != ""
     assert (scheduler["QEMU_LAUNCHER_POLICY"], scheduler["QEMU_LAUNCHER_PRIORITY"]) == ("fifo", "1")
     assert "Priority 99 is above yours, 10" in refused["QEMU_LAUNCHER_REASON"]
-    assert released["QEMU_LAUNCHER_REASON"] == ""
+    assert released["QEMU_LAUNCHER_REASON"] == "ended"
+    assert released["QEMU_LAUNCHER_CPUS"] == "4-5"
 
 
 def test_nothing_is_logged_on_idle(program: Claimant) -> None:
