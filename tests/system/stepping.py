@@ -51,6 +51,7 @@ class Halt:
     """One halt: to wait for, and to end."""
 
     def __init__(self) -> None:
+        self._open = True
         # Both ends open, so that neither side ever waits for the other to come.
         self._halted = os.open(FOLDER / "halted", os.O_RDWR | os.O_CLOEXEC)
         self._go = os.open(FOLDER / "go", os.O_RDWR | os.O_CLOEXEC)
@@ -66,7 +67,10 @@ class Halt:
         return bool(select.select([self._halted], [], [], 0)[0])
 
     def close(self) -> None:
-        """Let it go on, if it stands still. Closing our end is what ends its reading."""
+        """Let it go on, if it stands still; once is enough. Closing our end is what ends its reading."""
+        if not self._open:
+            return
+        self._open = False
         os.write(self._go, b"go\n")
         for descriptor in (self._halted, self._go):
             os.close(descriptor)
