@@ -82,6 +82,11 @@ class Client:
         )
         return serial, bytes(message._marshall())
 
+    def copies(self, data: bytes, number: int) -> bytes:
+        """So many messages like `data`, each with its own serial: the bus takes each only once."""
+        serials = (next(self._serials).to_bytes(4, "little") for _ in range(number))
+        return b"".join(data[:8] + serial + data[12:] for serial in serials)
+
     def send(self, member: str, signature: str = "", body: Sequence[Any] = (), **more: Any) -> int:
         """Send a message; return its serial."""
         serial, data = self.message(member, signature, body, **more)
@@ -90,6 +95,11 @@ class Client:
 
     def receive(self, seconds: float = 60.0) -> Message | None:
         """The next message of any kind; None if none comes in time. Raises EOFError when the bus has hung up."""
+        data = self.receive_bytes(seconds)
+        return Unmarshaller(io.BytesIO(data)).unmarshall() if data else None
+
+    def receive_bytes(self, seconds: float = 60.0) -> bytes:
+        """The same, unparsed; none if nothing comes in time."""
         end = time.monotonic() + seconds
         while True:
             if len(self._buffer) >= 16:
@@ -98,9 +108,9 @@ class Client:
                 total = 16 + fields + -fields % 8 + length
                 if len(self._buffer) >= total:
                     data, self._buffer = self._buffer[:total], self._buffer[total:]
-                    return Unmarshaller(io.BytesIO(data)).unmarshall()
+                    return data
             if not select.select([self.socket], [], [], max(0.0, end - time.monotonic()))[0]:
-                return None
+                return b""
             data = self.socket.recv(65536)
             if not data:
                 raise EOFError
@@ -112,6 +122,10 @@ class Client:
             if message.reply_serial:
                 return Reply(message)
         return None
+
+    def waiting(self, seconds: float) -> list[Reply]:
+        """All replies that come before there is none for so long."""
+        return list(iter(lambda: self.reply(seconds), None))
 
     def replies(self, serials: Sequence[int], seconds: float = 60.0) -> list[Reply]:
         """The replies to `serials`, in that order."""

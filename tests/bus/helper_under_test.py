@@ -1,7 +1,7 @@
-"""The real helper, privileges dropped, with a recording in the place of the operations; the bus starts it.
+"""The real helper, privileges dropped; the bus starts it. Its operations are a recording's, or its own.
 
-Arguments: the world's folder, seconds until idle. The recording is every refusal test's positive control: what is in
-acts.jsonl reached the act.
+Arguments: the world's folder, seconds until idle, "recording" or "real". The recording is every refusal test's positive
+control: what is in acts.jsonl reached the act. With "real" it is what strace sees.
 """
 
 import asyncio
@@ -9,17 +9,21 @@ import functools
 import json
 import logging
 import os
+import resource
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helper"))
 
-from qemu_launcher_helper import __main__ as helper, limits
+from qemu_launcher_helper import __main__ as helper, limits, privileges
 from qemu_launcher_helper.bus import Variant
 from qemu_launcher_helper.contract import Caller, Conflict
+from qemu_launcher_helper.operations import Operations
 
-FOLDER = Path(sys.argv[1])
+FOLDER, IDLE, MODE = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+sys.argv[1:] = ["--serve"]  # as the unit has it, or will have; without it the helper only says what it is for
 
 
 class Recording:
@@ -52,11 +56,34 @@ class Recording:
         return []
 
 
+def without_sys_resource() -> None:
+    """Where root lacks CAP_SYS_RESOURCE (containers, CI), let prlimit(2) be tried all the same, and fail."""
+    raised, prlimit = privileges.raised, resource.prlimit
+
+    def lenient(name: str) -> AbstractContextManager[None]:
+        return nullcontext() if name == "sys_resource" else raised(name)
+
+    pretended: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def attempt(pid: int, which: int, *limits: Any) -> tuple[int, int]:
+        try:
+            return prlimit(pid, which, *limits)
+        except PermissionError:
+            before = pretended.get((pid, which), (65536, 65536))
+            pretended[pid, which] = limits[0] if limits else before
+            return before
+
+    privileges.raised, resource.prlimit = lenient, attempt  # type: ignore[assignment]  # a stand-in
+
+
 def main() -> int:
     logging.basicConfig(filename=FOLDER / "helper.log", level=logging.INFO, format="%(message)s")
     limits.PATH = f"{FOLDER}/helper.toml"
-    helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", float(sys.argv[2]), Recording)
-    sys.argv[1:] = ["--serve"]
+    permitted = int(Path("/proc/self/status").read_text().partition("CapPrm:")[2].split()[0], 16)
+    if not permitted & 1 << privileges.KEPT["sys_resource"]:
+        without_sys_resource()
+    acting = Operations if MODE == "real" else Recording
+    helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", IDLE, acting)
     return helper.main()
 
 

@@ -12,15 +12,14 @@ from dbus_next.constants import MessageType
 from dbus_next.signature import Variant
 
 from bus.agent import POLKIT, Agent
+from bus.calls import CALLS, FREE, call_all, using
 from bus.client import INTERACTIVE, NAME, Client
-from bus.test_access import CALLS, FREE, call_all, using
 from bus.test_dialogs import whole_start
 from bus.test_rules import Call, answers, memlock, pin, schedule
-from bus.world import ALICE, BOB, CAROL, NOBODY, ROOT, STOCK_BUS, User, World, world
+from bus.world import ALICE, BOB, CAROL, EVERYBODY, NOBODY, ROOT, STOCK_BUS, User, World, world
 
 ASK = ROOT / "polkit/examples/40-qemu-launcher-ask.rules"
 STUDENTS = ROOT / "polkit/examples/30-qemu-launcher-students.rules"
-EVERYBODY = ROOT / "dbus/examples/qemu-launcher-everybody.conf"
 GIB = 2**30
 
 

@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+from bus.calls import CALLS, FREE, using
 from bus.client import Client
-from bus.test_access import CALLS, using
 from bus.world import User, World, as_user, wait_until, world
 
 
@@ -18,21 +18,46 @@ def exits(host: World) -> dict[int, int]:
     return {int(pid): int(status) for pid, status in (line.split() for line in lines)}
 
 
-def test_a22_calls_around_the_moment_of_leaving_are_not_lost(member: User) -> None:
+def test_a22_calls_around_the_moment_of_leaving_are_not_lost(crowd: list[User]) -> None:
+    """Six users call at about the moment when the helper leaves, again and again; it leaves once in each round."""
+    users, rounds = crowd[:6], 8
+
+    def calls(host: World, user: User, gate: int) -> list[str]:
+        chance = random.Random(user.uid)
+        answers = []
+        with Client(host.socket) as client:
+            while os.read(gate, 1):
+                time.sleep(chance.uniform(0.15, 0.27))
+                answers.append(client.call("SetMemlock", *CALLS["SetMemlock"]).short)
+                time.sleep(chance.uniform(0.18, 0.24))
+                answers.append(client.call("ListVms", *FREE["ListVms"]).short)
+        return answers
+
     with world(idle=0.2) as host:
+        gates = [os.pipe() for _ in users]
+        children = []
+        for user, (gate, _) in zip(users, gates, strict=True):
 
-        def calls() -> list[str]:
-            chance = random.Random(22)
-            answers = []
-            with Client(host.socket) as client:
-                for _ in range(40):
-                    answers.append(client.call("SetMemlock", *CALLS["SetMemlock"]).short)
-                    time.sleep(chance.uniform(0.19, 0.23))
-            return answers
+            def run(user: User = user, gate: int = gate) -> list[str]:
+                for _, opener in gates:
+                    os.close(opener)
+                return calls(host, user, gate)
 
-        assert as_user(member, calls).result() == ["ok"] * 40
-        assert len(host.recorded(member)) == 40
-        wait_until(lambda: len(exits(host)) > 2, "helpers that have left")
+            children.append(as_user(user, run))
+        for number in range(rounds):
+            # A helper that begins to wait, just when all the others do.
+            assert using(host, crowd[6 + number % 2], lambda client: client.call("GetLimits").short) == "ok"
+            for _, opener in gates:
+                os.write(opener, b"x")
+            wait_until(lambda: len(host.recorded()) == (number + 1) * (2 * len(users) + 1), "all calls of a round")  # noqa: B023
+            wait_until(lambda: len(exits(host)) > number, "the helper to leave")  # noqa: B023
+        for gate, opener in gates:
+            os.close(opener)
+            os.close(gate)
+        for child in children:
+            assert child.result() == ["ok"] * 2 * rounds
+        assert len(host.recorded()) == rounds * (2 * len(users) + 1)
+        assert len(exits(host)) >= rounds
         assert set(exits(host).values()) == {0}
 
 

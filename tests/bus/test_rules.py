@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bus.agent import Agent
+from bus.calls import using
 from bus.client import INTERACTIVE
-from bus.test_access import using
 from bus.world import User, World, world
 
 Call = tuple[str, str, list[Any]]  # member, signature, body

@@ -7,6 +7,7 @@ session files lie over the real ones; nothing outside changes. Needs root. Every
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,15 @@ BOB = User("bob", 61002, member=False)
 CAROL = User("carol", 61003, member=True)
 NOBODY = User("nobody", 65534, member=False)
 # One user per test: what a test does to its user's quotas is nobody else's business.
-CROWD = [User(f"user{number}", 61100 + number, member=True) for number in range(100)]
+CROWD = [User(f"user{number}", 61100 + number, member=True) for number in range(400)]
+
+# With `trace`: every system call by which the helper could act on a process or on the cgroup tree.
+ACTS = (
+    "sched_setscheduler,sched_setparam,sched_setattr,sched_setaffinity,setpriority,ioprio_set,prlimit64,setrlimit,"
+    "kill,tkill,tgkill,pidfd_send_signal,openat,creat,mkdir,mkdirat,rmdir,unlink,unlinkat,rename,renameat2"
+)
+# A bus that an administrator has opened to everybody: polkit alone is to decide then.
+EVERYBODY = ROOT / "dbus/examples/qemu-launcher-everybody.conf"
 
 
 def missing() -> str | None:
@@ -102,6 +111,16 @@ class Child:
         return pickle.loads(data)
 
 
+def slice_of(user: User) -> str:
+    """Where systemd keeps what is the user's."""
+    return f"/user.slice/user-{user.uid}.slice"
+
+
+def cgroup_of(path: str) -> str:
+    """What /proc/PID/cgroup says of a process there; polkitd's logind library may look for the older line."""
+    return f"0::{path}\n1:name=systemd:{path}\n"
+
+
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
     """Poll, in tests only: these things have no event."""
     end = time.monotonic() + seconds
@@ -113,8 +132,9 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
 class World:
     """The running host. `folder` is readable by everybody, as the real places are.
 
-    `rules` and `bus_policies` are an administrator's own files, in /etc/polkit-1/rules.d and /etc/dbus-1/system.d;
-    `groups`: more groups, with their members.
+    member_rule: with the packaged rule for members. rules, bus_policies: an administrator's own files, in
+    /etc/polkit-1/rules.d and /etc/dbus-1/system.d. real: the helper's own operations, not a recording. trace: strace(1)
+    writes the helper's ACTS down. users, groups: more accounts, and groups with their members.
     """
 
     def __init__(
@@ -122,9 +142,12 @@ class World:
         folder: Path,
         *,
         member_rule: bool = True,
+        real: bool = False,
+        trace: bool = False,
         idle: float = 600.0,
         rules: Mapping[str, str] | None = None,
         bus_policies: Sequence[Path] = (),
+        users: Sequence[User] = (),
         groups: Mapping[str, Sequence[User]] | None = None,
     ) -> None:
         self.folder = folder
@@ -133,10 +156,13 @@ class World:
         self.log = folder / "helper.log"
         self.toml = folder / "helper.toml"
         self.idle = idle
-        self._member_rule = member_rule
-        self._rules, self._bus_policies, self._groups = rules or {}, bus_policies, groups or {}
+        self.grants = folder / "run/grants"
+        self.cgroups = folder / "cgroups"
+        self._member_rule, self._real, self._trace = member_rule, real, trace
+        self._rules, self._bus_policies = rules or {}, bus_policies
+        self._users, self._groups = [ALICE, BOB, CAROL, *CROWD, *users], groups or {}
         self._stack = ExitStack()
-        self._polkitd: subprocess.Popen[bytes] | None = None
+        self.polkitd: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -187,7 +213,7 @@ class World:
         assert POLKITD is not None
         environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={self.socket}"}
         with (self.folder / "daemons.log").open("ab") as log:
-            self._polkitd = subprocess.Popen(self.inside([POLKITD]), env=environment, stdout=log, stderr=log)
+            self.polkitd = subprocess.Popen(self.inside([POLKITD]), env=environment, stdout=log, stderr=log)
         from bus.client import Client
 
         with Client(self.socket) as client:
@@ -197,10 +223,10 @@ class World:
 
     def stop_polkit(self) -> None:
         """End polkitd; for good, the bus does not know how to start it."""
-        if self._polkitd is not None:
-            self._polkitd.terminate()
-            self._polkitd.wait()
-            self._polkitd = None
+        if self.polkitd is not None:
+            self.polkitd.terminate()
+            self.polkitd.wait()
+            self.polkitd = None
 
     def log_in(self, user: User) -> str:
         """Give `user` an active local session, as logind would write it down; return its id."""
@@ -213,8 +239,7 @@ class World:
             f"systemd-users/{user.uid}",
             f"NAME={user.name}\nSTATE=active\nDISPLAY={session}\nSESSIONS={session}\nACTIVE_SESSIONS={session}\n",
         )
-        cgroup = f"/user.slice/user-{user.uid}.slice/session-{session}.scope"
-        self._write(f"cgroup-{user.uid}", f"0::{cgroup}\n1:name=systemd:{cgroup}\n")
+        self._write(f"cgroup-{user.uid}", cgroup_of(f"{slice_of(user)}/session-{session}.scope"))
         return session
 
     def run_as(self, user: User, function: Callable[[], Any]) -> Child:
@@ -229,11 +254,15 @@ class World:
             return function()
 
         child = as_user(user, when_in_place)
-        subprocess.run(self.inside(["mount", "--bind", str(cgroup), f"/proc/{child.pid}/cgroup"]), check=True)
+        self.place(child.pid, cgroup)
         os.write(opener, b"x")
         os.close(gate)
         os.close(opener)
         return child
+
+    def place(self, pid: int, cgroup: Path) -> None:
+        """Put a process where the file `cgroup` says, as far as this world can see."""
+        subprocess.run(self.inside(["mount", "--bind", str(cgroup), f"/proc/{pid}/cgroup"]), check=True)
 
     def recorded(self, user: User | None = None) -> list[dict[str, Any]]:
         """The acts that the helper was about to do, in order; of `user` if given."""
@@ -245,6 +274,12 @@ class World:
         """The helper's log lines; those about `user` if given."""
         lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
         return [line for line in lines if user is None or f"uid={user.uid} " in line]
+
+    def traced(self) -> list[str]:
+        """The system calls so far by which the helper acted, or tried to: on others, or on the cgroup tree."""
+        ours = re.compile(r"prlimit64\(0,|openat\([^)]*O_RDONLY|(openat|unlink|rename|mkdir)\w*\((?!.*/sys/fs/cgroup)")
+        lines = (self.folder / "strace.log").read_text().splitlines()
+        return [call for line in lines if "(" in (call := line.partition(" ")[2].strip()) and not ours.match(call)]
 
     def daemons_log(self) -> str:
         """What dbus-daemon and polkitd have written."""
@@ -258,16 +293,17 @@ class World:
             return int(client.daemon("GetConnectionUnixProcessID", "s", ["org.qemulauncher.Helper1"]).body[0])
 
     def _write_files(self) -> None:
-        users = [ALICE, BOB, CAROL, *CROWD]
-        passwd = "".join(f"{user.name}:x:{user.uid}:{user.uid}::/nonexistent:/bin/false\n" for user in users)
-        groups = "".join(f"{user.name}:x:{user.uid}:\n" for user in users)
-        members = ",".join(user.name for user in users if user.member)
+        passwd = "".join(f"{user.name}:x:{user.uid}:{user.uid}::/nonexistent:/bin/false\n" for user in self._users)
+        groups = "".join(f"{user.name}:x:{user.uid}:\n" for user in self._users)
+        members = ",".join(user.name for user in self._users if user.member)
         for number, (group, its) in enumerate(self._groups.items(), GROUP + 1000):
             groups += f"{group}:x:{number}:{','.join(user.name for user in its)}\n"
         self._write("passwd", Path("/etc/passwd").read_text() + passwd)
         self._write("group", Path("/etc/group").read_text() + groups + f"qemu-launcher:x:{GROUP}:{members}\n")
-        for name in ("actions", "rules", "rules-etc", "services"):
+        for name in ("actions", "rules", "rules-etc", "services", "run", "cgroups"):
             (self.folder / name).mkdir()
+        self._write("strace.log", "")
+        self._write("exits", "")
         shutil.copy(ROOT / "polkit/org.qemulauncher.policy", self.folder / "actions")
         if self._member_rule:
             shutil.copy(ROOT / "polkit/50-qemu-launcher.rules", self.folder / "rules")
@@ -290,13 +326,30 @@ class World:
             "/etc/polkit-1/rules.d": "rules-etc",
             "/run/systemd/users": "systemd-users",
             "/run/systemd/sessions": "systemd-sessions",
+            "/run/qemu-launcher": "run",
         }
+        if self._real:  # not otherwise: polkitd looks there too, for sessions
+            over["/sys/fs/cgroup"] = "cgroups"
         binds = "".join(f"mount --bind {self.folder}/{name} {place}\n" for place, name in over.items())
-        return f"mkdir -p /run/systemd/users /run/systemd/sessions\n{binds}echo ready\nexec sleep infinity\n"
+        folders = "/run/systemd/users /run/systemd/sessions /run/qemu-launcher"
+        return f"mkdir -p {folders}\n{binds}echo ready\nexec sleep infinity\n"
 
     def helper_command(self) -> list[str]:
         """What the bus runs to start the helper."""
-        return [sys.executable, str(Path(__file__).with_name("helper_under_test.py")), str(self.folder), str(self.idle)]
+        strace = [
+            str(shutil.which("strace")),
+            "-f",
+            "-qq",
+            "-s",
+            "300",
+            "-o",
+            f"{self.folder}/strace.log",
+            "-e",
+            f"trace={ACTS}",
+        ]
+        program = [sys.executable, str(Path(__file__).with_name("helper_under_test.py"))]
+        arguments = [str(self.folder), str(self.idle), "real" if self._real else "recording"]
+        return [*(strace if self._trace else []), *program, *arguments]
 
     def _activation(self) -> str:
         return f"[D-BUS Service]\nName=org.qemulauncher.Helper1\nUser=root\nExec={' '.join(self.helper_command())}\n"

@@ -279,7 +279,7 @@ def test_a_lost_bus_ends_every_call(tmp_path: Path) -> None:
 
 
 def test_late_second_and_unasked_for_answers_find_nobody(tmp_path: Path) -> None:
-    """That only the one we called can answer is the bus's doing: tests/bus/test_floods.py."""
+    """That only the one we called can answer is the bus's doing: tests/bus/test_a13_messages.py."""
 
     async def play(daemon: FakeDaemon, bus: SystemBus, calls: list[Call]) -> None:
         def twice(message: Message) -> bytes:
