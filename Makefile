@@ -59,7 +59,7 @@ POLKITDIR := /usr/share/polkit-1
 MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 \
 	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
 
-.PHONY: help setup apt lint unit test fuzz demo shell deb deb-path man install uninstall bench clean
+.PHONY: help setup apt lint unit test attacks fuzz demo shell deb deb-path man install uninstall bench clean
 
 help: ## show this list
 	@echo "qemu-launcher $(VERSION): make TARGET"
@@ -105,10 +105,13 @@ lint: setup ## ruff, mypy --strict and the import rules
 	PYTHONPATH=launcher:helper $(VENV)/lint-imports --no-logo
 
 unit: setup ## the tests that take seconds and touch nothing
-	$(PYTEST) -q tests/unit tests/contract
+	$(PYTEST) -q tests/unit tests/contract tests/attacks
+
+attacks: setup deb ## every attack on the helper that was thought of (tests/attacks/README.md)
+	$(PYTEST) -m attack tests/unit tests/fuzz tests/bus tests/qemu tests/system
 
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
-	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
+	$(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.

@@ -6,6 +6,7 @@ that the test has nothing to do on this machine, wherever it runs.
 """
 
 import os
+import re
 from collections.abc import Generator
 
 import pytest
@@ -25,6 +26,13 @@ def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if not reason.startswith(ALLOWED):
         report.outcome = "failed"
         report.longrepr = f"{report.nodeid}: skipped, which is a failure under CI=true: {reason}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test named after an attack of the threat model is marked with it: `make attacks` is `pytest -m attack`."""
+    for item in items:
+        if found := re.match(r"test_(a[0-9]+)_", getattr(item, "originalname", None) or item.name):
+            item.add_marker(pytest.mark.attack(found[1].upper()))
 
 
 @pytest.hookimpl(wrapper=True)

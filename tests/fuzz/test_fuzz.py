@@ -30,7 +30,7 @@ FILES = [(target, path.name) for target in TARGETS for path in sorted((seeds.COR
 
 
 @pytest.mark.parametrize(("target", "name"), FILES)
-def test_corpus(target: str, name: str) -> None:
+def test_a18_corpus(target: str, name: str) -> None:
     """Every input that is kept, whether a seed or what a fuzzer once found."""
     if target == "limits" and os.geteuid() != 0:
         pytest.skip("helper.toml must belong to root")
@@ -96,7 +96,7 @@ def number(pattern: str, text: str) -> int:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_short_run(target: str, tmp_path: Path) -> None:
+def test_a18_short_run(target: str, tmp_path: Path) -> None:
     """The fuzzer finds nothing; and it really ran, and saw the helper's code: the seeds and what it made reach more."""
     if target == "limits" and os.geteuid() != 0:
         pytest.skip("helper.toml must belong to root")

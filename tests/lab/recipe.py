@@ -38,7 +38,7 @@ INGREDIENTS = ("files", "customise", "image.py")
 BASE_PACKAGES = (
     # the host: init, bus, logind, polkit, cgroups
     "systemd", "systemd-sysv", "dbus", "dbus-user-session", "polkitd", "udev", "kmod", "procps", "util-linux",
-    "libpam-systemd", "iproute2", "linux-image-cloud-amd64",
+    "libpam-systemd", "iproute2", "linux-image-cloud-amd64", "dbus-broker",
     # what the product depends on, and what its tests use
     "python3", "python3-yaml", "python3-prctl", "python3-dbus-next", "python3-rich", "python3-pytest",
     "python3-hypothesis", "qemu-system-x86", "strace",

@@ -159,7 +159,7 @@ def test_bus_policy_that_lets_nobody_in(home: Home) -> None:
 # A21: a helper that lies
 
 
-def test_lie_about_pinning(home: Home, bus: PrivateBus) -> None:
+def test_a21_lie_about_pinning(home: Home, bus: PrivateBus) -> None:
     bus.plan(PinThreads="lie")
     home.define(**SHIELDED)
     run = home.start(env=bus.environment)
@@ -170,7 +170,7 @@ def test_lie_about_pinning(home: Home, bus: PrivateBus) -> None:
 
 
 @needs_two_cpus
-def test_one_thread_pinned_wrong(home: Home, bus: PrivateBus) -> None:
+def test_a21_one_thread_pinned_wrong(home: Home, bus: PrivateBus) -> None:
     bus.plan(PinThreads={"act_less": 1})
     home.define(qemu=({"smp": 2},), vcpu_pinning=[CPU, CPU], isolation="cpuset")
     run = home.start(env=bus.environment)
@@ -182,7 +182,7 @@ def test_one_thread_pinned_wrong(home: Home, bus: PrivateBus) -> None:
 
 
 @needs_two_cpus
-def test_pinned_but_not_shielded(home: Home, bus: PrivateBus) -> None:
+def test_a21_pinned_but_not_shielded(home: Home, bus: PrivateBus) -> None:
     """The vCPU is where it belongs, but the rest of the host may still run there."""
     bus.plan(PinThreads={"shield": "qemu"})
     home.define(**SHIELDED)
@@ -192,13 +192,13 @@ def test_pinned_but_not_shielded(home: Home, bus: PrivateBus) -> None:
 
 
 @needs_two_cpus
-def test_shield_that_leaves_an_emulator_thread_inside(home: Home, bus: PrivateBus) -> None:
+def test_a21_shield_that_leaves_an_emulator_thread_inside(home: Home, bus: PrivateBus) -> None:
     bus.plan(PinThreads={"shield": "host"})
     home.define(**SHIELDED)
     assert_never_ran(home.start(env=bus.environment), message=f"CPUs {CPU} are not shielded: QEMU's thread ")
 
 
-def test_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
+def test_a21_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
     bus.plan(SetScheduler="act")  # the fake never schedules anybody
     home.define(vcpu_pinning=[CPU], isolation="cpuset", scheduler="fifo", priority=3)
     run = home.start(env=bus.environment)
@@ -210,7 +210,7 @@ def test_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
     assert_never_ran(run, message=f"vCPU 0 (TID {tid}) is scheduled other, not fifo 3 (reset on fork)")
 
 
-def test_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
+def test_a21_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
     """Found out while the child still waits at its gate: QEMU is never executed."""
     executed = home.configuration / "executed"
     wrapper = home.configuration / "wrapper"

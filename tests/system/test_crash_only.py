@@ -64,7 +64,7 @@ def expect_sound(child: Child, before: dict[str, tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("step", "during"), STEPS)
-def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: str, during: str) -> None:
+def test_a17_killed_between_two_steps(program: Claimant, stepping: Stepping, step: str, during: str) -> None:
     child = program.spawn(2)
     before = limits_of(child)
     assert before["Max realtime timeout"] == DESKTOP_RTTIME
@@ -85,6 +85,20 @@ def test_killed_between_two_steps(program: Claimant, stepping: Stepping, step: s
     host.wait_until_as_before()
 
 
+@pytest.mark.parametrize("step", ["record", "before move", "pinned"])
+def test_a17_killed_while_two_threads_change_places(program: Claimant, stepping: Stepping, step: str) -> None:
+    """The same CPUs, but not the same map: half of it must not be taken for what was granted before."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    stepping.kill_at(step)
+    program.pin(child, "vm", 5, 4)
+    assert stepping.obeyed
+    start_helper()
+    assert program.schedule(child, "vm", "fifo", 1).error == "TargetRefused"
+    assert host.isolated() == frozenset()
+    assert host.realtime_threads() == set()
+
+
 def test_a_launcher_whose_helper_dies_starts_no_guest(alice: User, stepping: Stepping) -> None:
     define(alice, "orphaned", {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}, cpus=2)
     stepping.kill_at("Pin")
@@ -95,7 +109,7 @@ def test_a_launcher_whose_helper_dies_starts_no_guest(alice: User, stepping: Ste
     assert "qemu-launcher run --untuned orphaned" in words
 
 
-def test_killed_while_it_has_nothing_to_do(program: Claimant) -> None:
+def test_a17_killed_while_it_has_nothing_to_do(program: Claimant) -> None:
     """Five times, more often than systemd's default start limit would forgive; the VM and its owner do not notice."""
     child = program.spawn(2)
     assert program.pin(child, "vm", 4, 5).error == "ok"
@@ -130,7 +144,7 @@ def leave_scope(program: Claimant, *pids: int) -> None:
 
 
 @pytest.mark.parametrize("helper_is_there", [False, True])
-def test_leaving_the_scope_leaves_real_time_and_memory_lock_behind(program: Claimant, helper_is_there: bool) -> None:
+def test_a19_leaving_the_scope_leaves_all_grants_behind(program: Claimant, helper_is_there: bool) -> None:
     child = program.spawn(2)
     before = host.limit(child.pid, "Max locked memory")
     assert program.set_memlock(child, "vm", 64 << 20).error == "ok"
@@ -153,7 +167,7 @@ def test_leaving_the_scope_leaves_real_time_and_memory_lock_behind(program: Clai
     assert host.isolated() == frozenset()
 
 
-def test_a_decoy_left_in_the_scope_only_delays_that(program: Claimant) -> None:
+def test_a19_a_decoy_left_in_the_scope_only_delays_that(program: Claimant) -> None:
     """The scope lives on with a grandchild in it, so systemd starts nobody; the helper's next run is what counts."""
     child = program.spawn(2)
     assert program.pin(child, "vm", 4, 5).error == "ok"
@@ -185,7 +199,7 @@ def test_real_time_lifts_its_brake_only_while_it_lasts(program: Claimant) -> Non
     assert host.isolated() == frozenset()
 
 
-def test_nobody_else_can_move_her_processes(program: Claimant, carol: User) -> None:
+def test_a19_nobody_else_can_move_her_processes(program: Claimant, carol: User) -> None:
     child = program.spawn(1)
     assert program.pin(child, "vm", 4).error == "ok"
     carol.login.run("true", check=True)

@@ -180,7 +180,7 @@ def test_status_shows_what_the_kernel_shows(win11: Launch, alice: User) -> None:
         "systemctl set-property --runtime qemu-launcher-1000-win11.scope AllowedCPUs=0-7",
     ],
 )
-def test_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User, attempt: str) -> None:
+def test_a12_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User, attempt: str) -> None:
     facts = {
         "pid": win11.qemu,
         "tid": win11.vcpu_tids[0],
@@ -195,7 +195,7 @@ def test_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User, at
     expect_vcpus_tuned(win11)
 
 
-def test_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
+def test_a12_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
     """Control: where users may make none at all, the refusals above would prove nothing."""
     alice.login.run("unshare --user --map-root-user --cgroup --mount true", check=True)
 
@@ -211,7 +211,7 @@ def test_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
         "echo 4-7 >{slice}/{own}/app.slice/cpuset.cpus",
     ],
 )
-def test_nobody_gets_onto_the_shielded_cpus(win11: Launch, alice: User, attempt: str) -> None:
+def test_a12_nobody_gets_onto_the_shielded_cpus(win11: Launch, alice: User, attempt: str) -> None:
     own = f"user@{alice.uid}.service"
     done = alice.login.run(attempt.format(scope=win11.scope, slice=alice.slice, own=own, tid=win11.vcpu_tids[0]))
     assert done.status != 0, f"it was not refused: {attempt}"
@@ -219,7 +219,7 @@ def test_nobody_gets_onto_the_shielded_cpus(win11: Launch, alice: User, attempt:
     expect_vcpus_tuned(win11)
 
 
-def test_a_wider_mask_than_the_shield_changes_nothing(win11: Launch, alice: User) -> None:
+def test_a12_a_wider_mask_than_the_shield_changes_nothing(win11: Launch, alice: User) -> None:
     """sched_setaffinity(2) accepts any mask that has an allowed CPU in it, and grants no more than the cpuset does."""
     done = alice.login.run(f"taskset --pid --cpu-list 0-7 {win11.vcpu_tids[0]} && taskset --pid --cpu-list 0-7 $$")
     assert done.status == 0, done
@@ -229,7 +229,7 @@ def test_a_wider_mask_than_the_shield_changes_nothing(win11: Launch, alice: User
     assert host.parse(line.split()[1]) == host.online() - VM_CPUS
 
 
-def test_her_own_service_manager_gives_her_no_shielded_cpu(win11: Launch, alice: User) -> None:
+def test_a12_her_own_service_manager_gives_her_no_shielded_cpu(win11: Launch, alice: User) -> None:
     done = alice.login.run(
         "systemd-run --user --quiet --pipe --wait --collect -p AllowedCPUs=4-7 cat /proc/self/status", check=True
     )

@@ -98,7 +98,7 @@ def refused_thread(words: str) -> int:
     return int(found[1])
 
 
-def test_a_helper_that_only_says_yes_starts_no_guest(alice: User) -> None:
+def test_a21_a_helper_that_only_says_yes_starts_no_guest(alice: User) -> None:
     define(alice, "deceived", {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}, cpus=2)
     with lying_helper("act on nothing"):
         status, words = refused(alice, "deceived")
@@ -107,7 +107,7 @@ def test_a_helper_that_only_says_yes_starts_no_guest(alice: User) -> None:
     assert "may run on CPUs 0-7, not on 4" in words
 
 
-def test_a_helper_that_pins_one_thread_wrong_starts_no_guest(alice: User) -> None:
+def test_a21_a_helper_that_pins_one_thread_wrong_starts_no_guest(alice: User) -> None:
     """Every pin is real but the last: the launcher looks at each thread, and names the one."""
     define(alice, "deceived", {"vcpu_pinning": [4, 5, 6, 7], "isolation": "cpuset"}, cpus=4)
     with lying_helper("pin the last one wrong"):
@@ -117,7 +117,7 @@ def test_a_helper_that_pins_one_thread_wrong_starts_no_guest(alice: User) -> Non
     assert "may run on CPUs 0, not on 7" in words
 
 
-def test_a_helper_that_pins_without_a_shield_starts_no_guest(alice: User) -> None:
+def test_a21_a_helper_that_pins_without_a_shield_starts_no_guest(alice: User) -> None:
     define(alice, "deceived", {"vcpu_pinning": [4, 5]}, cpus=2)
     with lying_helper("pin without a shield"):
         status, words = refused(alice, "deceived")
@@ -125,7 +125,7 @@ def test_a_helper_that_pins_without_a_shield_starts_no_guest(alice: User) -> Non
     assert "CPUs 4-5 are not shielded" in words
 
 
-def test_a_helper_that_lies_about_the_memory_lock_starts_no_qemu(alice: User) -> None:
+def test_a21_a_helper_that_lies_about_the_memory_lock_starts_no_qemu(alice: User) -> None:
     define(alice, "deceived", {"rlimit_memlock": "400M"}, cpus=1)
     with lying_helper("act on nothing"):
         status, words = refused(alice, "deceived")
@@ -133,7 +133,7 @@ def test_a_helper_that_lies_about_the_memory_lock_starts_no_qemu(alice: User) ->
     assert re.search(r"qemu-launcher-helper reported success, but QEMU \(PID \d+\) may lock 8 MiB", words), words
 
 
-def test_the_liar_is_refused_the_name_when_it_is_not_root(alice: User, bob: User) -> None:
+def test_a21_the_liar_is_refused_the_name_when_it_is_not_root(alice: User, bob: User) -> None:
     for user in (alice, bob):
         claim = "busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus RequestName su"
         done = user.login.run(f"{claim} org.qemulauncher.Helper1 4")

@@ -45,7 +45,7 @@ def through_the_wire(member: str, body: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("member", BODIES)
 @given(data=st.data())
-def test_fuzzed_values(member: str, data: st.DataObject) -> None:
+def test_a18_fuzzed_values(member: str, data: st.DataObject) -> None:
     body = data.draw(BODIES[member])
     refusal, named = "", dict[str, Any]()
     try:
@@ -83,7 +83,7 @@ anything = st.recursive(
 
 @pytest.mark.parametrize("member", BODIES)
 @given(body=st.lists(anything, max_size=6))
-def test_values_that_no_codec_would_give(member: str, body: list[Any]) -> None:
+def test_a18_values_that_no_codec_would_give(member: str, body: list[Any]) -> None:
     """The second wall: even if the types were wrong, nothing but a refusal comes out."""
     with contextlib.suppress(InvalidArguments, TargetRefused):
         parse(member, body)

@@ -273,5 +273,5 @@ class Claims(RuleBasedStateMachine):
             assert sum(record.memlock for record in mine) <= min(own.memlock or LOCKABLE, LOCKABLE)
 
 
-TestClaims = Claims.TestCase
+TestClaims = pytest.mark.attack("A10")(Claims.TestCase)
 TestClaims.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -292,7 +292,7 @@ def edited(text: str, kind: str, where: Any, new: Any) -> str:
 @example(edits=[("value", 3, "[]")])
 @example(edits=[("value", 6, "true")])
 @example(edits=[("twice", 5, 6)])
-def test_a_mutated_file_is_restated_or_refused(toml: Path, edits: list[tuple[str, Any, Any]]) -> None:
+def test_a18_a_mutated_file_is_restated_or_refused(toml: Path, edits: list[tuple[str, Any, Any]]) -> None:
     """Types, keys and letters changed, lines doubled and left out; nothing that the file says is ever half kept."""
     text = FULL
     for edit in edits:

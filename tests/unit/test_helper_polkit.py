@@ -66,7 +66,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=repr,
 )
-def test_whatever_is_not_a_yes_is_a_no(answer: Any) -> None:
+def test_a3_whatever_is_not_a_yes_is_a_no(answer: Any) -> None:
     async def ask() -> tuple[bool, bool]:
         return await Authority(FakeBus(answer)).check(CALLER, ACTION, {})  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def test_whatever_is_not_a_yes_is_a_no(answer: Any) -> None:
     assert granted is False
 
 
-def test_a_yes_and_the_question() -> None:
+def test_a3_a_yes_and_the_question() -> None:
     async def ask() -> tuple[FakeBus, tuple[bool, bool]]:
         bus = FakeBus([[True, False, {}]])
         return bus, await Authority(bus).check(CALLER, ACTION, {"vm": "x"})  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_a_yes_and_the_question() -> None:
     assert call[4] == "(bba{ss})"
 
 
-def test_a_dialog_that_nobody_answers_is_cancelled() -> None:
+def test_a3_a_dialog_that_nobody_answers_is_cancelled() -> None:
     async def ask() -> tuple[FakeBus, bool]:
         bus = FakeBus(...)
         return bus, await Authority(bus, dialog_seconds=0.05).dialog(CALLER, ACTION, {})  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_a_caller_who_leaves_ends_his_dialog() -> None:
     assert len(bus.cancelled) == 1
 
 
-def test_a_no_in_the_dialog() -> None:
+def test_a3_a_no_in_the_dialog() -> None:
     async def ask() -> bool:
         return await Authority(FakeBus([[False, False, {}]])).dialog(CALLER, ACTION, {})  # type: ignore[arg-type]
 
