@@ -4,6 +4,8 @@
     unheld     written before an untuned QEMU is executed: nothing will hold its guest, which may run at any moment
     running    written when QEMU has answered, before `cont` is sent
 
+What was granted by then, isolation and CPUs, is written down as well: `status` compares it with what is left.
+
 So a guest that ran is never taken for one that did not, whenever the launcher dies.
 
 Processes are named by PID and start time, so that a record of the past names nobody. What is no record, an empty file
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cpulist import format_cpulist, parse_cpulist
 from .procfs import Process
 
 STARTING, UNHELD, RUNNING = "starting", "unheld", "running"
@@ -29,6 +32,8 @@ class Record:
     state: str = STARTING
     definition: str = ""
     vcpus: Mapping[int, int] = field(default_factory=dict)  # vCPU index -> TID
+    isolation: str = ""  # of the pinned vCPUs when the guest was let run; empty without pinning
+    cpus: frozenset[int] = frozenset()  # that they were pinned to
 
     def encode(self) -> bytes:
         """As one line of JSON."""
@@ -42,6 +47,8 @@ class Record:
             "state": self.state,
             "definition": self.definition,
             "vcpus": sorted(self.vcpus.items()),
+            "isolation": self.isolation,
+            "cpus": format_cpulist(self.cpus),
         }
         return json.dumps(value).encode() + b"\n"
 
@@ -60,6 +67,8 @@ class Record:
                 state=str(value["state"]),
                 definition=str(value["definition"]),
                 vcpus={int(index): int(tid) for index, tid in value["vcpus"]},
+                isolation=str(value.get("isolation", "")),  # a launcher of before an upgrade has not written these two
+                cpus=parse_cpulist(str(value.get("cpus", ""))),
             )
         except (ValueError, KeyError, TypeError, IndexError):
             return None

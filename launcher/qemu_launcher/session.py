@@ -131,7 +131,8 @@ class _Start:
         self._claim.update(vcpus={vcpu.index: vcpu.tid for vcpu in found.vcpus})
         await self._tuning.before_cont(self.qemu, found)
         # Written first: a guest that ran must never be taken for one that did not.
-        self._claim.update(state=RUNNING)
+        isolation, cpus = self._tuning.placement
+        self._claim.update(state=RUNNING, isolation=isolation, cpus=cpus)
         if self.holds_guest and _stillness(self._definition) is None:
             await qmp.execute("cont")
         self.qemu.let_run()

@@ -11,15 +11,16 @@ gone; neither touches a process that is not the one recorded, whatever its PID.
 import asyncio
 import os
 import signal
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import cgroups, procfs, runtime, stdout, threads
-from .cpulist import format_cpulist
+from . import cgroups, procfs, runtime, stdout, table, threads
+from .cpulist import format_cpulist, parse_cpulist
 from .errors import LauncherError, NotRunning, QmpError, printable
 from .process import QUIT_GRACE
 from .qmp import Qmp
+from .record import Record
 from .runtime import Found
 from .shutdown import NOT_STARTED
 from .voice import format_size
@@ -74,7 +75,9 @@ def show(name: str | None) -> int:
         stdout.say("no VM of root is running; those of another user: sudo -u USER qemu-launcher status\n")
     elif not pictures:
         stdout.say("no VM of yours is running\n")
-    elif not (sys.stdout is not None and sys.stdout.isatty() and _show_rich(pictures)):
+    elif (page := table.page_for_stdout()) is not None:
+        _show_rich(pictures, page)
+    else:
         stdout.say("\n".join(_plain(picture) for picture in pictures))
     return 0
 
@@ -191,7 +194,25 @@ async def _picture(vm: Found) -> Picture:
     facts.append(("memory", _memory(pid)))
     live = set(procfs.tids(pid))
     rows = tuple(_row(pid, index, tid) for index, tid in sorted(vcpus.items()) if tid in live)
+    if (loss := lost_shield(vm.record, rows)) is not None:
+        facts.append(("warning", loss))
     return Picture(vm.name, pid, state, tuple(facts), rows)
+
+
+def lost_shield(record: Record, rows: Sequence[VcpuRow]) -> str | None:
+    """Why a VM that was started shielded is not any more; None if it is, or never was."""
+    if record.isolation != "shield" or not rows:
+        return None
+    held = frozenset[int]().union(*(parse_cpulist(row.cpus) for row in rows if row.shielded == "yes"))
+    if held & record.cpus:  # not all of them: a vCPU that was unplugged has left its CPU
+        return None
+    broken = {row.shielded for row in rows} - {"yes", "no"}
+    if broken:
+        return f"its shield of CPUs {format_cpulist(record.cpus)} does not hold: {min(broken)}"
+    return (
+        f"its shield of CPUs {format_cpulist(record.cpus)} was taken back: released by you or an administrator, "
+        "or the VM was moved out of its scope"
+    )
 
 
 async def _state_and_vcpus(vm: Found) -> tuple[str, dict[int, int]]:
@@ -240,30 +261,15 @@ def _policy(scheduling: procfs.Scheduling) -> str:
 def _plain(picture: Picture) -> str:
     lines = [picture.title, *(f"  {name:<10}  {value}" for name, value in picture.facts)]
     if picture.vcpus:
-        rows = [COLUMNS, *(row.cells() for row in picture.vcpus)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [f"  {line}" for line in table.aligned([COLUMNS, *(row.cells() for row in picture.vcpus)])]
     return "\n".join(lines) + "\n"
 
 
-def _show_rich(pictures: list[Picture]) -> bool:
-    """The same in colour; False if rich is not installed, or the terminal wants none of it."""
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return False
-    try:
-        from rich.console import Console  # noqa: PLC0415  only for a terminal, and only if it is there
-        from rich.table import Table  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
-    except ImportError:
-        return False
-    console = Console(highlight=False)
+def _show_rich(pictures: list[Picture], page: table.RichPage) -> None:
+    """The same in colour."""
     for picture in pictures:
-        console.print(Text(picture.title, style="bold"))
+        page.line(picture.title, bold=True)
         for name, value in picture.facts:
-            console.print(Text(f"  {name:<10}  {value}"))
+            page.line(f"  {name:<10}  {value}")
         if picture.vcpus:
-            table = Table(*COLUMNS)
-            for row in picture.vcpus:
-                table.add_row(*(Text(cell) for cell in row.cells()))
-            console.print(table)
-    return True
+            page.table(COLUMNS, [row.cells() for row in picture.vcpus])

@@ -62,6 +62,13 @@ class Tuning:
         return not self._left_out and self._definition.wants_tuning
 
     @property
+    def placement(self) -> tuple[str, frozenset[int]]:
+        """Isolation and CPUs that the vCPUs have been given; ("", nothing) if they have not been pinned."""
+        if self._left_out or self._plan is None or not self._plan.pins:
+            return "", frozenset()
+        return self._plan.isolation or "", self._plan.cpus
+
+    @property
     def soft_memlock(self) -> int | None:
         """The limit that the child gives itself, in bytes; None when it is to stay as it is."""
         return self._memlock.wanted if self._memlock and self._memlock.unaided and not self._left_out else None

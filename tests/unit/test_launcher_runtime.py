@@ -324,11 +324,20 @@ def test_what_is_no_record(data: bytes) -> None:
         state=st.sampled_from([STARTING, RUNNING]),
         definition=st.text(st.characters(codec="utf-8")),
         vcpus=st.dictionaries(st.integers(0, 255), st.integers(1, 1 << 22)),
+        isolation=st.sampled_from(["", "shield", "cpuset", "affinity"]),
+        cpus=st.frozensets(st.integers(0, 8191)),
     )
 )
 def test_records_survive_both_ways(record: Record) -> None:
     assert Record.decode(record.encode()) == record
     assert Record.decode(record.encode().ljust(5000) + b"\n") == record
+
+
+def test_record_of_a_launcher_that_knew_less() -> None:
+    """It goes on running through an upgrade."""
+    old = b'{"launcher": [1, 2], "qemu": [3, 4], "state": "running", "definition": "/x.yml", "vcpus": [[0, 5]]}\n'
+    expected = Record(Process(1, 2), Process(3, 4), RUNNING, "/x.yml", {0: 5})
+    assert Record.decode(old) == expected
 
 
 def test_shorter_record_written_over_a_longer_one(place: Path) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qemu_launcher import runtime, status
+from qemu_launcher import runtime, status, table
 from qemu_launcher.errors import NotRunning
+from qemu_launcher.record import Record
 from qemu_launcher.status import Picture, VcpuRow
 
 PICTURE = Picture(
@@ -57,30 +58,33 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         assert caught.value.exit_status == 3
 
 
-def test_terminal_without_colour_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert status._show_rich([PICTURE]) is False
-
-
-def test_terminal_without_rich_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    real = builtins.__import__
-
-    def without_rich(name: str, *rest: object) -> object:
-        if name.startswith("rich"):
-            raise ImportError(name)
-        return real(name, *rest)  # type: ignore[arg-type]  # passed on as it came
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(builtins, "__import__", without_rich)
-    assert status._show_rich([PICTURE]) is False
-
-
 def test_markup_in_a_path_is_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    picture = Picture("vm", 1, "running", (("definition", "/home/[bold]alice[/bold].yml"),), ())
-    assert status._show_rich([picture]) is True
-    assert "/home/[bold]alice[/bold].yml" in capsys.readouterr().out
+    picture = Picture("vm", 1, "running", (("definition", "/home/[bold]alice[/bold].yml"),), PICTURE.vcpus)
+    page = table.rich_page()
+    assert page is not None
+    status._show_rich([picture], page)
+    shown = capsys.readouterr().out
+    assert "/home/[bold]alice[/bold].yml" in shown
+    assert "isolated invalid" in shown
+
+
+SHIELDED = Record(isolation="shield", cpus=frozenset({4, 12}))
+
+
+@pytest.mark.parametrize(
+    ("record", "shielded", "words"),
+    [
+        (SHIELDED, ("yes", "yes"), None),
+        (SHIELDED, ("yes", "no"), None),
+        (SHIELDED, ("no", "no"), "its shield of CPUs 4,12 was taken back: released by you or an administrator, or"),
+        (SHIELDED, ("isolated invalid (why)", "no"), "its shield of CPUs 4,12 does not hold: isolated invalid (why)"),
+        (Record(isolation="cpuset", cpus=frozenset({4, 12})), ("no", "no"), None),
+        (Record(), ("no", "no"), None),
+    ],
+)
+def test_owner_is_told_of_a_lost_shield(record: Record, shielded: tuple[str, str], words: str | None) -> None:
+    rows = [VcpuRow(index, 4720 + index, str(4 + 8 * index), shielded[index], "other", "0") for index in (0, 1)]
+    loss = status.lost_shield(record, rows)
+    assert loss == words or (words is not None and loss is not None and loss.startswith(words))

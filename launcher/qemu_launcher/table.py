@@ -1,0 +1,54 @@
+"""Tables for people: aligned columns, or rich's where stdout is a terminal that wants them.
+
+Why it exists: each command that shows a table has both forms, and rich may be missing. It is imported only for a
+terminal, since it takes longer than all the rest. Every cell is text: no markup in it means anything.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for each row, the columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+class RichPage:
+    """What is printed with rich. Made by `rich_page`."""
+
+    def __init__(self, console: Any, table: Any, text: Any) -> None:
+        self._console = console
+        self._table = table
+        self._text = text
+
+    def line(self, text: str, *, bold: bool = False) -> None:
+        """One line."""
+        self._console.print(self._text(text, style="bold" if bold else ""))
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table with a head."""
+        table = self._table(*columns)
+        for row in rows:
+            table.add_row(*map(self._text, row))
+        self._console.print(table)
+
+
+def rich_page() -> RichPage | None:
+    """None if rich is not installed, or the terminal wants none of it."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from rich.console import Console  # noqa: PLC0415  only for a terminal, and only if it is there
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+    except ImportError:
+        return None
+    return RichPage(Console(highlight=False), Table, Text)
+
+
+def page_for_stdout() -> RichPage | None:
+    """The same, None also where stdout is no terminal."""
+    return rich_page() if sys.stdout is not None and sys.stdout.isatty() else None
