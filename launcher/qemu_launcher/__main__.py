@@ -46,6 +46,8 @@ def _act(arguments: cli.Arguments) -> int:
             return _command(arguments)
         case cli.Run():
             return _run(arguments)
+        case cli.Status(all_users=True) | cli.Limits() | cli.Release():
+            return _administer(arguments)
         case cli.Status() | cli.Stop() | cli.Kill():
             return _ask(arguments)
     return 0
@@ -83,6 +85,18 @@ def _ask(arguments: cli.Status | cli.Stop | cli.Kill) -> int:
     if name is None or isinstance(arguments, cli.Status):
         return status.show(name)
     return status.stop(name) if isinstance(arguments, cli.Stop) else status.kill(name)
+
+
+def _administer(arguments: cli.Status | cli.Limits | cli.Release) -> int:
+    from . import administration, locate  # noqa: PLC0415
+
+    match arguments:
+        case cli.Limits():
+            return administration.show_limits(arguments.owner, as_json=arguments.json)
+        case cli.Release():
+            return administration.release(locate.vm_name(arguments.vm), arguments.owner)
+        case _:
+            return administration.show_all_users()
 
 
 def _complain(text: str) -> None:

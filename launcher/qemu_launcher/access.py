@@ -14,13 +14,14 @@ from .errors import TuningFailed
 
 GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
+NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of a password
 LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
 HOW_TO_INSTALL = (
     "qemu-launcher-helper, dbus and polkit must be installed and running on this host: on Debian, sudo apt install "
     "qemu-launcher; otherwise sudo make install in its sources, then sudo systemctl reload dbus"
 )
 
-_DENIED = {"org.freedesktop.DBus.Error.AccessDenied", f"{ERROR_PREFIX}NotAuthorized"}
+_DENIED = {"org.freedesktop.DBus.Error.AccessDenied", NOT_AUTHORIZED}
 _MISSING = {"org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner"}
 _FAILED_TO_START = "org.freedesktop.DBus.Error.Spawn."
 _HINTS = {

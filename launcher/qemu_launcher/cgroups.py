@@ -27,6 +27,11 @@ def scopes(uid: int) -> Iterator[tuple[str, Path]]:
             yield found[2], directory
 
 
+def has_scope(uid: int, vm: str) -> bool:
+    """Whether a VM of that user may have a scope: also where there is no tree to look into."""
+    return not (ROOT / "cgroup.controllers").exists() or any(name == vm for name, _ in scopes(uid))
+
+
 def members(scope: Path) -> list[int]:
     """PIDs in a scope and below it."""
     return [int(word) for word in _read(scope / "cgroup.procs").split() if word.isdigit()]

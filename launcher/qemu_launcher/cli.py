@@ -6,7 +6,7 @@ added.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from .errors import PROGRAM, UsageError
@@ -25,27 +25,36 @@ Commands:
   status [NAME]    Show your running VMs and where their vCPUs run
   stop NAME        Ask the guest to power down
   kill NAME        Cut the power
+  limits           Show what you may have, and which line of whose file says so
+  release NAME     Give back its CPUs, real time and memory lock; it runs on
 
 Options:
   -h --help        Show this help
      --version     Show the version
   -q --quiet       run: say nothing as long as all is well
      --untuned     run: without pinning, scheduling and memory locking
-     --json        command: print a JSON array
+     --json        command, limits: print JSON
+     --all-users   status: everybody's tuned VMs, instead of yours
+     --owner USER  limits, release: of that user, by name or number
+
+To see or release what is another user's takes an administrator's password.
 
 NAME is the name of a definition, NAME.yml in $QEMU_LAUNCHER_CONFIG_DIR if that
 is set, otherwise in ~/.config/qemu-launcher, /etc/qemu-launcher/vms or
 /usr/local/etc/qemu-launcher; or the path of one, such as ./win11.yml.
 
 Exit status: of run, QEMU's own (128+N if signal N ended it); 1 if something
-failed, 2 if the command line or the definition is wrong, 3 if status, stop or
-kill is asked about a VM that is not running.
+failed, 2 if the command line or the definition is wrong, 3 if status, stop,
+kill or release is asked about a VM that is not running, or holds nothing.
 
 Examples:
   qemu-launcher win11                  Start win11
   qemu-launcher --untuned win11        Start it where tuning does not work
   qemu-launcher command ./win11.yml    Look at what QEMU would be given
   qemu-launcher stop win11             Power it down, from another terminal
+  qemu-launcher limits                 See how many CPUs you may have
+  qemu-launcher status --all-users     See who holds which CPUs
+  qemu-launcher release win11 --owner alice    Take them away from alice
 
 See qemu-launcher(1) and qemu-launcher.yml(5).
 """
@@ -66,6 +75,7 @@ class Command(NamedTuple):
 
 class Status(NamedTuple):
     vm: str | None
+    all_users: bool = False
 
 
 class Stop(NamedTuple):
@@ -76,6 +86,18 @@ class Kill(NamedTuple):
     vm: str
 
 
+class Limits(NamedTuple):
+    """`owner`, here and below: name or number of a user, not looked up yet; None is oneself."""
+
+    json: bool
+    owner: str | None
+
+
+class Release(NamedTuple):
+    vm: str
+    owner: str | None
+
+
 class Help(NamedTuple):
     pass
 
@@ -84,10 +106,17 @@ class Version(NamedTuple):
     pass
 
 
-Arguments = Run | Command | Status | Stop | Kill | Help | Version
+Arguments = Run | Command | Status | Stop | Kill | Limits | Release | Help | Version
 
-COMMANDS = ("run", "command", "status", "stop", "kill")
-OPTIONS = {"-q": "run", "--quiet": "run", "--untuned": "run", "--json": "command"}
+COMMANDS = ("run", "command", "status", "stop", "kill", "limits", "release")
+OPTIONS = {
+    "-q": ("run",),
+    "--quiet": ("run",),
+    "--untuned": ("run",),
+    "--json": ("command", "limits"),
+    "--all-users": ("status",),
+    "--owner": ("limits", "release"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,38 +137,51 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if "--version" in words:
         return Version()
     command, rest = _split(argv)
-    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
+    parser = _parser(command)
     for option in (word.partition("=")[0] for word in words):
-        if OPTIONS.get(option, command) != command:
-            parser.error(f"{option} is an option of {OPTIONS[option]}, not of {command}")
+        if command not in OPTIONS.get(option, (command,)):
+            parser.error(f"{option} is an option of {' and '.join(OPTIONS[option])}, not of {command}")
+    found = parser.parse_args(rest)
+    if command not in _WITHOUT_NAME and found.vm is None:
+        parser.error("the name of a VM is missing")
+    if command == "status" and found.all_users and found.vm is not None:
+        parser.error("--all-users shows the VMs of all users, and takes no NAME")
+    return _MEANINGS[command](**vars(found))
+
+
+_WITHOUT_NAME = ("status", "limits")
+_MEANINGS: dict[str, Callable[..., Arguments]] = {
+    "run": Run,
+    "command": Command,
+    "status": Status,
+    "stop": Stop,
+    "kill": Kill,
+    "limits": Limits,
+    "release": Release,
+}
+
+
+def _parser(command: str) -> _Parser:
+    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
     if command == "run":
         parser.add_argument("-q", "--quiet", action="store_true")
         parser.add_argument("--untuned", action="store_true")
-    elif command == "command":
-        parser.add_argument("--json", action="store_true")
-    parser.add_argument("vm", metavar="NAME", nargs="?")
-    found = parser.parse_args(rest)
-    if found.vm is None and command != "status":
-        parser.error("the name of a VM is missing")
-    match command:
-        case "command":
-            return Command(found.vm, found.json)
-        case "status":
-            return Status(found.vm)
-        case "stop":
-            return Stop(found.vm)
-        case "kill":
-            return Kill(found.vm)
-        case _:
-            return Run(found.vm, found.untuned, found.quiet)
+    for option in ("--json", "--all-users"):
+        if command in OPTIONS[option]:
+            parser.add_argument(option, action="store_true")
+    if command in OPTIONS["--owner"]:
+        parser.add_argument("--owner", metavar="USER")
+    if command != "limits":
+        parser.add_argument("vm", metavar="NAME", nargs="?")
+    return parser
 
 
 def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command, and the arguments without it. No option takes a value, so the first plain word is it, or a VM."""
+    """The command, and the arguments without it: the first plain word that is no option's value is it, or a VM."""
     for position, word in enumerate(argv):
         if word == "--":
             break
-        if not word.startswith("-"):
+        if not word.startswith("-") and argv[max(0, position - 1)] != "--owner":
             if word in COMMANDS:
                 return word, [*argv[:position], *argv[position + 1 :]]
             break

@@ -4,6 +4,7 @@
     |-- UsageError               exit 2   the command line is wrong
     |-- DefinitionError          exit 2   the definition is wrong, or cannot be had; knows file, line and column
     |-- NotRunning               exit 3   the VM asked about is not running
+    |-- NoGrant                  exit 3   the VM that is to give something back holds nothing
     |-- AlreadyRunning           exit 1   the VM asked for runs already
     |-- QemuFailed               exit 1   QEMU could not be started, or ended before the guest ran
     |-- QmpError                 exit 1   QEMU's monitor answered with an error, with nonsense, or not at all
@@ -90,6 +91,12 @@ class DefinitionError(LauncherError):
 
 class NotRunning(LauncherError):
     """The VM that was asked about is not running."""
+
+    exit_status = 3
+
+
+class NoGrant(LauncherError):
+    """The VM that is to give back what it was granted holds nothing; nothing has been done."""
 
     exit_status = 3
 

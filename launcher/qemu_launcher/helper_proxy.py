@@ -8,6 +8,9 @@ org.freedesktop.systemd1(5)): before systemd ends the scope it sends RequestStop
 stays as long as the VM, and everybody on the bus may send us signals: one is believed only if its sender owns systemd's
 name at that moment. Nothing that comes over the bus, or its loss, raises anything into the session.
 
+Where polkit may want a password, and only the text agent could ask for it, a call is first made without: the common
+answer is yes, and then no agent is started. Only NotAuthorized makes it be repeated, with the agent there (`agent`).
+
 An answer of another shape than the contract's is refused like an error. After any TuningFailed from here the helper
 has said no, or is gone: nothing is known of what it did, and the caller undoes through `release`.
 The contract is dbus/org.qemulauncher.Helper1.xml; METHODS restates it, and a test compares the two.
@@ -24,6 +27,7 @@ from dbus_next.aio import MessageBus
 
 from . import access
 from .errors import TuningFailed
+from .limits import Limits
 from .patience import retrieved
 from .procfs import INFINITY
 
@@ -42,8 +46,7 @@ METHODS = {
     "GetLimitsOf": ("u", "a{sv}"),
 }
 
-# The members that polkit guards: only these may put a question to a person. Giving back never waits for one.
-_MAY_ASK = {"SetMemlock", "PinThreads", "SetScheduler"}
+Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 SYSTEMD = "org.freedesktop.systemd1"
 _DAEMON = {"destination": "org.freedesktop.DBus", "path": "/org/freedesktop/DBus", "interface": "org.freedesktop.DBus"}
@@ -98,16 +101,20 @@ class _Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
 class Helper:
     """A connection to the helper. Made by `connected`, ended by `close`."""
 
-    def __init__(self, bus: _Bus, *, interactive: bool) -> None:
+    def __init__(self, bus: _Bus, *, interactive: bool, agent: Agent | None) -> None:
         self._bus = bus
         self._interactive = interactive
+        self._agent = agent
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
         self._lost.add_done_callback(retrieved)
         self._checks: dict[str, asyncio.Task[None]] = {}  # by sender
 
     @classmethod
-    async def connected(cls, *, interactive: bool) -> Self:
-        """Join the system bus. `interactive`: polkit may ask the person in front of this terminal or display."""
+    async def connected(cls, *, interactive: bool, agent: Agent | None = None) -> Self:
+        """Join the system bus. `interactive`: polkit may ask the person in front of this terminal or display.
+
+        `agent`: a context in which a polkit agent asks on this terminal; entered only when a question is to be asked.
+        """
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
         try:
             bus = _Bus(bus_address=address, bus_type=BusType.SYSTEM)
@@ -122,7 +129,7 @@ class Helper:
                 f"there is no system bus at {address}: {getattr(err, 'strerror', None) or err or type(err).__name__}",
                 access.HOW_TO_INSTALL,
             ) from err
-        return cls(bus, interactive=interactive)
+        return cls(bus, interactive=interactive, agent=agent)
 
     def wake(self) -> None:
         """Have the helper started while we do something else. Whether that worked, the first call will tell."""
@@ -152,13 +159,17 @@ class Helper:
 
         self._bus.add_message_handler(receive)
 
+    def ask_nobody(self) -> None:
+        """From now on no call waits for a person."""
+        self._interactive = False
+
     async def until_lost(self) -> None:
         """Return when the bus has closed the connection."""
         await asyncio.wait([self._lost])
 
     async def set_memlock(self, pid: int, vm: str, size: int) -> int:
         """Let `pid` lock `size` bytes, INFINITY for as much as this user may. Returns what was granted, in bytes."""
-        (granted,) = await self._call("SetMemlock", pid, vm, size)
+        (granted,) = await self._call("SetMemlock", pid, vm, size, may_ask=True)
         if not isinstance(granted, int) or not 0 <= granted <= INFINITY:
             raise _nonsense("SetMemlock")
         return granted
@@ -168,28 +179,33 @@ class Helper:
     ) -> None:
         """Pin threads, each (TID, CPUs, shielded); the whole map, every time. `others`: CPUs of all other threads."""
         wire_pins = [[tid, sorted(cpus), shielded] for tid, cpus, shielded in pins]
-        await self._call("PinThreads", pid, vm, wire_pins, sorted(others))
+        await self._call("PinThreads", pid, vm, wire_pins, sorted(others), may_ask=True)
 
     async def set_scheduler(self, pid: int, vm: str, tids: Sequence[int], policy: str, priority: int) -> None:
         """Set policy and priority of `tids`."""
-        await self._call("SetScheduler", pid, vm, list(tids), policy, priority)
+        await self._call("SetScheduler", pid, vm, list(tids), policy, priority, may_ask=True)
 
     async def release(self, uid: int, vm: str) -> None:
-        """Give back all that a VM was granted."""
-        await self._call("Release", uid, vm)
+        """Give back all that a VM was granted. One's own never waits for a person."""
+        await self._call("Release", uid, vm, may_ask=uid != os.geteuid())
 
-    async def list_vms(self, *, everybodys: bool = False) -> list[GrantedVm]:
-        """The VMs that hold a grant: one's own, or everybody's."""
-        (rows,) = await self._call("ListVms", everybodys)
+    async def list_vms(self, *, everybodys: bool = False, may_ask: bool = True) -> list[GrantedVm]:
+        """The VMs that hold a grant: one's own, or everybody's, for which polkit `may_ask` for a password."""
+        (rows,) = await self._call("ListVms", everybodys, may_ask=everybodys and may_ask)
         try:
             return [GrantedVm(*row) for row in rows]
         except TypeError as err:
             raise _nonsense("ListVms") from err
 
-    async def get_limits(self, uid: int | None = None) -> dict[str, Any]:
-        """What this user, or `uid`, may have, by the names that the contract gives."""
-        (limits,) = await (self._call("GetLimits") if uid is None else self._call("GetLimitsOf", uid))
-        return {key: variant.value for key, variant in limits.items()}
+    async def get_limits(self, uid: int) -> Limits:
+        """What `uid` may have: oneself, or another, for which polkit may ask for a password."""
+        own = uid == os.geteuid()
+        member = "GetLimits" if own else "GetLimitsOf"
+        (facts,) = await self._call(member, *(() if own else (uid,)), may_ask=not own)
+        try:
+            return Limits.read({key: variant.value for key, variant in facts.items()})
+        except ValueError as err:
+            raise _nonsense(member) from err
 
     async def close(self) -> None:
         """Leave the bus. A call that is still under way is given up; the helper notices."""
@@ -198,9 +214,21 @@ class Helper:
             task.cancel()
         await asyncio.wait([self._lost, *checks])
 
-    async def _call(self, member: str, *body: Any) -> list[Any]:
+    async def _call(self, member: str, *body: Any, may_ask: bool = False) -> list[Any]:
+        """The answer's values. `may_ask`: whether the helper may have polkit put a question to a person."""
+        ask = may_ask and self._interactive
+        if not (ask and self._agent is not None):
+            return await self._ask_once(member, body, interactive=ask)
+        try:
+            return await self._ask_once(member, body, interactive=False)
+        except TuningFailed as err:
+            if err.wire_name != access.NOT_AUTHORIZED:
+                raise
+        async with self._agent():
+            return await self._ask_once(member, body, interactive=True)
+
+    async def _ask_once(self, member: str, body: Sequence[Any], *, interactive: bool) -> list[Any]:
         wanted, answered = METHODS[member]
-        may_ask = self._interactive and member in _MAY_ASK
         message = Message(
             destination=BUS_NAME,
             path=OBJECT_PATH,
@@ -208,9 +236,9 @@ class Helper:
             member=member,
             signature=wanted,
             body=list(body),
-            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if may_ask else MessageFlag.NONE,
+            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE,
         )
-        reply = await self._reply(member, message, DIALOG_TIMEOUT if may_ask else CALL_TIMEOUT)
+        reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
             raise access.explained(reply.error_name or "", text)

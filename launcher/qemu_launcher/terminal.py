@@ -37,10 +37,36 @@ def kept() -> Iterator[None]:
         for fd, flag in flags.items():
             with contextlib.suppress(OSError):
                 fcntl.fcntl(fd, fcntl.F_SETFL, flag)
-        if modes is not None and _in_foreground(0) and _modes(0) != modes:
-            # The terminal may have been hung up meanwhile: then there is nothing left to restore.
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSANOW, modes)
+        if _modes(0) != modes:
+            _set(modes)
+
+
+@contextlib.contextmanager
+def with_modes(modes: list[Any] | None) -> Iterator[None]:
+    """`modes`, as `modes_now` gave them, for somebody else than who has the terminal now; then his own again."""
+    found = _modes(0)
+    _set(modes)
+    try:
+        yield
+    finally:
+        _set(found)
+
+
+def modes_now() -> list[Any] | None:
+    """The modes of our terminal; None if stdin is none."""
+    return _modes(0)
+
+
+def is_in_foreground() -> bool:
+    """Whether stdin is our controlling terminal, and what is typed there comes to us."""
+    return _in_foreground(0)
+
+
+def _set(modes: list[Any] | None) -> None:
+    if modes is not None and _in_foreground(0):
+        # The terminal may have been hung up meanwhile: then there is nothing left to set.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 def _modes(fd: int) -> list[Any] | None:

@@ -7,22 +7,50 @@ keeping QEMU's other threads and the calling launcher off those CPUs.
 
 PLAN is a JSON file {member: what}, LOG gets one JSON object a line for each call, written before the answer.
 `what`: absent or "act"; "lie" (answer success and do nothing); "hang"; "die"; {"error": [name, text]};
-{"return": value}; {"act_less": n} (do nothing for the last n pins); {"shield": "qemu"} or {"shield": "host"} (keep
-only QEMU's other threads, or only the launcher, off the CPUs); a list of these, one for each call in turn.
+{"return": value} (for a{sv}: {name: [signature, value]}); {"unless_asked": what} (NotAuthorized for a call that lets
+nobody be asked, else `what`); {"act_less": n} (do nothing for the last n pins); {"shield": "qemu"} or
+{"shield": "host"} (keep only QEMU's other threads, or only the launcher, off the CPUs); a list of these, one for each
+call in turn.
 """
 
 import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from dbus_next import BusType, Message, MessageType
+from dbus_next import BusType, Message, MessageType, Variant
 from dbus_next.aio import MessageBus
 
 NAME = "org.qemulauncher.Helper1"
-ANSWERS = {"SetMemlock": "t", "PinThreads": "", "SetScheduler": "", "Release": ""}
+ANSWERS = {
+    "SetMemlock": "t",
+    "PinThreads": "",
+    "SetScheduler": "",
+    "Release": "",
+    "ListVms": "a(susutss)",
+    "GetLimits": "a{sv}",
+    "GetLimitsOf": "a{sv}",
+}
+LIMITS = {
+    "version": ["s", "0.1.0"],
+    "mechanism": ["s", "partition"],
+    "reason": ["s", "The kernel has remote cpuset partitions"],
+    "limits_source": ["s", "the built-in defaults"],
+    "cpus": ["s", "0-15"],
+    "max_cpus": ["t", 16],
+    "max_vms": ["t", 8],
+    "memlock": ["t", 28 << 30],
+    "policies": ["as", ["batch", "fifo", "idle", "other", "rr"]],
+    "max_priority": ["t", 10],
+    "realtime": ["s", "shielded"],
+    "deadline": ["b", False],
+    "free_cpus": ["s", "2-15"],
+}
+INTERACTIVE = 4  # ALLOW_INTERACTIVE_AUTHORIZATION of the message's flags
+REFUSED = ["org.qemulauncher.Error.NotAuthorized", "polkit does not allow this to you in this session"]
 
 
 class FakeHelper:
@@ -60,6 +88,7 @@ class FakeHelper:
             "flags": int(message.flags),
             "launcher": launcher,
             "sender": message.sender,
+            "time": time.monotonic(),
         }
         with self.log.open("a") as log:
             log.write(json.dumps(entry) + "\n")
@@ -72,6 +101,8 @@ class FakeHelper:
 
     def carry_out(self, message: Any, what: Any, launcher: int) -> None:
         signature = ANSWERS[message.member]
+        if isinstance(what, dict) and "unless_asked" in what:
+            what = what["unless_asked"] if int(message.flags) & INTERACTIVE else {"error": REFUSED}
         if what == "hang":
             return
         if what == "die":
@@ -86,6 +117,11 @@ class FakeHelper:
         answer = [what["return"]] if isinstance(what, dict) and "return" in what else []
         if isinstance(what, dict) and "signature" in what:
             signature = what["signature"]
+        if signature == "a{sv}":
+            facts = {**LIMITS, **(answer[0] if answer else {})}
+            answer = [{name: Variant(form, value) for name, (form, value) in facts.items()}]
+        if signature == "a(susutss)" and not answer:
+            answer = [[]]
         if signature == "t" and not answer:
             answer = [message.body[2]]
         self.bus.send(Message.new_method_return(message, signature, answer))

@@ -152,8 +152,12 @@ class Home:
 
     def with_changed(self, change: str, *words: str) -> list[str]:
         """argv of `run` for VM `words`, in which the line of Python `change` has been executed before."""
+        return self.changed_command(change, "run", *(words or ("vm-under-test",)))
+
+    def changed_command(self, change: str, *words: str) -> list[str]:
+        """The same for any subcommand."""
         main = "import sys; from qemu_launcher.__main__ import main; sys.exit(main(sys.argv[1:]))"
-        return [sys.executable, "-c", f"{change}\n{main}", "run", *(words or ("vm-under-test",))]
+        return [sys.executable, "-c", f"{change}\n{main}", *words]
 
     def start(
         self,
@@ -175,10 +179,18 @@ class Home:
         self.runs.append(run)
         return run
 
-    def ask(self, *words: str) -> "subprocess.CompletedProcess[str]":
+    def ask(
+        self, *words: str, env: Mapping[str, str] | None = None, change: str = ""
+    ) -> "subprocess.CompletedProcess[str]":
         """Any other subcommand, to its end."""
         return subprocess.run(
-            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            self.changed_command(change, *words) if change else self.command(*words),
+            env={**self.environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
 
     def record(self, name: str = "vm-under-test") -> dict[str, Any]:

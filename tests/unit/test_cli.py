@@ -29,6 +29,19 @@ from unit.reading import ROOT
         ("status win11", cli.Status("win11")),
         ("stop win11", cli.Stop("win11")),
         ("kill kill", cli.Kill("kill")),
+        ("status --all-users", cli.Status(None, all_users=True)),
+        ("--all-users status", cli.Status(None, all_users=True)),
+        ("limits", cli.Limits(json=False, owner=None)),
+        ("limits --json", cli.Limits(json=True, owner=None)),
+        ("limits --owner bob --json", cli.Limits(json=True, owner="bob")),
+        ("--owner bob limits", cli.Limits(json=False, owner="bob")),
+        ("--owner=1000 limits", cli.Limits(json=False, owner="1000")),
+        ("release win11", cli.Release("win11", owner=None)),
+        ("release win11 --owner alice", cli.Release("win11", owner="alice")),
+        ("--owner alice release win11", cli.Release("win11", owner="alice")),
+        ("release --owner status win11", cli.Release("win11", owner="status")),
+        ("--owner release release release", cli.Release("release", owner="release")),
+        ("run limits", cli.Run("limits", untuned=False, quiet=False)),
         ("--help", cli.Help()),
         ("-h", cli.Help()),
         ("run --help", cli.Help()),
@@ -65,9 +78,19 @@ def test_odd_words_are_kept() -> None:
         ("-q status", "-q is an option of run, not of status"),
         ("stop win11 --quiet", "--quiet is an option of run, not of stop"),
         ("--untuned kill win11", "--untuned is an option of run, not of kill"),
-        ("status --json", "--json is an option of command, not of status"),
-        ("--json win11", "--json is an option of command, not of run"),
-        ("--json=yes run win11", "--json is an option of command, not of run"),
+        ("status --json", "--json is an option of command and limits, not of status"),
+        ("--json win11", "--json is an option of command and limits, not of run"),
+        ("--json=yes run win11", "--json is an option of command and limits, not of run"),
+        ("release", "the name of a VM is missing"),
+        ("release --owner bob", "the name of a VM is missing"),
+        ("release win11 --owner", "argument --owner: expected one argument"),
+        ("status win11 --all-users", "--all-users shows the VMs of all users, and takes no NAME"),
+        ("--all-users win11", "--all-users is an option of status, not of run"),
+        ("release win11 --all-users", "--all-users is an option of status, not of release"),
+        ("--owner bob stop win11", "--owner is an option of limits and release, not of stop"),
+        ("--owner bob win11", "--owner is an option of limits and release, not of run"),
+        ("limits win11", "unrecognized arguments: win11"),
+        ("limits --all-users", "--all-users is an option of status, not of limits"),
         ("status -- -q x", "unrecognized arguments: x"),
         ("--quiet=yes win11", "argument -q/--quiet: ignored explicit argument 'yes'"),
     ],
@@ -85,6 +108,13 @@ def test_help_fits_a_terminal_and_names_every_command() -> None:
     assert max(map(len, lines)) <= 80
     section = lines[lines.index("Commands:") + 1 : lines.index("Options:") - 1]
     assert tuple(line.split()[0] for line in section) == cli.COMMANDS
+
+
+def test_help_names_every_option_and_whose_it_is() -> None:
+    lines = cli.HELP.partition("Options:\n")[2].splitlines()
+    for option, commands in cli.OPTIONS.items():
+        (line,) = [line for line in lines[: lines.index("")] if option in line.split()]
+        assert f" {', '.join(commands)}: " in line
 
 
 def test_version_is_the_distribution_s() -> None:
