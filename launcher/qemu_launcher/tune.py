@@ -11,12 +11,13 @@ defined or not at all.
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Coroutine
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import cgroups, plan, procfs, readback
+from . import access, agent, cgroups, plan, procfs, readback, terminal
 from .cpulist import format_cpulist
 from .definition import VmDefinition
 from .errors import TuningFailed
@@ -54,6 +55,9 @@ class Tuning:
         self._plan: ThreadPlan | None = None
         self._helper: Helper | None = None
         self._scope: Path | None = None  # stays None where there is no systemd, or no cgroup v2, to have made one
+        self._terminal = terminal.modes_now()  # before QEMU may change them
+        self._qemu: Qemu | None = None
+        self._is_asking = False
         self._by_helper = False  # whether the helper has done, or may have done, something that can be undone
 
     @property
@@ -84,6 +88,7 @@ class Tuning:
 
     async def before_exec(self, qemu: Qemu) -> None:
         """QEMU waits at its gate: get its memory lock from the helper, if that is where it must come from."""
+        self._qemu = qemu
         if self._memlock is not None and not self._memlock.unaided:
             await self._attempt(self._lift_memlock(self._memlock, qemu), qemu)
 
@@ -99,14 +104,20 @@ class Tuning:
     async def after_cont(self, qemu: Qemu) -> None:
         """Once more the same map: threads born inside a vCPU's cgroup move out. The guest runs: no failure ends it.
 
-        Then stay on the bus, to hear systemd; to be cancelled when QEMU has ended.
+        Nobody is asked for a password any more. Then stay on the bus, to hear systemd; to be cancelled when QEMU has
+        ended.
         """
+        if self._helper is not None:
+            self._helper.ask_nobody()
         if self._plan is not None and self._by_helper and not self._left_out and self._plan.pins:
             try:
                 await self._pin_by_helper(self._plan, qemu)
                 self._check(readback.thread_differences(qemu.pid, self._plan))
             except TuningFailed as err:
-                self._voice.warn(f"{err.message}; the guest runs on", err.hint)
+                if err.wire_name == access.NOT_AUTHORIZED:  # a password is asked for each time, and was given once
+                    self._voice.note("its threads are not sorted once more: that would need another password")
+                else:
+                    self._voice.warn(f"{err.message}; the guest runs on", err.hint)
         if self._helper is not None and self._by_helper:
             await self._helper.until_lost()
             self._voice.warn("lost the system bus; systemd cannot ask for a power-down any more, the guest runs on")
@@ -229,10 +240,27 @@ class Tuning:
         if self._helper is None:
             from . import helper_proxy  # noqa: PLC0415  an untuned VM must not pay for dbus_next
 
-            interactive = os.isatty(0) or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-            self._helper = await helper_proxy.Helper.connected(interactive=interactive)
+            self._helper = await helper_proxy.Helper.connected(
+                interactive=agent.somebody_is_there(), agent=self._asking if agent.is_possible() else None
+            )
             self._helper.on_request_stop(self._definition.name, self._on_stop)
         return self._helper
+
+    @contextlib.asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        """The text agent on our terminal. A QEMU that has its monitor there (-nographic) must not take the password:
+
+        it stands still meanwhile, and the terminal is as it was before QEMU.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._qemu is not None and terminal.modes_now() != self._terminal:
+                self._qemu.send(signal.SIGSTOP)
+                stack.callback(self._qemu.send, signal.SIGCONT)
+                stack.enter_context(terminal.with_modes(self._terminal))
+            self._is_asking = True
+            stack.callback(setattr, self, "_is_asking", False)
+            async with agent.registered():
+                yield
 
     async def _leave_bus(self) -> None:
         helper, self._helper = self._helper, None
@@ -255,7 +283,11 @@ class Tuning:
             await self._leave_bus()
 
     async def _patiently(self, call: Coroutine[Any, Any, T]) -> T:
-        return await patiently(call, lambda: self._voice.note("waiting for qemu-launcher-helper, or for your answer"))
+        def tell() -> None:
+            if not self._is_asking:  # else the question is on the screen, and perhaps half of an answer
+                self._voice.note("waiting for qemu-launcher-helper, or for your answer")
+
+        return await patiently(call, tell)
 
 
 def with_way_out(hint: str | None, spelled: str) -> str:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -50,11 +50,13 @@ class Terminal:
         self.flags = fcntl.fcntl(self.slave, fcntl.F_GETFL)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, name: str = "vm-under-test") -> None:
-        argv = [sys.executable, "-c", LEADER, *self.home.command("run", name)]
+    def start(
+        self, name: str = "vm-under-test", *, argv: list[str] | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        command = argv or self.home.command("run", name)
         self.process = subprocess.Popen(
-            argv,
-            env=self.home.environment,
+            [sys.executable, "-c", LEADER, *command],
+            env={**self.home.environment, **(env or {})},
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,

@@ -520,11 +520,13 @@ def test_launcher_killed_while_the_helper_thinks(home: Home, bus: PrivateBus) ->
 def test_polkit_may_ask_only_where_somebody_can_answer(
     home: Home, bus: PrivateBus, display: dict[str, str], flag: int
 ) -> None:
-    """ALLOW_INTERACTIVE_AUTHORIZATION, 0x4 of the message's flags; giving back never asks."""
+    """ALLOW_INTERACTIVE_AUTHORIZATION, 0x4 of the message's flags; nobody is asked once the guest runs."""
     home.define(**SHIELDED)
     run = home.start(env={**bus.environment, **display})
     run.wait_running()
     home.ask("kill", run.name)
     assert run.end() == 0
-    flags = {(call["member"], call["flags"] & 4) for call in bus.calls()}
-    assert flags == {("PinThreads", flag), ("Release", 0)}
+    first, *later = [(call["member"], call["flags"] & 4) for call in bus.calls()]
+    assert first == ("PinThreads", flag)
+    assert later[-1] == ("Release", 0)
+    assert set(later) <= {("PinThreads", 0), ("Release", 0)}
