@@ -28,8 +28,8 @@ def survived(send: Any) -> str:
 
 
 def bursts() -> dict[str, int]:
-    """40 connections, 60 calls each, all at once."""
-    clients, count = [Client(SOCKET) for _ in range(40)], Counter[str]()
+    """20 connections, 60 calls each, all at once."""
+    clients, count = [Client(SOCKET) for _ in range(20)], Counter[str]()
     waiting = []
     for client in clients:
         messages = [client.message("SetMemlock", *CALL) for _ in range(60)]

@@ -106,8 +106,8 @@ def test_a9_real_time_that_never_rests(program: Claimant, carol: User) -> None:
     spinners = []
     for name, cpu in ("a", 2), ("b", 4), ("c", 6):
         child = program.spawn(1, spin=True)
-        assert program.pin(child, name, cpu).error == "ok"
-        assert program.schedule(child, name, "fifo", 10).error == "ok"
+        for answer in program.pin(child, name, cpu), program.schedule(child, name, "fifo", 10):
+            assert answer.error == "ok", answer
         spinners.append(child)
     tids = {child.tids[0] for child in spinners}
     assert host.realtime_threads() == tids
