@@ -1,11 +1,13 @@
 """Administrators: one who may manage others sees all VMs and takes a VM's CPUs back; who may not is told so.
 
-carol is made an administrator by a rule that says yes to manage-others, for her alone. The prompts that others would
-get are tried in tests/bus and tests/qemu; here nobody has a terminal, so that polkit's question is a no.
+carol is made an administrator by a rule that says yes to manage-others, for her alone. Nobody else has a terminal, so
+that polkit's question is a no; but in the last tests, where polkit's own text agent asks for root's password on one.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,3 +204,51 @@ def test_limits_without_a_file(alice: User) -> None:
     assert own[0] == ["alice", "may", "have,", "by", "the", "built-in", "defaults:"]
     assert ["max_vms", "8", "default"] in own
     assert ["cpus", "0-7", "default"] in own
+
+
+# A terminal
+
+
+@pytest.fixture
+def root_password() -> Iterator[str]:
+    """One that root has for a while: by default, administrators are who knows it."""
+    subprocess.run(["chpasswd"], input="root:tortoise", text=True, check=True)
+    yield "tortoise"
+    subprocess.run(["usermod", "--password", "*", "root"], check=True)
+
+
+def typed(user: User, command: str, answer: str) -> tuple[int, str]:
+    """Run a command on a terminal of its own, and answer its one question; its exit status, and what was to be seen."""
+    folder = folder_of(user.name)
+    log, keys = user.file(folder / "terminal.log", ""), folder / "keys"
+    keys.unlink(missing_ok=True)
+    os.mkfifo(keys)
+    os.chown(keys, user.uid, user.gid)
+    keyboard = os.open(keys, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        pid = user.login.spawn(f"exec script -qec '{command}' /dev/null <{keys}", log)
+        host.wait_for("the question", lambda: "Password:" in log.read_text() or not host.is_alive(pid))
+        os.write(keyboard, f"{answer}\n".encode())
+        host.wait_for("the end of the command", lambda: not host.is_alive(pid))
+        return user.login.wait(pid), log.read_text()
+    finally:
+        os.close(keyboard)
+
+
+def test_a_password_on_a_terminal(alice: User, shielded: Launch, root_password: str) -> None:
+    status, seen = typed(alice, "qemu-launcher status --all-users", root_password)
+    assert "Authentication is required for alice to see or end the tuning of other users" in seen
+    assert seen.count("Password:") == 1
+    assert status == 0, seen
+    assert "partition" in seen.rpartition("Password:")[2]
+    assert root_password not in seen
+    assert host.processes("pkttyagent") == []
+
+
+def test_a_wrong_password_on_a_terminal(carol: User, shielded: Launch, root_password: str) -> None:
+    status, seen = typed(carol, "qemu-launcher release vm --owner alice", "hare")
+    assert "Password:" in seen
+    assert status == 1, seen
+    assert REFUSED.format("carol") in seen
+    expect_tuned(shielded)
+    assert host.processes("pkttyagent") == []
