@@ -39,7 +39,7 @@ def vm() -> Iterator[Vm]:
         pytest.skip(str(error))
 
 
-# The first three take the only slot themselves: they come before the shared machine.
+# The first ones take the only slot themselves: they come before the shared machine.
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -67,6 +67,14 @@ def test_panic_is_the_labs_death() -> None:
             machine.run("echo c >/proc/sysrq-trigger", timeout=120.0)
     assert not machine.alive
     assert not folder.exists()
+
+
+def test_what_is_written_in_one_is_not_in_the_next() -> None:
+    with boot() as first:
+        first.run("echo x >/root/written && sync")
+        assert first.run("cat /root/written").stdout == "x\n"
+    with boot() as second:
+        assert second.run("test ! -e /root/written").status == 0
 
 
 def test_failure_shows_console_and_journal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import accelerator, booting, mirror, slots, snapshot
+from lab import accelerator, booting, image, mirror, slots, snapshot
 from lab.errors import CommandFailed, CommandTimeout, LabDied, LabError, MissingTool
 from lab.image import Image, check_tools
 from lab.recipe import INGREDIENTS, LAB_FOLDER, TRIXIE, Machine, Recipe, cache_folder
@@ -77,6 +77,26 @@ def test_digest_changes_with_each_field() -> None:
     ]
     assert len(others) == len(dataclasses.fields(Recipe))
     assert len({recipe.digest() for recipe in [*others, TRIXIE]}) == len(others) + 1
+
+
+def test_an_image_is_built_once_and_anew_when_its_recipe_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of what no recipe names any more, one is kept: another checkout's."""
+    built: list[str] = []
+
+    def build(recipe: Recipe, folder: Path) -> None:
+        built.append(folder.name)
+        folder.mkdir()
+        os.utime(folder, (len(built), len(built)))
+
+    monkeypatch.setattr(image, "_build", build)
+    recipes = [Recipe(size_mib=size) for size in (100, 200, 300)]
+    for recipe in [recipes[0], recipes[0], *recipes]:
+        assert image.ensure(recipe, tmp_path).folder.is_dir()
+    names = [f"trixie-{recipe.digest()}" for recipe in recipes]
+    assert built == names
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {names[0], names[2]}
 
 
 def test_cache_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
