@@ -25,6 +25,7 @@ TOML = Path("/etc/qemu-launcher/helper.toml")
 # What desktop sessions hand down (RLIMIT_RTTIME, microseconds, soft and hard), under which real time is soon killed.
 DESKTOP_RTTIME = (200_000, 200_000)
 POLKIT_RULE = Path("/etc/polkit-1/rules.d/10-system-test.rules")
+ADMINISTRATORS_RULE = Path("/etc/polkit-1/rules.d/20-administrators-test.rules")
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +145,22 @@ def polkit_rule() -> Iterator[Callable[[str], None]]:
 
     yield write
     POLKIT_RULE.unlink(missing_ok=True)
+    reload_polkit()
+
+
+@pytest.fixture
+def administrator(carol: User) -> Iterator[User]:
+    """carol, to whom polkit says yes."""
+    ADMINISTRATORS_RULE.write_text(
+        "polkit.addRule(function (action, subject) {\n"
+        '    if (action.id === "org.qemulauncher.manage-others" && subject.user === "carol")\n'
+        "        return polkit.Result.YES;\n"
+        "});\n"
+    )
+    ADMINISTRATORS_RULE.chmod(0o644)
+    reload_polkit()
+    yield carol
+    ADMINISTRATORS_RULE.unlink()
     reload_polkit()
 
 

@@ -1,45 +1,24 @@
-"""Administrators: one who may manage others sees all VMs and takes a VM's CPUs back; who may not is told so.
+"""Administrators take a VM's CPUs back, and see what others may have; everybody may with what is his own.
 
-carol is made an administrator by a rule that says yes to manage-others, for her alone. Nobody else has a terminal, so
-that polkit's question is a no; but in the last tests, where polkit's own text agent asks for root's password on one.
+carol is made an administrator by a rule of polkit's that says yes to manage-others, for her alone (fixtures.py). Who
+may not, and passwords: test_managing_others.py.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from system import host
-from system.fixtures import TOML, reload_polkit
+from system.fixtures import TOML
 from system.people import Finished, User, folder_of
 from system.stepping import Stepping
 from system.test_journal import trail
 from system.vms import Launch, define
 
-RULE = Path("/etc/polkit-1/rules.d/20-administrators-test.rules")
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "64M"}
-REFUSED = "polkit does not allow org.qemulauncher.manage-others to {} in this session"
-
-
-@pytest.fixture
-def administrator(carol: User) -> Iterator[User]:
-    """carol, to whom polkit says yes."""
-    RULE.write_text(
-        "polkit.addRule(function (action, subject) {\n"
-        '    if (action.id === "org.qemulauncher.manage-others" && subject.user === "carol")\n'
-        "        return polkit.Result.YES;\n"
-        "});\n"
-    )
-    RULE.chmod(0o644)
-    reload_polkit()
-    yield carol
-    RULE.unlink()
-    reload_polkit()
 
 
 @pytest.fixture
@@ -72,20 +51,6 @@ def rows(done: Finished) -> list[list[str]]:
     """The words of each line."""
     assert (done.status, done.stderr) == (0, "")
     return [line.split() for line in done.stdout.splitlines()]
-
-
-def test_an_administrator_sees_all_vms(
-    administrator: User, alice: User, shielded: Launch, vm: Callable[..., Launch]
-) -> None:
-    define(administrator, "own", {"vcpu_pinning": [6, 7]}, cpus=2)
-    own = vm(administrator, "own")
-    define(alice, "untuned", cpus=2)
-    vm(alice, "untuned")
-    assert rows(administrator.command("status", "--all-users")) == [
-        ["VM", "owner", "PID", "CPUs", "mechanism"],
-        ["vm", "alice", str(shielded.qemu), "4-5", "partition"],
-        ["own", "carol", str(own.qemu), "6-7", "partition"],
-    ]
 
 
 def test_an_administrator_takes_the_cpus_back(administrator: User, alice: User, shielded: Launch) -> None:
@@ -146,30 +111,6 @@ def test_ones_own_needs_nobody(alice: User, shielded: Launch) -> None:
     assert "vm holds nothing that could be given back: it is not running" in gone.stderr
 
 
-@pytest.mark.parametrize(
-    "words", [("status", "--all-users"), ("release", "vm", "--owner", "alice"), ("limits", "--owner", "alice")]
-)
-def test_who_is_no_administrator_is_refused(carol: User, bob: User, shielded: Launch, words: tuple[str, ...]) -> None:
-    """carol, without the rule, is a member like any other; bob does not even come through to polkit."""
-    for user, why in ((carol, REFUSED.format("carol")), (bob, "bob is not a member of the group qemu-launcher")):
-        done = user.command(*words)
-        assert (done.status, done.stdout) == (1, ""), done
-        assert why in done.stderr
-    expect_tuned(shielded)
-
-
-def test_the_rule_is_for_carol_alone(
-    administrator: User, alice: User, shielded: Launch, vm: Callable[..., Launch]
-) -> None:
-    define(administrator, "own", {"vcpu_pinning": [6, 7]}, cpus=2)
-    vm(administrator, "own")
-    for words in (("status", "--all-users"), ("release", "own", "--owner", "carol"), ("limits", "--owner", "carol")):
-        done = alice.command(*words)
-        assert (done.status, done.stdout) == (1, ""), done
-        assert REFUSED.format("alice") in done.stderr
-    assert host.isolated() == {4, 5, 6, 7}
-
-
 def test_nothing_to_give_back(administrator: User, alice: User) -> None:
     for user, owner in ((administrator, "alice"), (alice, "carol"), (administrator, "0")):
         done = user.command("release", "no-such-vm", "--owner", owner)
@@ -204,51 +145,3 @@ def test_limits_without_a_file(alice: User) -> None:
     assert own[0] == ["alice", "may", "have,", "by", "the", "built-in", "defaults:"]
     assert ["max_vms", "8", "default"] in own
     assert ["cpus", "0-7", "default"] in own
-
-
-# A terminal
-
-
-@pytest.fixture
-def root_password() -> Iterator[str]:
-    """One that root has for a while: by default, administrators are who knows it."""
-    subprocess.run(["chpasswd"], input="root:tortoise", text=True, check=True)
-    yield "tortoise"
-    subprocess.run(["usermod", "--password", "*", "root"], check=True)
-
-
-def typed(user: User, command: str, answer: str) -> tuple[int, str]:
-    """Run a command on a terminal of its own, and answer its one question; its exit status, and what was to be seen."""
-    folder = folder_of(user.name)
-    log, keys = user.file(folder / "terminal.log", ""), folder / "keys"
-    keys.unlink(missing_ok=True)
-    os.mkfifo(keys)
-    os.chown(keys, user.uid, user.gid)
-    keyboard = os.open(keys, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        pid = user.login.spawn(f"exec script -qec '{command}' /dev/null <{keys}", log)
-        host.wait_for("the question", lambda: "Password:" in log.read_text() or not host.is_alive(pid))
-        os.write(keyboard, f"{answer}\n".encode())
-        host.wait_for("the end of the command", lambda: not host.is_alive(pid))
-        return user.login.wait(pid), log.read_text()
-    finally:
-        os.close(keyboard)
-
-
-def test_a_password_on_a_terminal(alice: User, shielded: Launch, root_password: str) -> None:
-    status, seen = typed(alice, "qemu-launcher status --all-users", root_password)
-    assert "Authentication is required for alice to see or end the tuning of other users" in seen
-    assert seen.count("Password:") == 1
-    assert status == 0, seen
-    assert "partition" in seen.rpartition("Password:")[2]
-    assert root_password not in seen
-    assert host.processes("pkttyagent") == []
-
-
-def test_a_wrong_password_on_a_terminal(carol: User, shielded: Launch, root_password: str) -> None:
-    status, seen = typed(carol, "qemu-launcher release vm --owner alice", "hare")
-    assert "Password:" in seen
-    assert status == 1, seen
-    assert REFUSED.format("carol") in seen
-    expect_tuned(shielded)
-    assert host.processes("pkttyagent") == []

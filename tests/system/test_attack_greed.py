@@ -27,7 +27,7 @@ from system.test_crash_only import leave_scope
 from system.vms import HELPER_UNIT
 
 # How often: enough to see it happen; QEMU_LAUNCHER_ROUNDS=1000 for a long look.
-ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "100"))
+ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "40"))
 CPU = Path("/sys/devices/system/cpu")
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
 
