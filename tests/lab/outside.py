@@ -32,6 +32,8 @@ from lab.vm import Vm
 SYSTEM = PROJECT / "tests" / "system"
 DEB_VARIABLE = "QEMU_LAUNCHER_DEB"  # a package that is built already
 KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of a fresh one, while writing tests
+# Variables of ours that count inside as well.
+PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
 SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many
@@ -65,7 +67,8 @@ class SystemRun:
         vm.put(PROJECT / "tests", f"{REMOTE}/tests")
         vm.put(PROJECT / "pyproject.toml", f"{REMOTE}/pyproject.toml")
         vm.run(f"cat >{REMOTE}/request", input=json.dumps(self.node_ids).encode())
-        environment = {REQUEST_VARIABLE: f"{REMOTE}/request", "CI": os.environ.get("CI", "")}
+        environment = {REQUEST_VARIABLE: f"{REMOTE}/request"}
+        environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
         files = shlex.join(sorted({node_id.partition("::")[0] for node_id in self.node_ids}))
         inner = f"python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 {files}"
