@@ -5,6 +5,7 @@ makes of a refusal. Each refusal has its positive control: the same claim, one s
 """
 
 import os
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -180,3 +181,21 @@ def test_realtime_on_cpu_0_is_the_administrators_word(program: Claimant, helper_
     helper_toml('[[limits]]\nrealtime = "anywhere"\n')
     assert program.schedule(child, "vm", "fifo", 1).error == "ok"
     assert host.realtime_threads() == set(child.tids)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("[[limits]]\nmax_vm = 1\n", 1, "[[limits]] entry 1: key max_vm does not exist"),
+        ('[[limits]]\nusers = ["ailce"]\n', 1, "names 'ailce', whom this host does not know"),
+        ('[[limits]]\nusers = ["alice"]\n', 0, f"{TOML} is understood: 1 [[limits]]"),
+    ],
+)
+def test_an_administrator_checks_the_file(helper_toml: Callable[..., None], text: str, status: int, words: str) -> None:
+    helper_toml(text)
+    done = subprocess.run(["qemu-launcher-helper", "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert words in done.stderr
+    bare = subprocess.run(["qemu-launcher-helper"], capture_output=True, text=True, check=False)
+    assert bare.returncode == 2
+    assert "The system bus starts this" in bare.stderr
