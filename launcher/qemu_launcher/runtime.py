@@ -85,7 +85,7 @@ class Claim:
         self.lock_fd = lock_fd
         self.record = record
         self._socket = directory / f"{name}.sock"
-        self._written = 0
+        self._written = os.fstat(lock_fd).st_size  # of a launcher that was killed, perhaps longer than ours will be
         self.update()
 
     def update(self, **changes: Any) -> None:

@@ -91,6 +91,15 @@ def test_claim_writes_who_we_are_and_leaves_nothing(place: Path) -> None:
     assert runtime.find(NAME) is None
 
 
+def test_claim_leaves_nothing_of_a_longer_record_behind_its_own(place: Path) -> None:
+    """A launcher that was killed has left one: together they would be no record, and nobody would know of this VM."""
+    place.mkdir(mode=0o700)
+    vcpus = {number: 100_000 + number for number in range(64)}
+    written(place, launcher=Process(1, 1), qemu=Process(2, 2), state=RUNNING, vcpus=vcpus, isolation="shield")
+    with runtime.claimed(NAME, DEFINITION) as (claim, _):
+        assert Record.decode((place / f"{NAME}.lock").read_bytes()) == claim.record
+
+
 def test_second_claim_of_the_same_name_is_refused_and_another_is_not(place: Path) -> None:
     with runtime.claimed(NAME, DEFINITION):
         with (
