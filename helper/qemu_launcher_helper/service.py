@@ -87,13 +87,16 @@ class Service:
         self._bus.reply(call, "s", [str(err)], err.wire_name)
 
     async def _identify(self, sender: str) -> Caller:
-        """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess."""
+        """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess.
+
+        Not GetConnectionCredentials: dbus-broker puts a descriptor into its answer, and hangs up on who takes none.
+        """
         for _ in range(contract.IDENTIFY_TRIES):
-            with suppress(contract.CallFailed):
-                match await self._bus.daemon("GetConnectionCredentials", sender, answer="a{sv}"):
-                    case [{"UnixUserID": Variant(signature="u") as uid, "ProcessID": Variant(signature="u") as pid}]:
-                        if uid.value not in (limits.OVERFLOW_UID, 2**32 - 1) and pid.value > 0:
-                            return Caller(sender, uid.value, pid.value, limits.user_name(uid.value))
+            with suppress(contract.CallFailed, ValueError):  # the latter: an empty body
+                [uid] = await self._bus.daemon("GetConnectionUnixUser", sender, answer="u")
+                [pid] = await self._bus.daemon("GetConnectionUnixProcessID", sender, answer="u")
+                if uid not in (limits.OVERFLOW_UID, 2**32 - 1) and pid > 0:
+                    return Caller(sender, uid, pid, limits.user_name(uid))
         raise contract.NotAuthorized("The bus does not say who is calling")
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
