@@ -120,7 +120,8 @@ def test_a13_a_flood_that_wants_no_replies(member: User, other: User) -> None:
         with unhurt(host, other):
             as_user(member, lambda: flood(host.socket)).result()
             using(host, member, lambda client: client.call("GetLimits"))
-        assert 1 <= len(host.recorded(member)) <= 240
+        # None at all, if the helper comes to ask whose they are when their sender has gone.
+        assert len(host.recorded(member)) <= 240
 
 
 def test_a13_peers_that_never_read(member: User, other: User) -> None:
