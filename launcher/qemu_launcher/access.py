@@ -15,6 +15,7 @@ from .errors import TuningFailed
 GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
 NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of a password
+TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
 LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
 HOW_TO_INSTALL = (
     "qemu-launcher-helper, dbus and polkit must be installed and running on this host: on Debian, sudo apt install "

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from . import yamlnode
+from . import restrictions, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
 from .keys import MAX_PRIORITY, MIN_PRIORITY, REALTIME_POLICIES, HostCpu, Memlock, Pinning, read_launcher
 from .options import QemuOption, has_mem_lock, has_vfio, read_options, vcpu_limit
@@ -122,15 +122,8 @@ def validate_tunable(definition: VmDefinition) -> None:
     """Raise DefinitionError if this QEMU could not be tuned as the definition wants. It may still be run untuned."""
     if not definition.wants_tuning:
         return
-    problems = [
-        DefinitionError(
-            "-preconfig stops QEMU before it has made its vCPUs, so they cannot be tuned before the guest runs",
-            "remove it; -S holds the guest too, once its vCPUs are there",
-            mark=option.mark,
-        )
-        for option in definition.options
-        if option.bare_name == "preconfig"
-    ]
+    by_helper = definition.isolation in ("shield", "cpuset") or definition.is_realtime
+    problems = list(restrictions.untunable(definition.options, threads_by_helper=by_helper))
     if problems:
         raise DefinitionError.several(problems)
 
@@ -159,15 +152,8 @@ def _check_together(
         )
     if "memlock" not in keys and (has_vfio(options) or has_mem_lock(options)):
         keys["memlock"] = Memlock("auto")
-    problems.extend(
-        DefinitionError(
-            "-daemonize takes QEMU out of the launcher's hands, which waits for it and ends it in order",
-            "remove it; to have a shell back, run the launcher itself in the background",
-            mark=option.mark,
-        )
-        for option in options
-        if option.bare_name == "daemonize"
-    )
+    problems.extend(restrictions.never(options))
+    warnings.extend(restrictions.doubtful(options))
     return warnings
 
 

@@ -133,7 +133,8 @@ class _Start:
         # Written first: a guest that ran must never be taken for one that did not.
         isolation, cpus = self._tuning.placement
         self._claim.update(state=RUNNING, isolation=isolation, cpus=cpus)
-        if self.holds_guest and _stillness(self._definition) is None:
+        # With -incoming this starts nothing yet: QEMU will let the guest run when it has come, as without our -S.
+        if self.holds_guest and not cmdline.has_option(self._definition, "S"):
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp

@@ -12,12 +12,12 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import access, agent, cgroups, plan, procfs, readback, terminal
+from . import access, agent, cgroups, plan, procfs, readback, restrictions, terminal
 from .cpulist import format_cpulist
 from .definition import VmDefinition
 from .errors import TuningFailed
@@ -220,13 +220,28 @@ class Tuning:
         helper = await self._join_bus()
         self._by_helper = True
         pins = [(pin.tid, pin.cpus, wanted.isolation == "shield") for pin in wanted.pins]
-        await self._patiently(helper.pin_threads(qemu.pid, self._definition.name, pins))
+        with self._place_of_refusal(qemu):
+            await self._patiently(helper.pin_threads(qemu.pid, self._definition.name, pins))
 
     async def _schedule_by_helper(self, wanted: ThreadPlan, policy: str, qemu: Qemu) -> None:
         helper = await self._join_bus()
         self._by_helper = True
         name, tids = self._definition.name, wanted.scheduled
-        await self._patiently(helper.set_scheduler(qemu.pid, name, tids, policy, wanted.priority))
+        with self._place_of_refusal(qemu):
+            await self._patiently(helper.set_scheduler(qemu.pid, name, tids, policy, wanted.priority))
+
+    @contextlib.contextmanager
+    def _place_of_refusal(self, qemu: Qemu) -> Iterator[None]:
+        """Tell with which option the user has made his QEMU one that the helper does not know for his."""
+        try:
+            yield
+        except TuningFailed as err:
+            if err.wire_name == access.TARGET_REFUSED:
+                is_own = procfs.owner(qemu.pid) in (os.geteuid(), None)
+                mark, hint = restrictions.helper_refused(self._definition.options, procfs.comm(qemu.pid), is_own=is_own)
+                err.message = err.message if mark is None else f"{mark}: {err.message}"
+                err.hint = err.hint or hint
+            raise
 
     def _check(self, differences: list[str]) -> None:
         if differences:
