@@ -48,8 +48,14 @@ def _act(arguments: cli.Arguments) -> int:
             return _run(arguments)
         case cli.Status(all_users=True) | cli.Limits() | cli.Release():
             return _administer(arguments)
-        case cli.Status() | cli.Stop() | cli.Kill():
-            return _ask(arguments)
+        case cli.List():
+            from . import listing  # noqa: PLC0415
+
+            return listing.show(os.environ, as_json=arguments.json)
+        case cli.Status():
+            return _status(arguments)
+        case cli.Stop() | cli.Kill() | cli.Pause() | cli.Resume():
+            return _press(arguments)
     return 0
 
 
@@ -77,14 +83,26 @@ def _run(arguments: cli.Run) -> int:
     return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet)
 
 
-def _ask(arguments: cli.Status | cli.Stop | cli.Kill) -> int:
+def _status(arguments: cli.Status) -> int:
     from . import locate, status  # noqa: PLC0415
 
     # Not the definition: the VM that runs is what counts, even if its file has changed or gone since.
-    name = None if arguments.vm is None else locate.vm_name(arguments.vm)
-    if name is None or isinstance(arguments, cli.Status):
-        return status.show(name)
-    return status.stop(name) if isinstance(arguments, cli.Stop) else status.kill(name)
+    return status.show(None if arguments.vm is None else locate.vm_name(arguments.vm))
+
+
+def _press(arguments: cli.Stop | cli.Kill | cli.Pause | cli.Resume) -> int:
+    from . import locate, power  # noqa: PLC0415
+
+    name = locate.vm_name(arguments.vm)
+    match arguments:
+        case cli.Stop():
+            return power.stop(name)
+        case cli.Kill():
+            return power.kill(name)
+        case cli.Pause():
+            return power.pause(name)
+        case cli.Resume():
+            return power.resume(name)
 
 
 def _administer(arguments: cli.Status | cli.Limits | cli.Release) -> int:

@@ -19,13 +19,20 @@ qemu-launcher COMMAND [OPTION...] [NAME]
 
 Run QEMU virtual machines pinned, shielded and real-time, without being root.
 
-Commands:
+Start and end:
   run NAME         Start a VM in the foreground; the word run may be left out
-  command NAME     Print QEMU's command line, without starting anything
-  status [NAME]    Show your running VMs and where their vCPUs run
   stop NAME        Ask the guest to power down
   kill NAME        Cut the power
-  limits           Show what you may have, and which line of whose file says so
+  pause NAME       Let the guest stand still
+  resume NAME      Let it go on
+
+See:
+  list             Show your definitions, and which of them run
+  status [NAME]    Show your running VMs and where their vCPUs run
+  command NAME     Print QEMU's command line, without starting anything
+
+What you may have:
+  limits           Show it, and which line of whose file says so
   release NAME     Give back its CPUs, real time and memory lock; it runs on
 
 Options:
@@ -33,7 +40,7 @@ Options:
      --version     Show the version
   -q --quiet       run: say nothing as long as all is well
      --untuned     run: without pinning, scheduling and memory locking
-     --json        command, limits: print JSON
+     --json        list, command, limits: print JSON
      --all-users   status: everybody's tuned VMs, instead of yours
      --owner USER  limits, release: of that user, by name or number
 
@@ -44,14 +51,15 @@ is set, otherwise in ~/.config/qemu-launcher, /etc/qemu-launcher/vms or
 /usr/local/etc/qemu-launcher; or the path of one, such as ./win11.yml.
 
 Exit status: of run, QEMU's own (128+N if signal N ended it); 1 if something
-failed, 2 if the command line or the definition is wrong, 3 if status, stop,
-kill or release is asked about a VM that is not running, or holds nothing.
+failed, 2 if the command line or the definition is wrong, 3 if a command is for
+a running VM and it is not running, or if release finds nothing to give back.
 
 Examples:
   qemu-launcher win11                  Start win11
   qemu-launcher --untuned win11        Start it where tuning does not work
   qemu-launcher command ./win11.yml    Look at what QEMU would be given
   qemu-launcher stop win11             Power it down, from another terminal
+  qemu-launcher list                   See what there is to start, and what runs
   qemu-launcher limits                 See how many CPUs you may have
   qemu-launcher status --all-users     See who holds which CPUs
   qemu-launcher release win11 --owner alice    Take them away from alice
@@ -86,6 +94,18 @@ class Kill(NamedTuple):
     vm: str
 
 
+class Pause(NamedTuple):
+    vm: str
+
+
+class Resume(NamedTuple):
+    vm: str
+
+
+class List(NamedTuple):
+    json: bool
+
+
 class Limits(NamedTuple):
     """`owner`, here and below: name or number of a user, not looked up yet; None is oneself."""
 
@@ -106,14 +126,14 @@ class Version(NamedTuple):
     pass
 
 
-Arguments = Run | Command | Status | Stop | Kill | Limits | Release | Help | Version
+Arguments = Run | Command | Status | Stop | Kill | Pause | Resume | List | Limits | Release | Help | Version
 
-COMMANDS = ("run", "command", "status", "stop", "kill", "limits", "release")
+COMMANDS = ("run", "stop", "kill", "pause", "resume", "list", "status", "command", "limits", "release")
 OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
     "--untuned": ("run",),
-    "--json": ("command", "limits"),
+    "--json": ("list", "command", "limits"),
     "--all-users": ("status",),
     "--owner": ("limits", "release"),
 }
@@ -140,7 +160,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _parser(command)
     for option in (word.partition("=")[0] for word in words):
         if command not in OPTIONS.get(option, (command,)):
-            parser.error(f"{option} is an option of {' and '.join(OPTIONS[option])}, not of {command}")
+            parser.error(f"{option} is an option of {_either(OPTIONS[option])}, not of {command}")
     found = parser.parse_args(rest)
     if command not in _WITHOUT_NAME and found.vm is None:
         parser.error("the name of a VM is missing")
@@ -149,13 +169,20 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return _MEANINGS[command](**vars(found))
 
 
-_WITHOUT_NAME = ("status", "limits")
+def _either(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+_WITHOUT_NAME = ("list", "status", "limits")
 _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "run": Run,
     "command": Command,
     "status": Status,
     "stop": Stop,
     "kill": Kill,
+    "pause": Pause,
+    "resume": Resume,
+    "list": List,
     "limits": Limits,
     "release": Release,
 }
@@ -171,7 +198,7 @@ def _parser(command: str) -> _Parser:
             parser.add_argument(option, action="store_true")
     if command in OPTIONS["--owner"]:
         parser.add_argument("--owner", metavar="USER")
-    if command != "limits":
+    if command not in ("list", "limits"):
         parser.add_argument("vm", metavar="NAME", nargs="?")
     return parser
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import DefinitionError, did_you_mean
 
@@ -15,6 +16,15 @@ VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # the helper's rule: it
 SUFFIX = ".yml"
 SUFFIXES = (SUFFIX, ".yaml")
 SYSTEM_FOLDERS = (Path("/etc/qemu-launcher/vms"), Path("/usr/local/etc/qemu-launcher"))
+
+
+class Located(NamedTuple):
+    """A definition file in one of the folders. `problem`: why its file can be no VM's, whatever is in it."""
+
+    name: str
+    path: Path
+    shadowed_by: Path | None = None
+    problem: DefinitionError | None = None
 
 
 def folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
@@ -40,6 +50,39 @@ def names(where: Sequence[Path]) -> list[str]:
     return sorted(found)
 
 
+def located(where: Sequence[Path]) -> tuple[list[Located], list[tuple[Path, str]]]:
+    """All definition files in the folders `where`, each name's first one first; and the folders that cannot be read.
+
+    As `find` sees them: the first folder wins, and NAME.yaml is a mistake that is told where there is no NAME.yml.
+    Hidden files, as editors leave them, are none.
+    """
+    found: dict[str, Located] = {}
+    shadowed, misnamed, unreadable = list[Located](), list[Located](), list[tuple[Path, str]]()
+    for folder in where:
+        try:
+            files = sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):  # most people have one of the three
+            continue
+        except OSError as err:
+            unreadable.append((folder, err.strerror or str(err)))
+            continue
+        for file in files:
+            stem, suffix = os.path.splitext(file)  # noqa: PTH122  names, not paths
+            path = folder / file
+            if file.startswith(".") or suffix not in SUFFIXES:
+                continue
+            if VM_NAME.fullmatch(stem) is None:
+                misnamed.append(Located(stem, path, problem=_no_name(stem)))
+            elif suffix != SUFFIX:
+                misnamed.append(Located(stem, path, problem=_wrong_suffix(stem, path)))
+            elif stem in found:
+                shadowed.append(Located(stem, path, shadowed_by=found[stem].path))
+            else:
+                found[stem] = Located(stem, path)
+    wrong = [one for one in misnamed if one.name not in found]
+    return [*found.values(), *wrong, *shadowed], unreadable
+
+
 def is_path(argument: str) -> bool:
     """Whether `argument` is the path of a definition rather than a name."""
     return "/" in argument or argument.endswith(SUFFIXES)
@@ -54,10 +97,7 @@ def vm_name(argument: str) -> str:
             name = name.removesuffix(suffix)
     if VM_NAME.fullmatch(name):
         return name
-    what = f"{argument!r} gives {name!r}, which" if name != argument else repr(name)
-    raise DefinitionError(
-        f"{what} is no name for a VM", "use letters, digits, - and _, beginning with a letter or digit; at most 48"
-    )
+    raise _no_name(name, argument)
 
 
 def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()) -> tuple[str, Path]:
@@ -76,7 +116,7 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
     for folder in where:
         other = folder / (name + SUFFIXES[1])
         if _exists(other):
-            raise DefinitionError(f"{other} is not called {name}{SUFFIX}", f"rename it, or give its path: {other}")
+            raise _wrong_suffix(name, other)
     if name in commands:  # written after `run` or `--`
         hint: str | None = f"{name} is a command too: qemu-launcher {name}"
     else:
@@ -98,6 +138,17 @@ def spelled(name: str, path: Path, environ: Mapping[str, str]) -> str:
         pass
     text = os.fspath(path)
     return quote(f"./{text}" if text.startswith("-") else text)
+
+
+def _no_name(name: str, argument: str | None = None) -> DefinitionError:
+    what = repr(name) if argument in (None, name) else f"{argument!r} gives {name!r}, which"
+    return DefinitionError(
+        f"{what} is no name for a VM", "use letters, digits, - and _, beginning with a letter or digit; at most 48"
+    )
+
+
+def _wrong_suffix(name: str, path: Path) -> DefinitionError:
+    return DefinitionError(f"{path} is not called {name}{SUFFIX}", f"rename it, or give its path: {path}")
 
 
 def _exists(path: Path) -> bool:

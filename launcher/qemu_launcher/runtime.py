@@ -72,6 +72,11 @@ class Found:
         return self.launcher is not None and self.record.state != RUNNING and not ended
 
     @property
+    def is_held(self) -> bool:
+        """Its launcher has not let the guest run, and is about to, or has died before."""
+        return self.is_alive and self.record.state == STARTING
+
+    @property
     def never_started(self) -> bool:
         """QEMU is there, its guest has not run, and nobody is left who would let it."""
         return self.qemu is not None and self.launcher is None and self.record.state == STARTING

@@ -5,7 +5,7 @@ A text that cannot be written is a LauncherError, or BrokenPipeError when its re
 
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import LauncherError
 
@@ -22,6 +22,18 @@ def say(text: str) -> None:
     except OSError as err:
         abandon(sys.stdout)
         raise LauncherError(f"cannot write to standard output: {err.strerror}") from err
+
+
+def say_json(value: Any, *, indent: int | None = None) -> None:
+    """Write `value` as JSON and end the line. What is no valid text, such as a file's name, is escaped."""
+    import json  # noqa: PLC0415  whoever prints no JSON has no use for it
+
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    say(text + "\n")
 
 
 def confirm(text: str) -> None:

@@ -30,7 +30,9 @@ class RichPage:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table with a head."""
-        table = self._table(*columns)
+        table = self._table()
+        for column in columns:
+            table.add_column(column, overflow="fold")  # on a narrow terminal nothing is left out
         for row in rows:
             table.add_row(*map(self._text, row))
         self._console.print(table)

@@ -117,3 +117,21 @@ def test_command_imports_nothing_of_a_run(home: Home, words: tuple[str, ...]) ->
     )
     modules = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert not {name.partition(".")[0] for name in modules} & {"asyncio", "dbus_next", "rich", "prctl"}
+
+
+@pytest.mark.parametrize(
+    "words", [("list",), ("list", "--json"), ("pause", "vm-under-test"), ("resume", "vm-under-test")]
+)
+def test_everyday_commands_need_neither_bus_nor_rich(home: Home, words: tuple[str, ...]) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qemu_launcher", *words],
+        env=home.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not {name.partition(".")[0] for name in modules} & {"dbus_next", "rich", "prctl"}

@@ -29,6 +29,11 @@ from unit.reading import ROOT
         ("status win11", cli.Status("win11")),
         ("stop win11", cli.Stop("win11")),
         ("kill kill", cli.Kill("kill")),
+        ("pause win11", cli.Pause("win11")),
+        ("resume ./win11.yml", cli.Resume("./win11.yml")),
+        ("list", cli.List(json=False)),
+        ("--json list", cli.List(json=True)),
+        ("run list", cli.Run("list", untuned=False, quiet=False)),
         ("status --all-users", cli.Status(None, all_users=True)),
         ("--all-users status", cli.Status(None, all_users=True)),
         ("limits", cli.Limits(json=False, owner=None)),
@@ -69,6 +74,9 @@ def test_odd_words_are_kept() -> None:
         ("command --json", "the name of a VM is missing"),
         ("-q", "the name of a VM is missing"),
         ("stop", "the name of a VM is missing"),
+        ("pause", "the name of a VM is missing"),
+        ("resume -q", "-q is an option of run, not of resume"),
+        ("list win11", "unrecognized arguments: win11"),
         ("win11 win12", "unrecognized arguments: win12"),
         ("status a b", "unrecognized arguments: b"),
         ("--unt win11", "unrecognized arguments: --unt"),
@@ -78,9 +86,9 @@ def test_odd_words_are_kept() -> None:
         ("-q status", "-q is an option of run, not of status"),
         ("stop win11 --quiet", "--quiet is an option of run, not of stop"),
         ("--untuned kill win11", "--untuned is an option of run, not of kill"),
-        ("status --json", "--json is an option of command and limits, not of status"),
-        ("--json win11", "--json is an option of command and limits, not of run"),
-        ("--json=yes run win11", "--json is an option of command and limits, not of run"),
+        ("status --json", "--json is an option of list, command and limits, not of status"),
+        ("--json win11", "--json is an option of list, command and limits, not of run"),
+        ("--json=yes run win11", "--json is an option of list, command and limits, not of run"),
         ("release", "the name of a VM is missing"),
         ("release --owner bob", "the name of a VM is missing"),
         ("release win11 --owner", "argument --owner: expected one argument"),
@@ -106,8 +114,8 @@ def test_refused(words: str, message: str) -> None:
 def test_help_fits_a_terminal_and_names_every_command() -> None:
     lines = cli.HELP.splitlines()
     assert max(map(len, lines)) <= 80
-    section = lines[lines.index("Commands:") + 1 : lines.index("Options:") - 1]
-    assert tuple(line.split()[0] for line in section) == cli.COMMANDS
+    section = lines[lines.index("Start and end:") : lines.index("Options:")]
+    assert tuple(line.split()[0] for line in section if line.startswith("  ")) == cli.COMMANDS
 
 
 def test_help_names_every_option_and_whose_it_is() -> None:

@@ -1,28 +1,39 @@
 """How the running VMs are shown, without any VM."""
 
+from dataclasses import replace
+
 import pytest
 
-from qemu_launcher import runtime, status, table
+from qemu_launcher import power, runtime, status, table
+from qemu_launcher.control import State
 from qemu_launcher.errors import NotRunning
+from qemu_launcher.procfs import Scheduling
 from qemu_launcher.record import Record
-from qemu_launcher.status import Picture, VcpuRow
+from qemu_launcher.status import Memory, Picture, Vcpu
+
+REALTIME = Scheduling("fifo", 1, reset_on_fork=True)
+OTHER = Scheduling("other", 0, reset_on_fork=False)
+INVALID = "isolated invalid (why)"
 
 PICTURE = Picture(
     name="win11",
+    state=State("running", control_socket="ok"),
     pid=4711,
-    state="running",
-    facts=(("definition", "/home/alice/win11.yml"), ("memory", "24.1 GiB used, 24 GiB locked, 25 GiB lockable")),
+    definition="/home/alice/win11.yml",
+    launcher=4700,
+    memory=Memory(used=int(24.1 * 2**30), locked=24 * 2**30, lockable=25 * 2**30),
     vcpus=(
-        VcpuRow(0, 4720, "4", "yes", "fifo (reset on fork)", "1"),
-        VcpuRow(10, 14721, "12-13", "isolated invalid (why)", "other", "0"),
+        Vcpu(0, 4720, frozenset({4}), shielded=True, partition="isolated", scheduling=REALTIME),
+        Vcpu(10, 14721, frozenset({12, 13}), shielded=False, partition=INVALID, scheduling=OTHER),
     ),
 )
 
 
 def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status._plain(PICTURE) == (
+    assert status.plain([PICTURE]) == (
         "win11: running, PID 4711\n"
         "  definition  /home/alice/win11.yml\n"
+        "  launcher    PID 4700\n"
         "  memory      24.1 GiB used, 24 GiB locked, 25 GiB lockable\n"
         "  vCPU  TID    host CPUs  shielded                policy                priority\n"
         "  0     4720   4          yes                     fifo (reset on fork)  1\n"
@@ -38,7 +49,10 @@ def test_root_is_told_whose_vms_are_shown(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().out == (
         "no VM of root is running; those of another user: sudo -u USER qemu-launcher status\n"
     )
-    for command, ask in (("status", status.show), ("stop", status.stop), ("kill", status.kill)):
+    for command, ask in (
+        ("status", status.show),
+        *((ask.__name__, ask) for ask in (power.stop, power.kill, power.pause, power.resume)),
+    ):
         with pytest.raises(NotRunning, match=r"^win11 is not running among the VMs of root$") as caught:
             ask("win11")
         assert caught.value.hint == (
@@ -52,7 +66,7 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert status.show(None) == 0
     assert capsys.readouterr().out == "no VM of yours is running\n"
-    for ask in (status.show, status.stop, status.kill):
+    for ask in (status.show, power.stop, power.kill, power.pause, power.resume):
         with pytest.raises(NotRunning, match="win11 is not running") as caught:
             ask("win11")
         assert caught.value.exit_status == 3
@@ -61,10 +75,10 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_markup_in_a_path_is_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    picture = Picture("vm", 1, "running", (("definition", "/home/[bold]alice[/bold].yml"),), PICTURE.vcpus)
+    picture = replace(PICTURE, definition="/home/[bold]alice[/bold].yml")
     page = table.rich_page()
     assert page is not None
-    status._show_rich([picture], page)
+    status.show_rich([picture], page)
     shown = capsys.readouterr().out
     assert "/home/[bold]alice[/bold].yml" in shown
     assert "isolated invalid" in shown
@@ -85,6 +99,16 @@ SHIELDED = Record(isolation="shield", cpus=frozenset({4, 12}))
     ],
 )
 def test_owner_is_told_of_a_lost_shield(record: Record, shielded: tuple[str, str], words: str | None) -> None:
-    rows = [VcpuRow(index, 4720 + index, str(4 + 8 * index), shielded[index], "other", "0") for index in (0, 1)]
-    loss = status.lost_shield(record, rows)
+    vcpus = [
+        Vcpu(
+            index,
+            4720 + index,
+            frozenset({4 + 8 * index}),
+            shielded=word == "yes",
+            partition=None if word == "no" else "isolated" if word == "yes" else word,
+            scheduling=OTHER,
+        )
+        for index, word in enumerate(shielded)
+    ]
+    loss = status.lost_shield(record, vcpus)
     assert loss == words or (words is not None and loss is not None and loss.startswith(words))

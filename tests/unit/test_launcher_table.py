@@ -35,3 +35,18 @@ def test_terminal_without_rich_gets_plain_text(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(builtins, "__import__", without_rich)
     assert table.rich_page() is None
+
+
+def test_narrow_terminal_loses_no_part_of_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path ends in the line and the column of a mistake."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    page = table.rich_page()
+    assert page is not None
+    page.table(("VM", "definition"), [("win11", "/home/alice/.config/qemu-launcher/win11.yml:12:7")])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "12:7" in shown
