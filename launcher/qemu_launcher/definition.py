@@ -16,12 +16,25 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import restrictions, yamlnode
+from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
-from .keys import MAX_PRIORITY, MIN_PRIORITY, REALTIME_POLICIES, HostCpu, Memlock, Pinning, read_launcher
-from .options import QemuOption, has_mem_lock, has_vfio, read_options, vcpu_limit
+from .keys import REALTIME_POLICIES, Memlock, Scheduling, priority_of, read_launcher
+from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, vcpu_limit
+from .pinning import CpuSet, Pinning
 from .yamlnode import Map, Node, describe, fail
 
-__all__ = ["HostCpu", "Memlock", "Pinning", "QemuOption", "VmDefinition", "load", "parse", "read", "validate_tunable"]
+__all__ = [
+    "CpuSet",
+    "Memlock",
+    "Pinning",
+    "QemuOption",
+    "Scheduling",
+    "VmDefinition",
+    "load",
+    "parse",
+    "read",
+    "validate_tunable",
+]
 
 MAX_FILE_BYTES = 1 << 20  # a long definition has 10 KiB; this bounds time and memory for a file that is none
 DEFAULT_SHUTDOWN_TIMEOUT = 60.0  # seconds
@@ -41,6 +54,9 @@ class VmDefinition(NamedTuple):
     pinning: Pinning | None = None
     scheduler: str | None = None  # one of keys.POLICIES
     priority: int = 0  # 1-99 for fifo and rr, else 0
+    emulator_pinning: CpuSet | None = None
+    iothread_pinning: Mapping[str, CpuSet] | None = None  # by id; never empty
+    emulator_scheduler: Scheduling | None = None
     memlock: Memlock = Memlock("none")
     isolation: str | None = None  # one of keys.ISOLATIONS; None when nothing is pinned
     on_tuning_failure: str = "abort"  # or "continue"
@@ -57,7 +73,23 @@ class VmDefinition(NamedTuple):
     @property
     def wants_tuning(self) -> bool:
         """Whether there is anything to do before the guest may run."""
-        return self.memlock.kind != "none" or self.pinning is not None or self.scheduler is not None
+        return self.memlock.kind != "none" or self.places_threads or self.schedules_threads
+
+    @property
+    def places_threads(self) -> bool:
+        """Whether any thread has host CPUs of its own."""
+        return bool(self.pinning or self.emulator_pinning or self.iothread_pinning)
+
+    @property
+    def threads_by_helper(self) -> bool:
+        """Whether placing or scheduling them takes more rights than the user has."""
+        emulator_priority = self.emulator_scheduler.priority if self.emulator_scheduler else 0
+        return self.isolation in ("shield", "cpuset") or self.is_realtime or emulator_priority > 0
+
+    @property
+    def schedules_threads(self) -> bool:
+        """Whether any thread has a policy of its own."""
+        return self.scheduler is not None or self.emulator_scheduler is not None
 
 
 def load(path: Path, name: str) -> VmDefinition:
@@ -122,8 +154,7 @@ def validate_tunable(definition: VmDefinition) -> None:
     """Raise DefinitionError if this QEMU could not be tuned as the definition wants. It may still be run untuned."""
     if not definition.wants_tuning:
         return
-    by_helper = definition.isolation in ("shield", "cpuset") or definition.is_realtime
-    problems = list(restrictions.untunable(definition.options, threads_by_helper=by_helper))
+    problems = list(restrictions.untunable(definition.options, threads_by_helper=definition.threads_by_helper))
     if problems:
         raise DefinitionError.several(problems)
 
@@ -139,17 +170,10 @@ def _check_together(
     _check_priority(keys, marks, problems)
     pinning: Pinning | None = keys.get("pinning")
     if pinning is not None:
-        keys.setdefault("isolation", "shield")
         _check_shared_cpus(pinning, keys.get("scheduler"), problems, warnings)
         _check_vcpu_count(pinning, vcpu_limit(options), problems)
-    elif "isolation" in keys:
-        problems.append(
-            DefinitionError(
-                f"isolation: {keys['isolation']} has nothing to isolate: no vCPU is pinned",
-                "add vcpu_pinning, or remove isolation",
-                mark=marks["isolation"],
-            )
-        )
+    _check_isolation(keys, marks, problems)
+    _check_iothreads(keys.get("iothread_pinning"), options, problems)
     if "memlock" not in keys and (has_vfio(options) or has_mem_lock(options)):
         keys["memlock"] = Memlock("auto")
     problems.extend(restrictions.never(options))
@@ -159,40 +183,74 @@ def _check_together(
 
 def _check_priority(keys: dict[str, Any], marks: Mapping[str, Mark], problems: list[DefinitionError]) -> None:
     scheduler, priority = keys.get("scheduler"), keys.get("priority")
-    if scheduler in REALTIME_POLICIES:
-        if MIN_PRIORITY <= keys.setdefault("priority", MIN_PRIORITY) <= MAX_PRIORITY:
-            return
-        problem = f"priority {priority} is out of range for {scheduler} ({MIN_PRIORITY}-{MAX_PRIORITY})"
-        hint = f"write a priority from {MIN_PRIORITY} to {MAX_PRIORITY}; your administrator may allow less"
-    elif priority is None or (scheduler is not None and priority == 0):
-        return
-    elif scheduler is None:
-        problem = f"priority {priority} without scheduler"
+    if scheduler is None and priority is not None:
         hint = "add scheduler: fifo or scheduler: rr, or remove priority"
+        problems.append(DefinitionError(f"priority {priority} without scheduler", hint, mark=marks["priority"]))
+    elif scheduler is not None:
+        try:
+            keys["priority"] = priority_of(scheduler, priority, marks.get("priority", marks["scheduler"]))
+        except DefinitionError as err:
+            problems.append(err)
+
+
+def _check_isolation(keys: dict[str, Any], marks: Mapping[str, Mark], problems: list[DefinitionError]) -> None:
+    """Only vCPUs are shielded. Without them threads are placed by affinity, or in cpusets where that is asked for."""
+    pinning, iothreads, emulator = (keys.get(key) for key in ("pinning", "iothread_pinning", "emulator_pinning"))
+    if pinning or iothreads or emulator:
+        isolation = keys.setdefault("isolation", "shield" if pinning else "affinity")
+        if isolation == "affinity" or pinning or (isolation == "cpuset" and iothreads):
+            return
+        what = (
+            "shield has nothing to shield: no vCPU is pinned"
+            if isolation == "shield"
+            else "cpuset is made for pinned vCPUs and iothreads, and emulator_pinning alone pins none of them"
+        )
+        hint = "add vcpu_pinning, or write isolation: affinity"
+    elif "isolation" in keys:
+        what = f"{keys['isolation']} has nothing to isolate: no vCPU is pinned"
+        hint = "add vcpu_pinning, or remove isolation"
     else:
-        problem = f"priority {priority} is out of range for {scheduler}, which has none but 0"
-        hint = "remove it, or use scheduler: fifo or scheduler: rr"
-    problems.append(DefinitionError(problem, hint, mark=marks["priority"]))
+        return
+    problems.append(DefinitionError(f"isolation: {what}", hint, mark=marks["isolation"]))
+
+
+def _check_iothreads(
+    iothreads: Mapping[str, CpuSet] | None, options: tuple[QemuOption, ...], problems: list[DefinitionError]
+) -> None:
+    known = iothread_ids(options)
+    if known is None:
+        return
+    for name, cpus in (iothreads or {}).items():
+        if name not in known:
+            what = f"iothread_pinning names {name!r}, and the qemu section has no such iothread"
+            hint = f"it has {', '.join(known)}" if known else f"add - object: [iothread, id: {name}] to it"
+            problems.append(DefinitionError(what, hint, mark=cpus.mark))
 
 
 def _check_vcpu_count(pinning: Pinning, limit: int | None, problems: list[DefinitionError]) -> None:
-    if limit is not None and len(pinning.host_cpus) > limit:
-        message = f"vcpu_pinning names {len(pinning.host_cpus)} vCPUs, but -smp gives the guest {limit}"
-        problems.append(DefinitionError(message, mark=pinning.host_cpus[limit].mark))
+    if limit is not None and len(pinning.sets) > limit:
+        message = f"vcpu_pinning names {len(pinning.sets)} vCPUs, but -smp gives the guest {limit}"
+        problems.append(DefinitionError(message, mark=pinning.sets[limit].mark))
 
 
 def _check_shared_cpus(
     pinning: Pinning, scheduler: str | None, problems: list[DefinitionError], warnings: list[str]
 ) -> None:
     first: dict[int, Mark] = {}
-    for cpu, mark in pinning.host_cpus:
-        earlier = first.get(cpu)
-        if earlier is None:
+    told: set[frozenset[int]] = set()
+    for cpus, mark, _parts in pinning.sets:
+        shared = frozenset(cpus & first.keys())
+        for cpu in cpus - shared:
             first[cpu] = mark
+        if not shared:
             continue
-        what = f"host CPU {cpu} has a vCPU already, from {earlier.line}:{earlier.column}"
+        earlier = first[min(shared)]
+        plural = "s" * (len(shared) > 1)
+        verb = "have" if plural else "has"
+        what = f"host CPU{plural} {format_cpulist(shared)} {verb} a vCPU already, from {earlier.line}:{earlier.column}"
         if scheduler in REALTIME_POLICIES:
             hint = f"two {scheduler} vCPUs on one CPU can hang the guest; give each a CPU of its own"
             problems.append(DefinitionError(what, hint, mark=mark))
-        else:
+        elif not (plural and shared in told):  # many vCPUs that float over the same CPUs are one fact
+            told.add(shared)
             warnings.append(f"{mark}: {what}; they will take turns")

@@ -4,17 +4,16 @@ Each reader turns a node into the value that VmDefinition carries, or refuses it
 in `definition`. Nothing here looks at the host: a CPU that does not exist is refused later, by `host`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import yamlnode
+from . import pinning, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
-from .yamlnode import List, Map, Node, Scalar, describe, fail
+from .pinning import MAX_UINT32
+from .yamlnode import Map, Node, Scalar, describe, fail
 
-MAX_UINT32 = (1 << 32) - 1
 MAX_ID = MAX_UINT32 - 1  # 2^32-1 means "leave unchanged" in setresuid(2)
-MAX_PINNED = 8192  # vCPUs; twice what any of QEMU's machines can have
 MAX_MEMLOCK = (1 << 63) - 1  # bytes
 LEAST_MEMLOCK = 1 << 20  # bytes; less than a MiB is a size without its unit
 MAX_SHUTDOWN_TIMEOUT = 30 * 24 * 3600  # seconds
@@ -27,27 +26,14 @@ SIZE_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 MEMLOCK_HINT = "write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 
 
-class HostCpu(NamedTuple):
-    """A host CPU in the pinning, and where it was written."""
+class Scheduling(NamedTuple):
+    """A policy, one of POLICIES, and its priority: 1-99 for fifo and rr, else 0."""
 
-    cpu: int
-    mark: Mark
+    policy: str
+    priority: int
 
-
-class Pinning(NamedTuple):
-    """Which vCPU runs on which host CPU: exactly one of the two forms is set, never empty.
-
-    `topology`: (socket, core, thread) of the vCPU -> host CPU. `by_index`: vCPU i runs on the i-th.
-    """
-
-    topology: Mapping[tuple[int, int, int], HostCpu] | None
-    by_index: tuple[HostCpu, ...] | None
-    mark: Mark
-
-    @property
-    def host_cpus(self) -> tuple[HostCpu, ...]:
-        """All CPUs named, in the order of the file, repetitions included."""
-        return tuple(self.topology.values()) if self.topology is not None else self.by_index or ()
+    def __str__(self) -> str:
+        return f"{self.policy} {self.priority}" if self.priority else self.policy
 
 
 class Memlock(NamedTuple):
@@ -107,50 +93,11 @@ def _env(node: Node, what: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _pinning(node: Node, what: str) -> Pinning | None:
-    """Either form of vcpu_pinning; None for a map that names no vCPU, which the original tool takes for no pinning."""
-    if isinstance(node, List):
-        if not node.items:
-            fail(node, f"{what} is an empty list", "name a host CPU for each vCPU, or remove the key")
-        return Pinning(
-            None, tuple(_host_cpu(item, f"the host CPU of vCPU {i}") for i, item in enumerate(node.items)), node.mark
-        )
-    if not isinstance(node, Map):
-        fail(
-            node,
-            f"{what} must be a map or a list, not {describe(node)}",
-            "write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]",
-        )
-    topology = dict(_by_topology(node, what))
-    return Pinning(topology, None, node.mark) if topology else None
-
-
-def _by_topology(node: Node, what: str) -> Iterator[tuple[tuple[int, int, int], HostCpu]]:
-    seen = 0
-    for socket, cores in _numbered(node, what, "socket"):
-        for core, threads in _numbered(cores, f"socket {socket}", "core"):
-            for thread, cpu in _numbered(threads, f"core {core} of socket {socket}", "thread"):
-                seen += 1
-                yield (socket, core, thread), _host_cpu(cpu, f"the host CPU of vCPU {socket}/{core}/{thread}")
-            seen += 1  # empty ones too: aliases can make a billion of them out of a small file
-            if seen > MAX_PINNED:
-                fail(node, f"{what} names more than {MAX_PINNED} vCPUs")
-
-
-def _numbered(node: Node, what: str, key_name: str) -> Iterator[tuple[int, Node]]:
-    for key, value in yamlnode.entries(node, what):
-        yield yamlnode.integer(key, f"a {key_name} number in {what}", 0, MAX_UINT32), value
-
-
-def _host_cpu(node: Node, what: str) -> HostCpu:
-    return HostCpu(yamlnode.integer(node, what, 0, MAX_UINT32), node.mark)
-
-
 def _scheduler(node: Node, what: str) -> str:
     if isinstance(node, Scalar) and node.kind == "str" and node.text == "deadline":
         fail(
             node,
-            "scheduler deadline cannot be had: it needs a runtime, a deadline and a period, the kernel refuses it for "
+            f"{what} deadline cannot be had: it needs a runtime, a deadline and a period, the kernel refuses it for "
             "threads confined to a partition (EPERM), and its admission control is shared by all users",
             "use fifo or rr, with vcpu_pinning",
         )
@@ -160,6 +107,45 @@ def _scheduler(node: Node, what: str) -> str:
 def _priority(node: Node, what: str) -> int:
     # Its range depends on the scheduler: `definition` looks at both.
     return yamlnode.number(node, what)
+
+
+def priority_of(policy: str, priority: int | None, mark: Mark) -> int:
+    """The priority that goes with `policy`, where `priority` was given at `mark`, or not at all. DefinitionError."""
+    if policy in REALTIME_POLICIES:
+        if priority is None:
+            return MIN_PRIORITY
+        if MIN_PRIORITY <= priority <= MAX_PRIORITY:
+            return priority
+        raise DefinitionError(
+            f"priority {priority} is out of range for {policy} ({MIN_PRIORITY}-{MAX_PRIORITY})",
+            f"write a priority from {MIN_PRIORITY} to {MAX_PRIORITY}; your administrator may allow less",
+            mark=mark,
+        )
+    if priority:
+        raise DefinitionError(
+            f"priority {priority} is out of range for {policy}, which has none but 0",
+            "remove it, or use fifo or rr",
+            mark=mark,
+        )
+    return 0
+
+
+def _emulator_scheduler(node: Node, what: str) -> Scheduling:
+    """A policy's name, or {policy: fifo, priority: 1}."""
+    if not isinstance(node, Map):
+        policy = _scheduler(node, what)
+        return Scheduling(policy, priority_of(policy, None, node.mark))
+    given = {}
+    for key, value in node.pairs:
+        if key.text not in ("policy", "priority"):
+            raise yamlnode.unknown(key, f"key in {what}:", ("policy", "priority"))
+        given[key.text] = value
+    if "policy" not in given:
+        fail(node, f"the key policy is missing in {what}:", f"write {what}: {{policy: fifo, priority: 1}}")
+    policy = _scheduler(given["policy"], f"the policy of {what}")
+    number = given.get("priority")
+    priority = None if number is None else _priority(number, f"the priority of {what}")
+    return Scheduling(policy, priority_of(policy, priority, node.mark if number is None else number.mark))
 
 
 def _memlock(node: Node, what: str) -> Memlock:
@@ -210,9 +196,12 @@ _KEYS: dict[str, tuple[str, Callable[[Node, str], Any]]] = {
     "clear_env": ("clear_env", yamlnode.boolean),
     "env": ("env", _env),
     "working_directory": ("working_directory", _path),
-    "vcpu_pinning": ("pinning", _pinning),
+    "vcpu_pinning": ("pinning", pinning.vcpu_pinning),
+    "emulator_pinning": ("emulator_pinning", pinning.emulator_pinning),
+    "iothread_pinning": ("iothread_pinning", pinning.iothread_pinning),
     "scheduler": ("scheduler", _scheduler),
     "priority": ("priority", _priority),
+    "emulator_scheduler": ("emulator_scheduler", _emulator_scheduler),
     "rlimit_memlock": ("memlock", _memlock),
     "isolation": ("isolation", _isolation),
     "on_tuning_failure": ("on_tuning_failure", _on_tuning_failure),

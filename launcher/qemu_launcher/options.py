@@ -94,6 +94,24 @@ def has_mem_lock(options: Iterable[QemuOption]) -> bool:
     )
 
 
+def iothread_ids(options: Sequence[QemuOption]) -> tuple[str, ...] | None:
+    """The ids of all iothreads that QEMU will start with; None where the options do not tell."""
+    ids = []
+    for option in options:
+        if option.bare_name == "readconfig":
+            return None  # it may say anything
+        if option.bare_name != "object":
+            continue
+        if isinstance(option.value, str) and option.value.lstrip().startswith("{"):
+            if '"iothread"' in option.value:
+                return None  # QEMU's JSON form: it is asked itself, once it runs
+            continue
+        properties = list(option.properties())
+        if properties[:1] == [("iothread", None)] or ("qom-type", "iothread") in properties:
+            ids += [value for name, value in properties if name == "id" and value is not None][-1:]
+    return tuple(ids)
+
+
 def vcpu_limit(options: Sequence[QemuOption]) -> int | None:
     """How many vCPUs the guest can ever have, hot-added ones included; None where the options do not tell.
 

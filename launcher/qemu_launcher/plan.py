@@ -7,14 +7,16 @@ without any of the parties. What the kernel lets a user do with his own processe
 TuningFailed is raised for a wish that this QEMU, or this user's limits, cannot meet. Nothing has been done then.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from . import cmdline
-from .definition import VmDefinition
+from .cpulist import format_cpulist
+from .definition import Scheduling, VmDefinition
 from .errors import Mark, TuningFailed
 from .procfs import INFINITY
-from .threads import Threads, Vcpu
+from .threads import Iothread, Threads, Vcpu
 from .voice import format_size
 
 # Guest RAM is not all that VFIO and mem-lock=on lock: QEMU's own heap, video memory, firmware, device queues.
@@ -36,27 +38,45 @@ class MemlockNeed:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """One thread and the host CPUs it belongs on."""
+    """One thread and the host CPUs it belongs on: that of vCPUs, or of the iothread named."""
 
     tid: int
     cpus: frozenset[int]
     vcpus: tuple[int, ...]  # the vCPUs that the thread runs; several only under TCG's thread=single
+    iothread: str | None = None
+    shielded: bool = False
+
+    def __str__(self) -> str:
+        which = ", ".join(str(index) for index in self.vcpus)
+        return f"{f'vCPU {which}' if self.iothread is None else f'iothread {self.iothread!r}'} (TID {self.tid})"
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadPlan:
-    """What the threads of one QEMU shall be given. Empty `pins`: no pinning; `policy` None: scheduling stays."""
+    """What the threads of one QEMU shall be given. Empty `pins`: no pinning; `policy` None: scheduling stays.
+
+    `others`: the CPUs of all threads without a pin; empty: wherever they may run. `emulator`: policy of the emulator
+    threads, which are those that are not `named`.
+    """
 
     pins: tuple[Pin, ...]
     isolation: Literal["shield", "cpuset", "affinity"] | None
     scheduled: tuple[int, ...]  # TIDs
     policy: str | None
     priority: int
+    others: frozenset[int] = frozenset()
+    emulator: Scheduling | None = None
+    named: frozenset[int] = frozenset()  # TIDs of all vCPUs and iothreads, pinned or not
 
     @property
     def cpus(self) -> frozenset[int]:
-        """All CPUs that threads are pinned to."""
-        return frozenset[int]().union(*(pin.cpus for pin in self.pins))
+        """All CPUs that vCPUs are pinned to."""
+        return frozenset[int]().union(*(pin.cpus for pin in self.pins if pin.vcpus))
+
+    @property
+    def places(self) -> bool:
+        """Whether any thread is to be put anywhere."""
+        return bool(self.pins or self.others)
 
 
 def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -> MemlockNeed | None:
@@ -115,41 +135,55 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
 
 def needs_helper(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
     """Whether any of it takes more rights than the user has."""
-    return (
-        (memlock is not None and not memlock.unaided)
-        or definition.isolation in ("shield", "cpuset")
-        or definition.is_realtime
-    )
+    return (memlock is not None and not memlock.unaided) or definition.threads_by_helper
 
 
 def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
     """What to do with the threads of this QEMU. TuningFailed when its vCPUs are not those of the definition."""
+    emulator = definition.emulator_pinning
+    vcpu_tids = tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus))
     return ThreadPlan(
-        pins=_pins(definition, threads.vcpus),
-        isolation=definition.isolation if definition.pinning else None,  # type: ignore[arg-type]  # one of ISOLATIONS
-        scheduled=tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus)) if definition.scheduler else (),
+        pins=(*_vcpu_pins(definition, threads.vcpus), *_iothread_pins(definition, threads.iothreads)),
+        isolation=definition.isolation if definition.places_threads else None,  # type: ignore[arg-type]  # one of ISOLATIONS
+        scheduled=vcpu_tids if definition.scheduler else (),
         policy=definition.scheduler,
         priority=definition.priority,
+        others=emulator.cpus if emulator else frozenset(),
+        emulator=definition.emulator_scheduler,
+        named=frozenset((*vcpu_tids, *(iothread.tid for iothread in threads.iothreads))),
     )
 
 
-def _pins(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> tuple[Pin, ...]:
+def _vcpu_pins(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> tuple[Pin, ...]:
     wanted: dict[int, tuple[frozenset[int], list[Vcpu]]] = {}  # by TID
-    for vcpu, cpu in _assigned(definition, vcpus):
-        cpus = frozenset({cpu})
+    for vcpu, cpus in _assigned(definition, vcpus):
         known, members = wanted.setdefault(vcpu.tid, (cpus, []))
         if known != cpus:
             raise TuningFailed(
                 f"{members[0]} and {vcpu} are one thread of QEMU's (TID {vcpu.tid}), "
-                f"which cannot be on CPU {min(known)} and CPU {cpu} at once",
+                f"which cannot be on CPU {format_cpulist(known)} and CPU {format_cpulist(cpus)} at once",
                 "QEMU runs all vCPUs in one thread (TCG thread=single): use KVM, or TCG with thread=multi",
             )
         members.append(vcpu)
-    return tuple(Pin(tid, cpus, tuple(vcpu.index for vcpu in members)) for tid, (cpus, members) in wanted.items())
+    shielded = definition.isolation == "shield"
+    return tuple(
+        Pin(tid, cpus, tuple(vcpu.index for vcpu in members), shielded=shielded)
+        for tid, (cpus, members) in wanted.items()
+    )
 
 
-def _assigned(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> list[tuple[Vcpu, int]]:
-    """Every pinned vCPU with its host CPU; a vCPU that the definition leaves out stays an emulator thread's equal."""
+def _iothread_pins(definition: VmDefinition, iothreads: tuple[Iothread, ...]) -> Iterator[Pin]:
+    """Never shielded: they work for devices, next to the emulator threads."""
+    by_id = {iothread.id: iothread for iothread in iothreads}
+    for name, cpus in (definition.iothread_pinning or {}).items():
+        if name not in by_id:
+            hint = f"it has {', '.join(by_id)}" if by_id else "it has none at all: add - object: [iothread, id: ...]"
+            raise TuningFailed(f"{cpus.mark}: QEMU has no iothread {name!r}", hint)
+        yield Pin(by_id[name].tid, cpus.cpus, (), iothread=name)
+
+
+def _assigned(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> list[tuple[Vcpu, frozenset[int]]]:
+    """Every pinned vCPU with its host CPUs; a vCPU that the definition leaves out stays an emulator thread's equal."""
     if definition.pinning is None:
         return []
     if definition.pinning.topology is not None:
@@ -159,17 +193,17 @@ def _assigned(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> list[tuple[V
                 "this machine's vCPUs cannot be told apart by socket, core and thread",
                 "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
             )
-        for place, host_cpu in definition.pinning.topology.items():
+        for place, cpus in definition.pinning.topology.items():
             if place not in by_place:
                 socket, core, thread = place
-                raise _unknown(f"socket {socket}, core {core}, thread {thread}", host_cpu.mark, vcpus)
-        return [(by_place[place], host_cpu.cpu) for place, host_cpu in definition.pinning.topology.items()]
+                raise _unknown(f"socket {socket}, core {core}, thread {thread}", cpus.mark, vcpus)
+        return [(by_place[place], cpus.cpus) for place, cpus in definition.pinning.topology.items()]
     by_index = {vcpu.index: vcpu for vcpu in vcpus}
     pairs = []
-    for index, host_cpu in enumerate(definition.pinning.by_index or ()):
+    for index, cpus in enumerate(definition.pinning.by_index or ()):
         if index not in by_index:
-            raise _unknown(str(index), host_cpu.mark, vcpus)
-        pairs.append((by_index[index], host_cpu.cpu))
+            raise _unknown(str(index), cpus.mark, vcpus)
+        pairs.append((by_index[index], cpus.cpus))
     return pairs
 
 

@@ -10,13 +10,19 @@ from collections.abc import Iterator
 
 from . import procfs
 from .cpulist import format_cpulist
-from .plan import Pin, ThreadPlan
+from .definition import Scheduling
+from .plan import ThreadPlan
 from .voice import format_size
 
 
 def thread_differences(pid: int, plan: ThreadPlan) -> list[str]:
     """How the threads of `pid` differ from `plan`; empty when they are as planned."""
-    return [*_pin_differences(pid, plan), *_shield_differences(pid, plan), *_policy_differences(plan)]
+    return [
+        *_pin_differences(pid, plan),
+        *_others_differences(pid, plan),
+        *_shield_differences(pid, plan),
+        *_policy_differences(pid, plan),
+    ]
 
 
 def memlock_differences(pid: int, granted: int, *, exactly: bool) -> list[str]:
@@ -30,26 +36,32 @@ def memlock_differences(pid: int, granted: int, *, exactly: bool) -> list[str]:
     return [f"QEMU (PID {pid}) may lock {_limit(soft)} (hard limit {_limit(hard)}), not {_limit(granted)}"]
 
 
-def describe(pin: Pin) -> str:
-    """`vCPU 3 (TID 4711)`."""
-    which = ", ".join(str(index) for index in pin.vcpus)
-    return f"vCPU {which} (TID {pin.tid})"
-
-
 def _pin_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
     for pin in plan.pins:
         allowed = procfs.allowed_cpus(pid, pin.tid)
         if allowed is None:
-            yield f"{describe(pin)} is no thread of QEMU's any more"
+            yield f"{pin} is no thread of QEMU's any more"
         elif allowed != pin.cpus:
-            yield f"{describe(pin)} may run on CPUs {format_cpulist(allowed)}, not on {format_cpulist(pin.cpus)}"
+            yield f"{pin} may run on CPUs {format_cpulist(allowed)}, not on {format_cpulist(pin.cpus)}"
+
+
+def _others_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
+    """Threads come and go here: one that has ended is no difference."""
+    pinned = {pin.tid for pin in plan.pins}
+    for tid in procfs.tids(pid) if plan.others else ():
+        allowed = procfs.allowed_cpus(pid, tid) if tid not in pinned else None
+        if allowed is not None and not allowed <= plan.others:
+            yield (
+                f"the emulator thread {tid} may run on CPUs {format_cpulist(allowed)}, "
+                f"not only on {format_cpulist(plan.others)}"
+            )
 
 
 def _shield_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
     """A shield keeps everybody else away: QEMU's other threads, and this launcher as a sample of the host."""
     if plan.isolation != "shield":
         return
-    pinned = {pin.tid for pin in plan.pins}
+    pinned = {pin.tid for pin in plan.pins if pin.shielded}
     others = [(f"QEMU's thread {tid}", pid, tid) for tid in procfs.tids(pid) if tid not in pinned]
     for name, process, tid in [*others, ("the launcher itself", os.getpid(), os.getpid())]:
         stray = plan.cpus & (procfs.allowed_cpus(process, tid) or frozenset())
@@ -57,20 +69,27 @@ def _shield_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
             yield f"CPUs {format_cpulist(stray)} are not shielded: {name} may run there"
 
 
-def _policy_differences(plan: ThreadPlan) -> Iterator[str]:
-    if plan.policy is None:
-        return
-    names = {pin.tid: describe(pin) for pin in plan.pins}
-    for tid in plan.scheduled:
-        found = procfs.scheduling(tid)
-        wanted = procfs.Scheduling(plan.policy, plan.priority, reset_on_fork=plan.policy in ("fifo", "rr"))
-        who = names.get(tid, f"the vCPU thread {tid}")
-        if found is None:
-            yield f"{who} has ended"
-        elif (found.policy, found.priority) != (wanted.policy, wanted.priority) or (
-            wanted.reset_on_fork and not found.reset_on_fork
-        ):
-            yield f"{who} is scheduled {found}, not {wanted}"
+def _policy_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
+    if plan.policy is not None:
+        names = {pin.tid: str(pin) for pin in plan.pins}
+        for tid in plan.scheduled:
+            who = names.get(tid, f"the vCPU thread {tid}")
+            found = procfs.scheduling(tid)
+            if found is None:
+                yield f"{who} has ended"
+            else:
+                yield from _policy_difference(who, found, Scheduling(plan.policy, plan.priority))
+    if plan.emulator is not None:
+        for tid in procfs.tids(pid):
+            found = procfs.scheduling(tid) if tid not in plan.named else None
+            if found is not None:
+                yield from _policy_difference(f"the emulator thread {tid}", found, plan.emulator)
+
+
+def _policy_difference(who: str, found: procfs.Scheduling, wanted: Scheduling) -> Iterator[str]:
+    resets = wanted.priority > 0
+    if (found.policy, found.priority) != wanted or (resets and not found.reset_on_fork):
+        yield f"{who} is scheduled {found}, not {procfs.Scheduling(*wanted, reset_on_fork=resets)}"
 
 
 def _limit(size: int) -> str:

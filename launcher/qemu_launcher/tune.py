@@ -12,14 +12,14 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import access, agent, cgroups, plan, procfs, readback, restrictions, terminal
+from . import access, agent, cgroups, plan, procfs, readback, restrictions, terminal, unaided
 from .cpulist import format_cpulist
-from .definition import VmDefinition
+from .definition import Scheduling, VmDefinition
 from .errors import TuningFailed
 from .patience import patiently
 from .plan import MemlockNeed, ThreadPlan
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_UNAIDED_POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
+_EMULATOR_ATTEMPTS = 3
 
 
 class Tuning:
@@ -68,7 +68,7 @@ class Tuning:
     @property
     def placement(self) -> tuple[str, frozenset[int]]:
         """Isolation and CPUs that the vCPUs have been given; ("", nothing) if they have not been pinned."""
-        if self._left_out or self._plan is None or not self._plan.pins:
+        if self._left_out or self._plan is None or not self._plan.cpus:
             return "", frozenset()
         return self._plan.isolation or "", self._plan.cpus
 
@@ -109,7 +109,7 @@ class Tuning:
         """
         if self._helper is not None:
             self._helper.ask_nobody()
-        if self._plan is not None and self._by_helper and not self._left_out and self._plan.pins:
+        if self._plan is not None and self._by_helper and not self._left_out and self._placed_by_helper(self._plan):
             try:
                 await self._pin_by_helper(self._plan, qemu)
                 self._check(readback.thread_differences(qemu.pid, self._plan))
@@ -138,7 +138,7 @@ class Tuning:
         if self._left_out:
             return "untuned"
         words = []
-        if self._plan is not None and self._plan.pins:
+        if self._plan is not None and self._plan.cpus:
             count = sum(len(pin.vcpus) for pin in self._plan.pins)
             how = {"shield": "shielded", "cpuset": "confined, not shielded"}.get(
                 self._plan.isolation or "", "nothing is shielded"
@@ -146,6 +146,8 @@ class Tuning:
             words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self._plan.cpus)} ({how})")
         if self._plan is not None and self._plan.policy is not None:
             words.append(str(procfs.Scheduling(self._plan.policy, self._plan.priority, reset_on_fork=False)))
+        if self._plan is not None:
+            words += _summary_of_others(self._plan)
         if self._granted is not None:
             unlimited = self._granted == procfs.INFINITY
             words.append("all memory lockable" if unlimited else f"{format_size(self._granted)} lockable")
@@ -172,7 +174,7 @@ class Tuning:
         if self._by_helper:
             await self._release(known=why)
         if self._plan is not None and qemu is not None:
-            for tid in {*self._plan.scheduled, *(pin.tid for pin in self._plan.pins)}:
+            for tid in procfs.tids(qemu.pid):
                 with contextlib.suppress(OSError):
                     os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
                     os.sched_setaffinity(tid, os.sched_getaffinity(0))
@@ -202,33 +204,57 @@ class Tuning:
     async def _tune_threads(self, qemu: Qemu, threads: Threads) -> None:
         wanted = plan.thread_plan(self._definition, threads)
         self._plan = wanted
-        if wanted.isolation == "affinity":
-            _pin_unaided(wanted)
-        elif wanted.pins:
+        if self._placed_by_helper(wanted):
             await self._pin_by_helper(wanted, qemu)
-        if wanted.policy in _UNAIDED_POLICIES:
-            _schedule_unaided(wanted, _UNAIDED_POLICIES[wanted.policy])
-        elif wanted.policy is not None:
-            await self._schedule_by_helper(wanted, wanted.policy, qemu)
+        else:
+            unaided.pin(wanted, qemu.pid)
+        if wanted.policy is not None:
+            policy = Scheduling(wanted.policy, wanted.priority)
+            if policy.priority:
+                await self._schedule_by_helper(wanted.scheduled, policy, qemu)
+            else:
+                unaided.schedule(wanted.scheduled, policy)
+        if wanted.emulator is not None:
+            await self._schedule_emulator(wanted, wanted.emulator, qemu)
         differences = readback.thread_differences(qemu.pid, wanted)
         if self._granted is not None and self._memlock is not None:
             differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
         self._check(differences)
         self._scope = cgroups.scope_of(qemu.pid)
 
+    @staticmethod
+    def _placed_by_helper(wanted: ThreadPlan) -> bool:
+        return bool(wanted.pins) and wanted.isolation != "affinity"
+
     async def _pin_by_helper(self, wanted: ThreadPlan, qemu: Qemu) -> None:
         helper = await self._join_bus()
         self._by_helper = True
-        pins = [(pin.tid, pin.cpus, wanted.isolation == "shield") for pin in wanted.pins]
+        pins = [(pin.tid, pin.cpus, pin.shielded) for pin in wanted.pins]
         with self._place_of_refusal(qemu):
-            await self._patiently(helper.pin_threads(qemu.pid, self._definition.name, pins))
+            await self._patiently(helper.pin_threads(qemu.pid, self._definition.name, pins, wanted.others))
 
-    async def _schedule_by_helper(self, wanted: ThreadPlan, policy: str, qemu: Qemu) -> None:
+    async def _schedule_by_helper(self, tids: Sequence[int], policy: Scheduling, qemu: Qemu) -> None:
         helper = await self._join_bus()
         self._by_helper = True
-        name, tids = self._definition.name, wanted.scheduled
+        name = self._definition.name
         with self._place_of_refusal(qemu):
-            await self._patiently(helper.set_scheduler(qemu.pid, name, tids, policy, wanted.priority))
+            await self._patiently(helper.set_scheduler(qemu.pid, name, tids, policy.policy, policy.priority))
+
+    async def _schedule_emulator(self, wanted: ThreadPlan, policy: Scheduling, qemu: Qemu) -> None:
+        """Those there are; what they make later inherits from them, but for real time, which no child is given."""
+        if not policy.priority:
+            unaided.schedule_all(wanted, policy, qemu.pid)
+            return
+        for attempt in range(1, _EMULATOR_ATTEMPTS + 1):
+            tids = unaided.emulator_tids(wanted, qemu.pid)
+            try:
+                await self._schedule_by_helper(tids, policy, qemu)
+            except TuningFailed:
+                # A worker that ended between our look and the helper's is no reason to give up; another refusal is.
+                if attempt == _EMULATOR_ATTEMPTS or set(tids) <= set(procfs.tids(qemu.pid)):
+                    raise
+            else:
+                return
 
     @contextlib.contextmanager
     def _place_of_refusal(self, qemu: Qemu) -> Iterator[None]:
@@ -311,20 +337,15 @@ def with_way_out(hint: str | None, spelled: str) -> str:
     return f"{hint}\n{without}" if hint else without
 
 
-def _pin_unaided(wanted: ThreadPlan) -> None:
-    for pin in wanted.pins:
-        try:
-            os.sched_setaffinity(pin.tid, pin.cpus)
-        except OSError as err:
-            raise TuningFailed(
-                f"{readback.describe(pin)} cannot be put on CPU {format_cpulist(pin.cpus)}: {err.strerror}",
-                f"CPUs you may use: {format_cpulist(os.sched_getaffinity(0))}",
-            ) from err
-
-
-def _schedule_unaided(wanted: ThreadPlan, number: int) -> None:
-    for tid in wanted.scheduled:
-        try:
-            os.sched_setscheduler(tid, number, os.sched_param(0))
-        except OSError as err:
-            raise TuningFailed(f"TID {tid} cannot be scheduled {wanted.policy}: {err.strerror}") from err
+def _summary_of_others(wanted: ThreadPlan) -> list[str]:
+    """`iothreads on 0-1`, `emulator threads on 0-1, batch`."""
+    words = []
+    iothreads = [pin for pin in wanted.pins if pin.iothread is not None]
+    if iothreads:
+        cpus = frozenset[int]().union(*(pin.cpus for pin in iothreads))
+        words.append(f"{len(iothreads)} iothread{'s' * (len(iothreads) != 1)} on {format_cpulist(cpus)}")
+    if wanted.others or wanted.emulator:
+        place = f" on {format_cpulist(wanted.others)}" if wanted.others else ""
+        policy = f" {wanted.emulator}" if wanted.emulator else ""
+        words.append(f"emulator threads{place}{policy}")
+    return words

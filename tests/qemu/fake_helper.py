@@ -111,9 +111,9 @@ class FakeHelper:
             self.bus.send(Message.new_error(message, *what["error"]))
             return
         if message.member == "PinThreads" and what != "lie":
-            pid, _, pins, _ = message.body
+            pid, _, pins, others = message.body
             pins = pins[: len(pins) - what["act_less"]] if isinstance(what, dict) and "act_less" in what else pins
-            self.pin(pid, pins, launcher, what.get("shield", "all") if isinstance(what, dict) else "all")
+            self.pin(pid, pins, others, launcher, what.get("shield", "all") if isinstance(what, dict) else "all")
         answer = [what["return"]] if isinstance(what, dict) and "return" in what else []
         if isinstance(what, dict) and "signature" in what:
             signature = what["signature"]
@@ -126,7 +126,7 @@ class FakeHelper:
             answer = [message.body[2]]
         self.bus.send(Message.new_method_return(message, signature, answer))
 
-    def pin(self, pid: int, pins: list[Any], launcher: int, shield_from: str) -> None:
+    def pin(self, pid: int, pins: list[Any], others: list[int], launcher: int, shield_from: str) -> None:
         everywhere = os.sched_getaffinity(0)
         shielded = {cpu for _, cpus, shield in pins if shield for cpu in cpus}
         for tid, cpus, _ in pins:
@@ -134,7 +134,7 @@ class FakeHelper:
         named = {tid for tid, _, _ in pins}
         for task in Path(f"/proc/{pid}/task").iterdir():
             if int(task.name) not in named and shield_from != "host":
-                os.sched_setaffinity(int(task.name), everywhere - shielded)
+                os.sched_setaffinity(int(task.name), others or everywhere - shielded)
         if shield_from != "qemu":
             os.sched_setaffinity(launcher, everywhere - shielded)
 

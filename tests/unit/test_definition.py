@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher import definition
-from qemu_launcher.definition import HostCpu, Memlock
+from qemu_launcher.definition import CpuSet, Memlock
 from qemu_launcher.errors import MOST_PROBLEMS, DefinitionError, Mark
 from qemu_launcher.options import MAX_ARGUMENT_BYTES
 from unit.reading import launcher, launcher_refusal, read, refusal, shown
 
 
-def cpus(*places: tuple[int, int, int]) -> tuple[HostCpu, ...]:
-    """Host CPUs from (CPU, line, column)."""
-    return tuple(HostCpu(cpu, Mark("win11.yml", line, column)) for cpu, line, column in places)
+def cpus(*places: tuple[int, int, int]) -> tuple[CpuSet, ...]:
+    """Sets of one host CPU each, from (CPU, line, column)."""
+    marks = ((cpu, Mark("win11.yml", line, column)) for cpu, line, column in places)
+    return tuple(CpuSet(frozenset({cpu}), mark, ((range(cpu, cpu + 1), mark),)) for cpu, mark in marks)
 
 
 def test_defaults() -> None:
@@ -61,7 +62,7 @@ def test_pinning_by_index() -> None:
     vm = launcher("vcpu_pinning: [1, 9, 2]")
     assert vm.pinning is not None
     assert vm.pinning.topology is None
-    assert vm.pinning.by_index == vm.pinning.host_cpus == cpus((1, 3, 18), (9, 3, 21), (2, 3, 24))
+    assert vm.pinning.by_index == vm.pinning.sets == cpus((1, 3, 18), (9, 3, 21), (2, 3, 24))
     assert vm.isolation == "shield"
 
 
@@ -71,7 +72,7 @@ def test_pinning_by_topology() -> None:
     assert vm.pinning.by_index is None
     places = cpus((2, 5, 14), (6, 5, 20), (3, 6, 14), (4, 7, 16))
     assert vm.pinning.topology == dict(zip([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)], places, strict=True))
-    assert vm.pinning.host_cpus == places
+    assert vm.pinning.sets == places
     assert vm.isolation == "cpuset"
 
 
@@ -133,14 +134,16 @@ def test_scheduler(keys: str, scheduling: tuple[str, int]) -> None:
 
 
 KNOWN_KEYS = (
-    "binary, clear_env, env, working_directory, vcpu_pinning, scheduler, priority, rlimit_memlock, isolation, "
-    "on_tuning_failure, shutdown_timeout, user, group"
+    "binary, clear_env, env, working_directory, vcpu_pinning, emulator_pinning, iothread_pinning, scheduler, priority, "
+    "emulator_scheduler, rlimit_memlock, isolation, on_tuning_failure, shutdown_timeout, user, group"
 )
 MEMLOCK_HINT = "    write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 MEMLOCK_RANGE = "is out of range (1M-8388607T); a number alone is in bytes"
 RT_HINT = "    write a priority from 1 to 99; your administrator may allow less"
 NO_SCHEDULER = "without scheduler\n    add scheduler: fifo or scheduler: rr, or remove priority"
-NOT_RT = "which has none but 0\n    remove it, or use scheduler: fifo or scheduler: rr"
+NOT_RT = "which has none but 0\n    remove it, or use fifo or rr"
+CPUS_HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
+NO_CPUS = "must be a number, a range or a list of these, not"
 
 
 @pytest.mark.parametrize(
@@ -165,15 +168,13 @@ NOT_RT = "which has none but 0\n    remove it, or use scheduler: fifo or schedul
          "    name a host CPU for each vCPU, or remove the key"),
         ("vcpu_pinning: 4", "3:17: vcpu_pinning must be a map or a list, not the number 4\n"
          "    write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]"),
-        ("vcpu_pinning: [1, a]", "3:21: the host CPU of vCPU 1 must be a whole number, not 'a'\n"
-         "    write a decimal number, without quotes"),
+        ("vcpu_pinning: [1, a]", f"3:21: the host CPU of vCPU 1 {NO_CPUS} 'a'\n{CPUS_HINT}"),
         ("vcpu_pinning: [-1]", "3:18: the host CPU of vCPU 0 is -1, which is out of range (0-4294967295)"),
         ("vcpu_pinning: {x: {0: {0: 1}}}", "3:18: a socket number in vcpu_pinning must be a whole number, not 'x'\n"
          "    write a decimal number, without quotes"),
         ("vcpu_pinning: {0: 1}", "3:21: socket 0 must be a map (key: value), not the number 1"),
         ("vcpu_pinning: {0: {1: 2}}", "3:25: core 1 of socket 0 must be a map (key: value), not the number 2"),
-        ("vcpu_pinning: {0: {1: {0: ~}}}", "3:29: the host CPU of vCPU 0/1/0 must be a whole number, not nothing (null)"
-         "\n    write a decimal number, without quotes"),
+        ("vcpu_pinning: {0: {1: {0: ~}}}", f"3:29: the host CPU of vCPU 0/1/0 {NO_CPUS} nothing (null)\n{CPUS_HINT}"),
         ("scheduler: RR", "3:14: scheduler must be one of other, batch, idle, fifo, rr; not 'RR'\n"
          "    did you mean rr?"),
         ("scheduler: ~", "3:14: scheduler must be one of other, batch, idle, fifo, rr; not nothing (null)"),

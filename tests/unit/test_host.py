@@ -67,3 +67,36 @@ def test_definitions_that_do_not_fit(root: Path, keys: str) -> None:
     assert second.split(": ", 1)[1] == "host CPU 3 is offline"
     assert hint == "    use another, or bring it online: echo 1 | sudo tee /sys/devices/system/cpu/cpu3/online"
     assert first.startswith("3:")
+
+
+def refusal_of(root: Path, keys: str) -> str:
+    with pytest.raises(DefinitionError) as caught:
+        host.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))
+    return shown(caught.value)
+
+
+def test_every_key_that_names_cpus_is_checked(root: Path) -> None:
+    message = refusal_of(root, "vcpu_pinning: [0-9]\nemulator_pinning: [1, 3]\niothread_pinning: {io0: 12}")
+    assert [line.split("; ")[0] for line in message.splitlines() if not line.startswith("    ")] == [
+        "3:18: host CPU 4-9 does not exist",
+        "4:25: host CPU 3 is offline",
+        "5:27: host CPU 12 does not exist",
+    ]
+
+
+def test_other_threads_keep_off_the_whole_cores_of_a_shield(root: Path) -> None:
+    """0 and 2 are siblings: who shields 0 reserves 2 as well."""
+    assert refusal_of(root, "vcpu_pinning: [0]\nemulator_pinning: [1, 0]") == (
+        "4:25: emulator_pinning may not run on host CPU 0, which is shielded: vCPUs are pinned there\n"
+        "    use CPUs outside of 0,2, or write isolation: cpuset"
+    )
+    assert refusal_of(root, "vcpu_pinning: [0]\niothread_pinning: {io0: [1, 2]}") == (
+        "4:31: iothread 'io0' may not run on host CPU 2, which is shielded: a sibling of it, in the same core, "
+        "has a vCPU\n    use CPUs outside of 0,2, or write isolation: cpuset"
+    )
+
+
+@pytest.mark.parametrize("isolation", ["cpuset", "affinity"])
+def test_other_threads_may_share_where_nothing_is_shielded(root: Path, isolation: str) -> None:
+    keys = f"vcpu_pinning: [0]\nemulator_pinning: [0, 1]\niothread_pinning: {{io0: 2}}\nisolation: {isolation}"
+    host.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))

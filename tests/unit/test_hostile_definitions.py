@@ -20,6 +20,9 @@ launcher:
   binary: qemu-system-x86_64
   env: {QEMU_AUDIO_DRV: pa}
   vcpu_pinning: {0: {0: {0: 2, 1: 6}, 1: {0: 3, 1: 7}}}
+  emulator_pinning: [0, 8-9]
+  iothread_pinning: {io0: 0-1}
+  emulator_scheduler: {policy: rr, priority: 1}
   scheduler: fifo
   priority: 1
   rlimit_memlock: 16G
@@ -30,6 +33,7 @@ qemu:
 - nographic
 - smp: [ 4, cores: 2, threads: 2 ]
 - m: 2G
+- object: [ iothread, id: io0 ]
 - drive: [ file: "/var/a,b", readonly, id: *n ]
 """
 FRAGMENTS = [
@@ -38,6 +42,9 @@ FRAGMENTS = [
         "qemu:",
         "binary:",
         "vcpu_pinning:",
+        "emulator_pinning:",
+        "iothread_pinning:",
+        "emulator_scheduler:",
         "scheduler:",
         "priority:",
         "rlimit_memlock:",
@@ -76,6 +83,7 @@ FRAGMENTS = [
         "true",
         "0",
         "1",
+        "2-3",
         "-1",
         "1.5",
         "16G",

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from qemu_launcher import definition as definitions, plan
-from qemu_launcher.definition import VmDefinition
+from qemu_launcher.definition import Scheduling, VmDefinition
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import MEMLOCK_OVERHEAD
 from qemu_launcher.procfs import INFINITY
-from qemu_launcher.threads import Threads, Vcpu
+from qemu_launcher.threads import Iothread, Threads, Vcpu
 
 GIB = 1 << 30
 HOST = 64 * GIB
@@ -191,3 +191,50 @@ def test_every_pinned_vcpu_gets_exactly_its_cpu(cpus: list[int], more: int) -> N
 def test_plan_without_pins_is_no_isolation() -> None:
     found: Any = plan.thread_plan(defined(), vcpus(1))
     assert (found.pins, found.isolation, found.policy, found.cpus) == ((), None, None, frozenset())
+
+
+# The other threads
+
+
+def test_iothreads_and_emulator_threads() -> None:
+    threads = Threads(vcpus(50, 51).vcpus, (Iothread("io0", 60), Iothread("io1", 61)))
+    keys = (
+        "  vcpu_pinning: [4, 6-7]\n  iothread_pinning: {io1: 0-1}\n  emulator_pinning: 2\n"
+        "  emulator_scheduler: {policy: rr, priority: 2}\n"
+    )
+    vm = defined(keys, "- object: iothread,id=io0\n- object: iothread,id=io1")
+    found = plan.thread_plan(vm, threads)
+    assert [(str(pin), set(pin.cpus), pin.shielded) for pin in found.pins] == [
+        ("vCPU 0 (TID 50)", {4}, True),
+        ("vCPU 1 (TID 51)", {6, 7}, True),
+        ("iothread 'io1' (TID 61)", {0, 1}, False),
+    ]
+    assert (found.others, found.named) == (frozenset({2}), frozenset({50, 51, 60, 61}))
+    assert found.emulator == Scheduling("rr", 2)
+    assert found.cpus == {4, 6, 7}, "what is shielded, without the iothreads'"
+    assert plan.needs_helper(vm, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "helper"),
+    [
+        ("  emulator_pinning: 0\n", False),
+        ("  iothread_pinning: {io0: 0}\n", False),
+        ("  iothread_pinning: {io0: 0}\n  isolation: cpuset\n", True),
+        ("  emulator_scheduler: batch\n", False),
+        ("  emulator_scheduler: fifo\n", True),
+    ],
+)
+def test_who_is_needed_for_the_other_threads(keys: str, helper: bool) -> None:
+    vm = defined(keys, "- object: iothread,id=io0")
+    assert vm.wants_tuning
+    assert plan.needs_helper(vm, None) is helper
+
+
+@pytest.mark.parametrize(("there", "hint"), [((), "it has none at all: add"), (("io0", "io1"), "it has io0, io1")])
+def test_unknown_iothread(there: tuple[str, ...], hint: str) -> None:
+    """Where the options do not tell, QEMU does."""
+    vm = defined("  iothread_pinning: {io7: 0-1}\n", "- readconfig: more.cfg")
+    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:27: QEMU has no iothread 'io7'$") as caught:
+        plan.thread_plan(vm, Threads((), tuple(Iothread(name, 60) for name in there)))
+    assert (caught.value.hint or "").startswith(hint)

@@ -3,12 +3,15 @@
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_launcher import cgroups, procfs, readback
+from qemu_launcher import cgroups, cpulist, procfs, readback, unaided
+from qemu_launcher.definition import Scheduling
+from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import Pin, ThreadPlan
 
 ALL = frozenset(os.sched_getaffinity(0))
@@ -36,7 +39,7 @@ def tid() -> Iterator[int]:
 
 def plan(tid: int, isolation: Any = "cpuset", policy: str | None = None, priority: int = 0) -> ThreadPlan:
     scheduled = (tid,) if policy else ()
-    return ThreadPlan((Pin(tid, CPU, (3,)),), isolation, scheduled, policy, priority)
+    return ThreadPlan((Pin(tid, CPU, (3,), shielded=isolation == "shield"),), isolation, scheduled, policy, priority)
 
 
 def differences(plan: ThreadPlan) -> list[str]:
@@ -75,6 +78,36 @@ def test_shield_that_holds(tid: int) -> None:
     finally:
         for other in others:
             os.sched_setaffinity(other, ALL)
+
+
+@two_cpus
+def test_other_threads_are_looked_at_too(tid: int) -> None:
+    """Whoever has no pin is an emulator thread, the iothread that is pinned is none."""
+    me = os.getpid()
+    pinned = Pin(tid, CPU, (), iothread="io0")
+    wanted = ThreadPlan((pinned,), "affinity", (), None, 0, others=ALL - CPU, emulator=Scheduling("batch", 0))
+    wanted = replace(wanted, named=frozenset({tid}))
+    found = differences(wanted)
+    assert found[0].startswith(f"iothread 'io0' (TID {tid}) may run on CPUs ")
+    assert f"the emulator thread {me} may run on CPUs {cpulist.format_cpulist(ALL)}, not only on" in found[1]
+    assert f"the emulator thread {me} is scheduled other, not batch" in found
+    assert not any(f"thread {tid} " in line for line in found)
+    unaided.pin(wanted, me)
+    unaided.schedule_all(wanted, Scheduling("batch", 0), me)
+    try:
+        assert differences(wanted) == []
+        assert os.sched_getscheduler(tid) == os.SCHED_OTHER
+    finally:
+        for other in procfs.tids(me):
+            os.sched_setaffinity(other, ALL)
+            os.sched_setscheduler(other, os.SCHED_OTHER, os.sched_param(0))
+
+
+def test_cpu_that_nobody_may_use_is_refused_with_those_one_may() -> None:
+    wanted = ThreadPlan((Pin(os.getpid(), frozenset({8000}), (1,)),), "affinity", (), None, 0)
+    with pytest.raises(TuningFailed, match=r"^vCPU 1 \(TID [0-9]+\) cannot be put on CPU 8000: Invalid") as caught:
+        unaided.pin(wanted, os.getpid())
+    assert caught.value.hint == f"CPUs you may use: {cpulist.format_cpulist(ALL)}"
 
 
 def test_policy_priority_and_reset_on_fork_are_all_compared(tid: int) -> None:

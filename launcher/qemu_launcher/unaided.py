@@ -1,0 +1,75 @@
+"""What a user may do with the threads of his own QEMU without anybody's help: affinity, and policies without priority.
+
+Why it exists: no privilege is asked for where the kernel needs none (sched_setaffinity(2), sched_setscheduler(2)).
+Emulator threads come and go while we look: one that has ended meanwhile is none any more, and one that was born
+meanwhile inherits what its creator had. So all of them are gone over until a look finds no new one.
+
+Refused, as TuningFailed that names thread and value: what the kernel refuses. What was done before that stays done.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+from . import procfs
+from .cpulist import format_cpulist
+from .definition import Scheduling
+from .errors import TuningFailed
+from .plan import ThreadPlan
+
+POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
+# A look takes well under a millisecond: who makes threads faster than that is no QEMU that stands still.
+_LOOKS = 100
+
+
+def pin(wanted: ThreadPlan, pid: int) -> None:
+    """Put every thread of `pid` where the plan wants it."""
+    for one in wanted.pins:
+        _put(one.tid, str(one), one.cpus)
+    pinned = {one.tid for one in wanted.pins}
+    if wanted.others:
+        _each(pid, pinned, lambda tid: _put(tid, f"the emulator thread {tid}", wanted.others))
+
+
+def schedule(tids: Sequence[int], policy: Scheduling) -> None:
+    """Give the threads a policy that has no priority."""
+    for tid in tids:
+        try:
+            os.sched_setscheduler(tid, POLICIES[policy.policy], os.sched_param(0))
+        except OSError as err:
+            raise TuningFailed(f"TID {tid} cannot be scheduled {policy}: {err.strerror}") from err
+
+
+def schedule_all(wanted: ThreadPlan, policy: Scheduling, pid: int) -> None:
+    """The same for all emulator threads of `pid`."""
+    _each(pid, wanted.named, lambda tid: schedule([tid], policy))
+
+
+def emulator_tids(wanted: ThreadPlan, pid: int) -> tuple[int, ...]:
+    """The emulator threads that `pid` has now."""
+    return tuple(tid for tid in procfs.tids(pid) if tid not in wanted.named)
+
+
+def _put(tid: int, who: str, cpus: frozenset[int]) -> None:
+    try:
+        os.sched_setaffinity(tid, cpus)
+    except OSError as err:
+        raise TuningFailed(
+            f"{who} cannot be put on CPU {format_cpulist(cpus)}: {err.strerror}",
+            f"CPUs you may use: {format_cpulist(os.sched_getaffinity(0))}",
+        ) from err
+
+
+def _each(pid: int, but: frozenset[int] | set[int], act: Callable[[int], None]) -> None:
+    done: set[int] = set()
+    for _ in range(_LOOKS):
+        new = set(procfs.tids(pid)) - done - but
+        if not new:
+            return
+        for tid in sorted(new):
+            try:
+                act(tid)
+            except TuningFailed as err:
+                if not isinstance(err.__cause__, ProcessLookupError):
+                    raise
+        done |= new
+    raise TuningFailed("QEMU makes threads faster than they can be tuned")

@@ -1,0 +1,159 @@
+"""Sets of host CPUs, the keys that place threads other than vCPUs, and what of it is refused where."""
+
+import pytest
+
+from qemu_launcher.definition import Scheduling
+from qemu_launcher.pinning import MAX_NAMED
+from unit.reading import launcher, launcher_refusal, refusal
+
+HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
+IOTHREAD = "[object: [iothread, id: io0]]"
+
+
+def vcpu_sets(keys: str) -> list[set[int]]:
+    vm = launcher(keys)
+    return [set(cpus.cpus) for cpus in vm.pinning.sets] if vm.pinning else []
+
+
+def test_each_form_of_a_set() -> None:
+    assert vcpu_sets("vcpu_pinning: [2, 3-4, [5, 6], '7', [8, 10-11], 12-13,15]") == [
+        {2}, {3, 4}, {5, 6}, {7}, {8, 10, 11}, {12, 13}, {15},
+    ]  # fmt: skip
+    assert vcpu_sets("vcpu_pinning: ['12-13,15', 0-0]") == [{12, 13, 15}, {0}]
+    assert vcpu_sets("vcpu_pinning: {0: {0: {0: 2-3, 1: [6, 7]}}}") == [{2, 3}, {6, 7}]
+
+
+def test_the_other_threads() -> None:
+    vm = launcher("emulator_pinning: 0-1,8\niothread_pinning: {io0: [2, 4-5]}", IOTHREAD)
+    assert vm.emulator_pinning is not None
+    assert vm.emulator_pinning.cpus == {0, 1, 8}
+    assert vm.iothread_pinning is not None
+    assert {name: set(cpus.cpus) for name, cpus in vm.iothread_pinning.items()} == {"io0": {2, 4, 5}}
+    assert launcher("iothread_pinning: {}").iothread_pinning is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "isolation"),
+    [
+        ("vcpu_pinning: [2]\nemulator_pinning: 0", "shield"),
+        ("emulator_pinning: 0", "affinity"),
+        ("iothread_pinning: {io0: 0}", "affinity"),
+        ("iothread_pinning: {io0: 0}\nisolation: cpuset", "cpuset"),
+        ("emulator_pinning: 0\niothread_pinning: {io0: 0}\nisolation: cpuset", "cpuset"),
+        ("emulator_scheduler: batch", None),
+    ],
+)
+def test_isolation_without_vcpus(keys: str, isolation: str | None) -> None:
+    vm = launcher(keys, IOTHREAD)
+    assert vm.isolation == isolation
+    assert vm.wants_tuning
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("batch", ("batch", 0)),
+        ("fifo", ("fifo", 1)),
+        ("{policy: idle}", ("idle", 0)),
+        ("{policy: other, priority: 0}", ("other", 0)),
+        ("{priority: 7, policy: rr}", ("rr", 7)),
+    ],
+)
+def test_emulator_scheduler(value: str, expected: tuple[str, int]) -> None:
+    assert launcher(f"emulator_scheduler: {value}").emulator_scheduler == Scheduling(*expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("vcpu_pinning: [3-2]", "3:18: the host CPU of vCPU 0: the range 3-2 counts backwards\n    did you mean 2-3?"),
+        ("vcpu_pinning: [1, 2-9000]", "3:21: the host CPU of vCPU 1: 2-9000 is out of range; "
+         "no host has a CPU above 8191"),
+        ("vcpu_pinning: [[]]", f"3:18: the host CPU of vCPU 0 is an empty list\n{HINT}"),
+        ("vcpu_pinning: [[1, [2]]]", "3:22: the host CPU of vCPU 0 must be a number, a range or a list of these, "
+         f"not a list\n{HINT}"),
+        ("vcpu_pinning: [[1-3, 5, 2-4]]", "3:27: the host CPU of vCPU 0: CPU 2-3 is named twice\n"
+         "    name each CPU once"),
+        ("vcpu_pinning: [010]", "3:18: the host CPU of vCPU 0 must be a number, a range or a list of these, "
+         f"not '010'\n{HINT}"),
+        ("vcpu_pinning: [^2]", "3:18: the host CPU of vCPU 0 must be a number, a range or a list of these, "
+         f"not '^2'\n{HINT}"),
+        ("emulator_pinning: {0: 1}", "3:21: emulator_pinning must be a number, a range or a list of these, "
+         f"not a map\n{HINT}"),
+        ("emulator_pinning: 0 - 3", "3:21: emulator_pinning must be a number, a range or a list of these, "
+         f"not '0 - 3'\n{HINT}"),
+        ("emulator_pinning: ~", "3:21: emulator_pinning must be a number, a range or a list of these, "
+         f"not nothing (null)\n{HINT}"),
+        ("iothread_pinning: 0-1", "3:21: iothread_pinning must be a map, not '0-1'\n"
+         "    write id of the iothread: host CPU"),
+        ("iothread_pinning: {1: 0}", "3:22: an iothread's id in iothread_pinning must be text, not the number 1\n"
+         '    write it in quotes: "1"'),
+        ("iothread_pinning: {io0: a}", "3:27: the host CPU of iothread 'io0' must be a number, a range or a list of "
+         f"these, not 'a'\n{HINT}"),
+        ("iothread_pinning: {io0: 0, io1: 1}", "3:35: iothread_pinning names 'io1', and the qemu section has no such "
+         "iothread\n    it has io0"),
+        ("isolation: shield\nemulator_pinning: 0", "3:14: isolation: shield has nothing to shield: no vCPU is pinned\n"
+         "    add vcpu_pinning, or write isolation: affinity"),
+        ("isolation: cpuset\nemulator_pinning: 0", "3:14: isolation: cpuset is made for pinned vCPUs and iothreads, "
+         "and emulator_pinning alone pins none of them\n    add vcpu_pinning, or write isolation: affinity"),
+        ("emulator_scheduler: bacth", "3:23: emulator_scheduler must be one of other, batch, idle, fifo, rr; "
+         "not 'bacth'\n    did you mean batch?"),
+        ("emulator_scheduler: {prio: 1}", "3:24: unknown key in emulator_scheduler: 'prio'\n"
+         "    did you mean priority?"),
+        ("emulator_scheduler: {priority: 1}", "3:23: the key policy is missing in emulator_scheduler:\n"
+         "    write emulator_scheduler: {policy: fifo, priority: 1}"),
+        ("emulator_scheduler: {policy: fifo, priority: 0}", "3:48: priority 0 is out of range for fifo (1-99)\n"
+         "    write a priority from 1 to 99; your administrator may allow less"),
+        ("emulator_scheduler: {policy: batch, priority: 3}", "3:49: priority 3 is out of range for batch, which has "
+         "none but 0\n    remove it, or use fifo or rr"),
+    ],
+)  # fmt: skip
+def test_refused(keys: str, message: str) -> None:
+    assert launcher_refusal(keys, IOTHREAD) == message
+
+
+def test_iothread_without_any() -> None:
+    assert launcher_refusal("iothread_pinning: {io0: 0}") == (
+        "3:27: iothread_pinning names 'io0', and the qemu section has no such iothread\n"
+        "    add - object: [iothread, id: io0] to it"
+    )
+
+
+@pytest.mark.parametrize(
+    "qemu",
+    [
+        "[object: 'iothread,id=io0']",
+        "[object: 'qom-type=iothread,id=io0']",
+        '[object: \'{"qom-type": "iothread", "id": "io0"}\']',
+        "[readconfig: /x/more.cfg]",
+    ],
+)
+def test_iothread_in_every_form_of_the_option(qemu: str) -> None:
+    assert launcher("iothread_pinning: {io0: 0}", qemu).iothread_pinning is not None
+
+
+# CPUs that several vCPUs have
+
+
+def test_vcpus_that_float_over_the_same_cpus_are_one_warning() -> None:
+    vm = launcher("vcpu_pinning: [2-3, 2-3, 2-3]")
+    assert vm.warnings == ("win11.yml:3:23: host CPUs 2-3 have a vCPU already, from 3:18; they will take turns",)
+
+
+def test_overlap_is_a_warning() -> None:
+    vm = launcher("vcpu_pinning: [2-3, 3-4]")
+    assert vm.warnings == ("win11.yml:3:23: host CPU 3 has a vCPU already, from 3:18; they will take turns",)
+    assert launcher("vcpu_pinning: [2-3, 4-5]").warnings == ()
+
+
+def test_overlap_is_an_error_in_real_time() -> None:
+    assert launcher_refusal("scheduler: rr\nvcpu_pinning: [2-3, 3-4]").startswith(
+        "4:23: host CPU 3 has a vCPU already, from 4:18\n    two rr vCPUs on one CPU can hang the guest"
+    )
+
+
+def test_ranges_do_not_make_much_out_of_little() -> None:
+    text = "launcher: {binary: q, vcpu_pinning: [" + "0-8191," * 8000 + "]}\nqemu: []\n"
+    assert f"names more than {MAX_NAMED} host CPUs" in refusal(text)
+    text = "launcher: {binary: q, vcpu_pinning: [" + "0," * 9000 + "]}\nqemu: []\n"
+    assert refusal(text) == "1:37: vcpu_pinning names more than 8192 vCPUs"
