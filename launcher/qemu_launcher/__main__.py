@@ -56,6 +56,10 @@ def _act(arguments: cli.Arguments) -> int:
             return _status(arguments)
         case cli.Stop() | cli.Kill() | cli.Pause() | cli.Resume():
             return _press(arguments)
+        case cli.Import():
+            from . import importing  # noqa: PLC0415
+
+            return importing.import_argv(arguments.words, arguments.output)
     return 0
 
 

@@ -30,6 +30,7 @@ See:
   list             Show your definitions, and which of them run
   status [NAME]    Show your running VMs and where their vCPUs run
   command NAME     Print QEMU's command line, without starting anything
+  import -- QEMU   Print a definition for a command line of QEMU's
 
 What you may have:
   limits           Show it, and which line of whose file says so
@@ -43,6 +44,7 @@ Options:
      --json        list, command, limits: print JSON
      --all-users   status: everybody's tuned VMs, instead of yours
      --owner USER  limits, release: of that user, by name or number
+  -o --output F    import: write to this new file, instead of printing
 
 To see or release what is another user's takes an administrator's password.
 
@@ -63,6 +65,7 @@ Examples:
   qemu-launcher limits                 See how many CPUs you may have
   qemu-launcher status --all-users     See who holds which CPUs
   qemu-launcher release win11 --owner alice    Take them away from alice
+  qemu-launcher import -- qemu-system-x86_64 -m 2G -nographic
 
 See qemu-launcher(1) and qemu-launcher.yml(5).
 """
@@ -118,6 +121,13 @@ class Release(NamedTuple):
     owner: str | None
 
 
+class Import(NamedTuple):
+    """`words`: a command line of QEMU's. `output`: a file for the definition; None: it is printed."""
+
+    output: str | None
+    words: tuple[str, ...]
+
+
 class Help(NamedTuple):
     pass
 
@@ -126,9 +136,9 @@ class Version(NamedTuple):
     pass
 
 
-Arguments = Run | Command | Status | Stop | Kill | Pause | Resume | List | Limits | Release | Help | Version
+Arguments = Run | Command | Status | Stop | Kill | Pause | Resume | List | Limits | Release | Import | Help | Version
 
-COMMANDS = ("run", "stop", "kill", "pause", "resume", "list", "status", "command", "limits", "release")
+COMMANDS = ("run", "stop", "kill", "pause", "resume", "list", "status", "command", "import", "limits", "release")
 OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
@@ -136,7 +146,10 @@ OPTIONS = {
     "--json": ("list", "command", "limits"),
     "--all-users": ("status",),
     "--owner": ("limits", "release"),
+    "-o": ("import",),
+    "--output": ("import",),
 }
+_VALUED = ("--owner", "-o", "--output")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,6 +174,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     for option in (word.partition("=")[0] for word in words):
         if command not in OPTIONS.get(option, (command,)):
             parser.error(f"{option} is an option of {_either(OPTIONS[option])}, not of {command}")
+    if command == "import":
+        return _import(parser, rest)
     found = parser.parse_args(rest)
     if command not in _WITHOUT_NAME and found.vm is None:
         parser.error("the name of a VM is missing")
@@ -171,6 +186,18 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 def _either(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _import(parser: _Parser, words: Sequence[str]) -> Import:
+    """What is after `--` is QEMU's, whatever it looks like."""
+    end = words.index("--") if "--" in words else len(words)
+    found = parser.parse_args(words[:end])
+    behind = tuple(words[end + 1 :])
+    if found.vm is not None:
+        parser.error(f"{found.vm!r} stands before --: write import -- and then QEMU's command line")
+    if not behind:
+        parser.error("QEMU's command line is missing: write it after import --, as for a shell")
+    return Import(found.output, behind)
 
 
 _WITHOUT_NAME = ("list", "status", "limits")
@@ -198,6 +225,8 @@ def _parser(command: str) -> _Parser:
             parser.add_argument(option, action="store_true")
     if command in OPTIONS["--owner"]:
         parser.add_argument("--owner", metavar="USER")
+    if command == "import":
+        parser.add_argument("-o", "--output", metavar="FILE")
     if command not in ("list", "limits"):
         parser.add_argument("vm", metavar="NAME", nargs="?")
     return parser
@@ -208,7 +237,7 @@ def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
     for position, word in enumerate(argv):
         if word == "--":
             break
-        if not word.startswith("-") and argv[max(0, position - 1)] != "--owner":
+        if not word.startswith("-") and argv[max(0, position - 1)] not in _VALUED:
             if word in COMMANDS:
                 return word, [*argv[:position], *argv[position + 1 :]]
             break

@@ -1,0 +1,236 @@
+"""QEMU's command line -> a definition whose command line is that one again, word for word.
+
+Printed is only what has been read back: the text goes through `definition` and `cmdline`, and must give the same
+words. What cannot be expressed, such as a disk image without its option, is refused by its word. Left out is only
+what a definition must not have, and that is said on stderr too.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cmdline, definition, stdout
+from .definition import VmDefinition
+from .drafting import Draft, Key, Option, env_key, render, split_value
+from .errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
+from .keys import REALTIME_POLICIES
+from .locate import VM_NAME
+from .options import QemuOption, has_mem_lock, has_vfio, vcpu_limit
+from .prefixes import Prefix, peel
+from .qemuoptions import FLAGS, TAKE_VALUE
+from .yamltext import LONGEST_KEY
+
+MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
+NO_MARK = Mark("", 0, 0)
+
+
+def import_argv(words: Sequence[str], output: str | None) -> int:
+    """Print the definition for the command line `words`, or write it to the new file `output`."""
+    prefix = peel([_utf8(word) for word in words])
+    draft = draft_of(prefix)
+    text = written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)])
+    for option in draft.options:
+        if option.left_out:
+            warn(option.comments[0][0].lower() + option.comments[0][1:])
+    deliver(text, output)
+    return 0
+
+
+def draft_of(prefix: Prefix) -> Draft:
+    """The definition for a command line as a person writes it. Raises UsageError."""
+    options = tuple(_remarked(option) for option in options_of(prefix.argv[1:]))
+    notes = (headline(_guest_name(options)), *prefix.notes)
+    draft = Draft(prefix.argv[0], options, (), notes)
+    keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
+    keys += [env_key(prefix.env)] if prefix.env else []
+    return draft._replace(keys=(*keys, *_tuning(draft, prefix)))
+
+
+def options_of(words: Sequence[str]) -> list[Option]:
+    """QEMU's options in `words`, its arguments. Raises UsageError for a word that is none."""
+    options: list[Option] = []
+    position = 0
+    while position < len(words):
+        if not _looks_like_option(words[position]):
+            raise _no_option(words[position])
+        name, following = words[position][1:], words[position + 1 : position + 3]
+        if len(name) > LONGEST_KEY:
+            raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
+        takes = _takes_value(name.removeprefix("-"), following)
+        options.append(Option(name, split_value(name, following[0]) if takes else None))
+        position += 1 + takes
+    return options
+
+
+def _looks_like_option(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+def _takes_value(name: str, following: Sequence[str]) -> bool:
+    """Whether the first of the two words that follow -name is its value.
+
+    Where QEMU would take a word for a disk image, we take it for the value of the word before it: it is at least in
+    its place.
+    """
+    if not following or not _looks_like_option(following[0]):
+        return bool(following)
+    return name in TAKE_VALUE and (len(following) == 1 or _looks_like_option(following[1]))
+
+
+def _no_option(word: str) -> UsageError:
+    if word == "-":
+        return UsageError("'-' is no option of QEMU's", "a value stands behind its option")
+    return UsageError(
+        f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image, which no definition can",
+        f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
+    )
+
+
+# What needs a choice
+
+
+def _remarked(option: Option) -> Option:
+    name = option.bare_name
+    if name == "daemonize":
+        why = f"{PROGRAM} waits for its QEMU; to have the shell back, run it in the background"
+        return option._replace(comments=(f"Left out: -daemonize. {why}.",), left_out=True)
+    remark = _REMARKS.get(name)
+    if name in FLAGS and option.value is not None:
+        remark = "QEMU takes this for two things: the option, and a disk image. Better: - hda: IMAGE"
+    if name in TAKE_VALUE and option.value is None:
+        remark = "Its value is missing: QEMU takes the next word for it, and a word after that for a disk image."
+    text = option.value if isinstance(option.value, str) else ",".join(map(str, option.value or ()))
+    if remark is None and ("/dev/fd/" in text or (name not in ("append", "name") and _has_descriptor(option))):
+        remark = "A descriptor of the shell's: QEMU is started without it. Name the file or device instead."
+    return option._replace(comments=(remark,)) if remark else option
+
+
+_REMARKS = {
+    "runas": "Not needed: QEMU runs as you. With root as the caller, see the keys user and group.",
+    "preconfig": "Not possible together with tuning: QEMU has no virtual CPUs then.",
+    "add-fd": "A descriptor of the shell's: QEMU is started without it. Name the file instead.",
+    "readconfig": "With options from a file, rlimit_memlock: auto cannot tell the guest's RAM. Write a size.",
+}
+
+
+def _has_descriptor(option: Option) -> bool:
+    known = QemuOption(option.name, option.value, NO_MARK)
+    return any(name in ("fd", "fds", "vhostfd", "vhostfds", "sock_fd") for name, _value in known.properties())
+
+
+def kept(draft: Draft) -> list[QemuOption]:
+    """The options that the definition will have."""
+    return [QemuOption(option.name, option.value, NO_MARK) for option in draft.options if not option.left_out]
+
+
+def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
+    """Pinning and scheduling as far as taskset and chrt make them clear; else as suggestions."""
+    options = kept(draft)
+    vcpus = vcpu_limit(options) if any(option.bare_name in ("smp", "readconfig") for option in options) else 1
+    is_clear = vcpus is not None and len(prefix.cpus) == vcpus
+    if is_clear:
+        cpus = ", ".join(map(str, sorted(prefix.cpus)))
+        pinning = Key("vcpu_pinning", (f"[{cpus}]",), ("A CPU of its own for each virtual CPU, out of those given.",))
+    else:
+        pinning = suggested_pinning(vcpus)
+    keys = [pinning]
+    if prefix.policy is not None:
+        real_time = prefix.policy in REALTIME_POLICIES
+        missing = real_time and not is_clear
+        why = ("Real time needs the pinning above: a shielded CPU for each virtual CPU.",) if missing else ()
+        keys.append(Key("scheduler", (prefix.policy,), why, only_suggested=missing))
+        if real_time:
+            keys.append(Key("priority", (str(prefix.priority),), only_suggested=missing))
+    return keys + memlock_key(options)
+
+
+def suggested_pinning(vcpus: int | None) -> Key:
+    """The key as a comment: which CPUs of the host, its owner must say."""
+    how = "lscpu -e=CPU,CORE shows which are siblings"
+    if vcpus is None or vcpus > MOST_EXAMPLES:
+        count = "each virtual CPU" if vcpus is None else f"each of the {vcpus} virtual CPUs"
+        return Key("vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {how}.",), only_suggested=True)
+    example = ", ".join(str(vcpus + index) for index in range(vcpus))
+    count = "the virtual CPU" if vcpus == 1 else f"each of the {vcpus} virtual CPUs"
+    text = f"To pin, as an example: a CPU of the host for {count}; {how}."
+    return Key("vcpu_pinning", (f"[{example}]",), (text,), only_suggested=True)
+
+
+def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
+    """What the definition would mean by default, said so that it can be changed."""
+    if not (has_vfio(options) or has_mem_lock(options)):
+        return []
+    cause = "VFIO" if has_vfio(options) else "mem-lock"
+    if cmdline.guest_ram(VmDefinition("", Path(), "", tuple(options))) is None:
+        text = f"{cause} locks the guest's memory, and its size cannot be told from the options. Write a size."
+        return [Key("rlimit_memlock", ("true",), (text,))]
+    return [Key("rlimit_memlock", ("auto",), (f"{cause} locks the guest's memory: its RAM and 1 GiB are allowed.",))]
+
+
+def _guest_name(options: Sequence[Option]) -> str | None:
+    found = None
+    for option in options:
+        if option.bare_name == "name" and option.value is not None:
+            for position, (name, value) in enumerate(QemuOption(option.name, option.value, NO_MARK).properties()):
+                found = value if name == "guest" else name if value is None and position == 0 else found
+    return found
+
+
+def headline(name: str | None) -> str:
+    """What this file is and where to put it. `name` is the guest's, and may be none for a file."""
+    stem = name if name is not None and VM_NAME.fullmatch(name) else "NAME"
+    return f"Written by {PROGRAM} import. Save it as ~/.config/qemu-launcher/{stem}.yml"
+
+
+# Out into the world
+
+
+def written(draft: Draft, argv: Sequence[str]) -> str:
+    """The text of the definition, after it has been read back: it gives QEMU exactly `argv` as arguments.
+
+    Raises DefinitionError for what a definition cannot have.
+    """
+    name = "the definition"
+    try:
+        text = render(draft)
+        found = cmdline.qemu_argv(definition.parse(text.encode(), Path(name), "imported"))
+    except (ValueError, DefinitionError) as err:
+        what = err.message if isinstance(err, DefinitionError) else str(err)
+        hint = err.hint if isinstance(err, DefinitionError) else None
+        raise DefinitionError(f"no definition can be made of this: {what}", hint) from err
+    if len(text.encode()) > definition.MAX_FILE_BYTES:
+        raise DefinitionError(f"the definition would be larger than {definition.MAX_FILE_BYTES >> 20} MiB")
+    if found != [draft.binary, *argv]:
+        wrong = next((w for w, f in zip([draft.binary, *argv], [*found, ""], strict=False) if w != f), "")
+        raise LauncherError(f"the definition would not give back {shortened(wrong)!r}", "this is a bug: please tell us")
+    return text
+
+
+def deliver(text: str, output: str | None) -> None:
+    """Print `text`, or write it to a file that must not be there yet."""
+    if output is None:
+        stdout.say(text)
+        return
+    try:
+        with open(output, "x", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(text)
+    except FileExistsError as err:
+        raise LauncherError(f"{output} is there already and is left alone", "give another name, or remove it") from err
+    except (OSError, ValueError) as err:
+        why = err.strerror if isinstance(err, OSError) else err
+        raise LauncherError(f"cannot write {output!r}: {why}") from err
+
+
+def warn(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{PROGRAM}: {printable(text)}\n")
+
+
+def _utf8(word: str) -> str:
+    """An argument as the UTF-8 text that its bytes are, whatever the locale has made of them. Raises UsageError."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError as err:
+        what = f"the argument {shortened(word)!r} is not UTF-8, which a definition must be"
+        raise UsageError(what, "if it names a file, rename that") from err

@@ -1,0 +1,340 @@
+"""`import -- QEMU...`: a command line becomes a definition whose command line is that one again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings, strategies as st
+
+from qemu_launcher import cmdline, drafting, importing, prefixes, yamlnode, yamltext
+from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
+from qemu_launcher.options import Property, QemuOption
+from qemu_launcher.qemuoptions import FLAGS, LISTS, TAKE_VALUE
+from unit.reading import ROOT, read
+
+QEMU = "qemu-system-x86_64"
+CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-8"))
+
+
+def imported(*words: str) -> str:
+    """The definition for a command line."""
+    draft = importing.draft_of(prefixes.peel(words))
+    return importing.written(draft, [word for option in importing.kept(draft) for word in cmdline.option_argv(option)])
+
+
+def qemu_section(*words: str) -> str:
+    return imported(QEMU, *words).partition("\nqemu:\n")[2]
+
+
+# Any text at all, and text in which what matters comes often.
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+PIECES = st.sampled_from(
+    ["a", "=", ",", ",,", "{", "}", "'", '"', " ", ": ", " #", "-", "\n", "\t", "\\", "~", "0", "file", "é", "\x85"]
+)
+TEXT = ANY_TEXT | st.lists(PIECES, max_size=12).map("".join) | st.sampled_from(
+    ["", "on", "null", "~", "true", "0x10", "1e3", "010", "52:54:00:12:34:56", "*a", "&a", "!x", "%", "@", "`", "? a",
+     "- a", "---", "...", ": a", "a: b", "a:", "a #b", "#", "[a]", "{a: b}", "|", ">", "<<", "=", ".inf", "0" * 30]
+)  # fmt: skip
+NAME = st.sampled_from(sorted(FLAGS | TAKE_VALUE)) | TEXT.filter(bool)
+OPTIONS = st.lists(st.tuples(st.sampled_from(["-", "--"]), NAME, TEXT | st.none()), max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(OPTIONS)
+@example([("-", "append", "-daemonize")])
+@example([("-", "nographic", "disk.img")])
+@example([("-", "drive", "file=a,,b,,,if=virtio,")])
+@example([("-", "m", None), ("--", "-", None)])
+@example([("-", "m", None), ("-", "m", "")])
+@example([("-", "append", "-x"), ("-", "S", "-")])
+def test_argv_comes_back(options: list[tuple[str, str, str | None]]) -> None:
+    argv = [QEMU]
+    for dash, name, value in options:
+        if name.removeprefix("-") != "daemonize":
+            argv += [dash + name] if value is None else [dash + name, value]
+    found = cmdline.qemu_argv(read(imported(*argv)))
+    assert [w for w in found if w.strip("-") != "daemonize"] == [w for w in argv if w.strip("-") != "daemonize"]
+
+
+ELEMENT = TEXT | st.tuples(TEXT.filter(bool), TEXT).map(lambda pair: Property(*pair))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(NAME, st.none() | TEXT | st.lists(ELEMENT, min_size=1, max_size=5).map(tuple)), max_size=6))
+def test_definition_comes_back(
+    options: list[tuple[str, str | tuple[str | Property, ...] | None]],
+) -> None:
+    """definition -> command -> import -> command: the same words."""
+    kept = [drafting.Option(name, value) for name, value in options if name.strip("-") not in ("daemonize", "")]
+    definition = read(drafting.render(drafting.Draft(QEMU, tuple(kept))))
+    argv = cmdline.qemu_argv(definition)
+    assert argv[1:] == [w for o in kept for w in cmdline.option_argv(QemuOption(o.name, o.value, importing.NO_MARK))]
+    assert cmdline.qemu_argv(read(imported(*argv))) == argv
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "argv" in case], ids=lambda case: str(case["name"]))
+def test_conformance_case_comes_back(case: dict[str, list[str]]) -> None:
+    argv = [QEMU, *case["argv"]]
+    assert cmdline.qemu_argv(read(imported(*argv))) == argv
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_scalars_come_back(text: str) -> None:
+    for loader in ("C", ""):
+        with pytest.MonkeyPatch.context() as patch:
+            if not loader:
+                patch.delattr(yaml, "CSafeLoader")
+            written = f"- {yamltext.scalar(text)}\n" + (f"- {yamltext.word(text)}: {yamltext.scalar(text)}\n")
+            root = yamlnode.compose(yamlnode.decode(written.encode(), "x"), "x").root
+            assert isinstance(root, yamlnode.List)
+            assert yamlnode.verbatim(root.items[0], "x") == text
+            if text:
+                ((key, value),) = yamlnode.entries(root.items[1], "x")
+                assert (yamlnode.string(key, "x"), yamlnode.verbatim(value, "x")) == (text, text)
+
+
+@given(ANY_TEXT)
+def test_comments_end_where_they_must(text: str) -> None:
+    lines = yamltext.comment(text, 2)
+    assert all(line.startswith("  # ") for line in lines.splitlines())
+    assert lines == "" or yamlnode.decode((lines + "a: b\n").encode(), "x")
+
+
+def test_readable_form() -> None:
+    words = "-nographic -m 2G -smp 4,sockets=1 -drive file=disk.qcow2,if=virtio -vnc :0"
+    assert (
+        qemu_section(*words.split())
+        == """\
+  - nographic
+  - m: 2G
+  - smp:
+      - 4
+      - sockets: 1
+  - drive:
+      - file: disk.qcow2
+      - if: virtio
+  - vnc: ':0'
+"""
+    )
+
+
+def test_the_manual_page_has_a_real_example() -> None:
+    page = (ROOT / "launcher/man/qemu-launcher.1.md").read_text(encoding="utf-8")
+    command, _prints, rest = page.partition("# IMPORT\n\n")[2].replace("prints\n\n", "\0").partition("\0")
+    lines = rest.partition("\n\n**")[0].splitlines()
+    assert imported(*command.split()[3:]).splitlines() == [line.removeprefix("    ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "lines"),
+    [
+        ("overcommit", "mem-lock=on", ["- overcommit:", "    - mem-lock: on"]),
+        ("drive", "file=a,,b", ["- drive:", "    - file: a,b"]),
+        ("drive", "file=a,,,if=ide", ["- drive:", "    - file: a,", "    - if: ide"]),
+        ("drive", "if=ide,", ["- drive: if=ide,"]),
+        ("drive", "if=ide,,", ["- drive:", "    - if: ide,"]),
+        ("drive", ",if=ide", ["- drive: ',if=ide'"]),
+        ("drive", "=a,if=ide", ["- drive:", "    - =a", "    - if: ide"]),
+        ("drive", "a,,b=c,if=ide", ["- drive:", "    - a,,b=c", "    - if: ide"]),
+        ("netdev", "user,hostfwd=a,hostfwd=b", ["- netdev:", "    - user", "    - hostfwd: a", "    - hostfwd: b"]),
+        ("drive", "file=a=b", ["- drive:", "    - file: a=b"]),
+        ("device", '{"driver": "x", "id": "y"}', ['- device: \'{"driver": "x", "id": "y"}\'']),
+        ("append", "console=ttyS0,115200 -x", ["- append: console=ttyS0,115200 -x"]),
+        ("append", "-x", ["- append: -x"]),
+        ("serial", "-", ["- serial: '-'"]),
+        ("append", "", ["- append: ''"]),
+        ("name", "null", ["- name: 'null'"]),
+        ("name", "a: b", ["- name: 'a: b'"]),
+        ("name", "it's # 1", ["- name: 'it''s # 1'"]),
+        ("name", "a\nb\t\x7f", ['- name: "a\\nb\\t\\x7f"']),
+        ("name", "Größe", ["- name: 'Größe'"]),
+        ("-m", "2G", ["- '-m': 2G"]),
+        ("smp", "4", ["- smp: 4"]),
+    ],
+)
+def test_forms(option: str, text: str, lines: list[str]) -> None:
+    assert qemu_section(f"-{option}", text).splitlines() == [f"  {line}" for line in lines]
+
+
+def test_flags_and_values_as_qemu_tells_them_apart() -> None:
+    section = qemu_section("-append", "-S", "-S", "-kernel", "-snapshot", "-newflag", "-newvalue", "x", "-m")
+    assert [line for line in section.splitlines() if "#" not in line] == [
+        *("  - append: -S", "  - S", "  - kernel: -snapshot", "  - newflag", "  - newvalue: x", "  - m"),
+    ]
+
+
+def test_no_option_is_both() -> None:
+    assert not FLAGS & TAKE_VALUE
+    assert LISTS <= TAKE_VALUE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([QEMU, "disk.img"], "'disk.img' stands where an option must"),
+        ([QEMU, "-m", "2G", "disk.img", "-S"], "'disk.img' stands where an option must"),
+        ([QEMU, ""], "'' stands where an option must"),
+        ([QEMU, "-"], "'-' is no option of QEMU's"),
+        ([QEMU, "-" + "x" * 300], "is too long for the name of an option"),
+        (["sudo", "-u", "bob"], "there is no QEMU in this command line"),
+        (["A=b"], "there is no QEMU in this command line"),
+    ],
+)
+def test_refused_words(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        imported(*words)
+    assert message in caught.value.message
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([QEMU, "-append", "x" * (128 << 10)], "-append has a value longer than 131071 bytes, the kernel's limit"),
+        ([QEMU, *["-append", "x" * (100 << 10)] * 12], "up to here the qemu section comes to more than 1 MiB"),
+        (["", "-S"], "binary is empty"),
+        (["taskset", "-c", "1,99999999", QEMU], None),
+    ],
+)
+def test_what_a_definition_cannot_have(words: list[str], message: str | None) -> None:
+    if message is None:  # such a CPU is no cpulist: said in a note, not in a key
+        assert "# vcpu_pinning: [1]" in imported(*words)
+        return
+    with pytest.raises(DefinitionError) as caught:
+        imported(*words)
+    assert caught.value.message == f"no definition can be made of this: {message}"
+
+
+def launcher_section(*words: str) -> str:
+    return imported(*words).partition("launcher:\n")[2].partition("qemu:")[0]
+
+
+def test_prefixes() -> None:
+    text = imported("A=1", "B=x y", "sudo", "-u", "bob", "A=2", "nice", "-n", "5", QEMU, "-S")
+    assert read(text).env == (("B", "x y"), ("A", "2"))
+    assert "# Stood before QEMU, and is not kept: sudo -u bob." in text
+    assert "# Stood before QEMU, and is not kept: nice -n 5." in text
+    assert read(text).binary == QEMU
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        ("taskset -c 2,3 Q -smp 2", ["vcpu_pinning: [2, 3]"]),
+        ("taskset --cpu-list 2-3 Q -smp 2", ["vcpu_pinning: [2, 3]"]),
+        ("taskset 0xc Q -smp 2", ["vcpu_pinning: [2, 3]"]),
+        ("taskset c Q -smp 2", ["vcpu_pinning: [2, 3]"]),
+        ("taskset -ac 2 Q", ["vcpu_pinning: [2]"]),
+        ("taskset -c 2,3 Q -smp 4", []),
+        ("taskset -c 0-6:2 Q", []),
+        ("numactl -C 2 -m 0 Q", ["vcpu_pinning: [2]"]),
+        ("numactl --physcpubind=2,4 Q -smp 2", ["vcpu_pinning: [2, 4]"]),
+        ("numactl -C all Q", []),
+        ("taskset -c 2 chrt -f 5 Q", ["vcpu_pinning: [2]", "scheduler: fifo", "priority: 5"]),
+        ("chrt 5 taskset -c 2 Q", ["vcpu_pinning: [2]", "scheduler: rr", "priority: 5"]),
+        ("chrt --fifo 5 Q", []),
+        ("chrt -f 0 Q", []),
+        ("chrt -d -T 1 -P 2 0 Q", []),
+        ("chrt -b 0 Q", ["scheduler: batch"]),
+        ("chrt --idle Q", ["scheduler: idle"]),
+        ("env -i Q", ["clear_env: true"]),
+        ("env - A=b Q", ["clear_env: true", "env:", "A: b"]),
+        ("env A=b C=d Q", ["env:", "A: b", "C: d"]),
+        ("/usr/bin/sudo -E /usr/bin/nice -5 Q", []),
+        ("exec -a x nohup setsid -f time ionice -c 3 systemd-run --user --scope -p A=b prlimit --memlock=1 Q", []),
+    ],
+)
+def test_what_prefixes_become(words: str, lines: list[str]) -> None:
+    section = launcher_section(*words.replace("Q", QEMU).split())
+    assert [line.strip() for line in section.splitlines()[1:] if not line.strip().startswith("#")] == lines
+
+
+def test_real_time_without_pinning_is_only_suggested() -> None:
+    text = imported("chrt", "-f", "1", QEMU, "-smp", "2")
+    assert "  # scheduler: fifo\n  # priority: 1\n" in text
+    assert read(text).scheduler is None
+
+
+@pytest.mark.parametrize(
+    ("words", "comment"),
+    [
+        ("-smp 4", "# vcpu_pinning: [4, 5, 6, 7]"),
+        ("-smp 100", "# To pin: a CPU of the host for each of the 100 virtual CPUs;"),
+        ("-smp 2,maxcpus=x", "# To pin: a CPU of the host for each virtual CPU;"),
+        ("-device vfio-pci,host=1:0.0", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on -readconfig x", "rlimit_memlock: true"),
+        ("-runas nobody", "# Not needed: QEMU runs as you."),
+        ("-netdev tap,fds=3:4,id=n", "# A descriptor of the shell's"),
+        ("-add-fd fd=3,set=2", "# A descriptor of the shell's"),
+        ("-snapshot disk.img", "Better: - hda: IMAGE"),
+        ("-name guest=win11", "Save it as ~/.config/qemu-launcher/win11.yml"),
+        ("-name win11,process=x", "Save it as ~/.config/qemu-launcher/win11.yml"),
+        ("-name ../x", "Save it as ~/.config/qemu-launcher/NAME.yml"),
+    ],
+)
+def test_comments(words: str, comment: str) -> None:
+    text = imported(QEMU, *words.split())
+    assert comment in text.replace("\n  # ", "\n# ")
+    assert cmdline.qemu_argv(read(text)) == [QEMU, *words.split()]
+
+
+def test_daemonize_is_left_out_and_said() -> None:
+    done = launch("--", QEMU, "-daemonize", "-S")
+    assert cmdline.qemu_argv(read(done.stdout)) == [QEMU, "-S"]
+    assert "  # Left out: -daemonize." in done.stdout
+    assert done.stderr.startswith("qemu-launcher: left out: -daemonize.")
+    assert done.returncode == 0
+
+
+def launch(*words: str | bytes, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "qemu_launcher", "import", *words],
+        env={"PYTHONPATH": str(ROOT / "launcher"), "PATH": os.environ["PATH"]} | environ,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "de_DE.ISO-8859-1"])
+def test_as_a_program_in_every_locale(locale: str) -> None:
+    done = launch("--", QEMU, "-name", "Größe 漢", LC_ALL=locale, PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cmdline.qemu_argv(read(done.stdout)) == [QEMU, "-name", "Größe 漢"]
+
+
+def test_bytes_that_are_no_utf8() -> None:
+    done = launch("--", QEMU, "-hda", b"\xff.img")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "qemu-launcher: the argument '\\udcff.img' is not UTF-8, which a definition must be\n"
+        "    if it names a file, rename that\n"
+    )
+
+
+def test_output_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yml"
+    done = launch("-o", str(path), "--", QEMU, "-S")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    before = path.read_text()
+    assert cmdline.qemu_argv(read(before)) == [QEMU, "-S"]
+    done = launch("--output", str(path), "--", QEMU)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"qemu-launcher: {path} is there already and is left alone\n")
+    assert path.read_text() == before
+    done = launch("-o", str(tmp_path / "no" / "x.yml"), "--", QEMU)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "scalar", lambda text: text + "x")
+    with pytest.raises(LauncherError, match="would not give back '1G'"):
+        imported(QEMU, "-m", "1G")
