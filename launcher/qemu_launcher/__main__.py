@@ -54,6 +54,8 @@ def _act(arguments: cli.Arguments) -> int:
             return listing.show(os.environ, as_json=arguments.json)
         case cli.Status():
             return _status(arguments)
+        case cli.Monitor() | cli.Qmp():
+            return _pass_on(arguments)
         case cli.Stop() | cli.Kill() | cli.Pause() | cli.Resume():
             return _press(arguments)
         case cli.Import():
@@ -107,6 +109,15 @@ def _press(arguments: cli.Stop | cli.Kill | cli.Pause | cli.Resume) -> int:
             return power.pause(name)
         case cli.Resume():
             return power.resume(name)
+
+
+def _pass_on(arguments: cli.Monitor | cli.Qmp) -> int:
+    from . import locate, passthrough  # noqa: PLC0415
+
+    name = locate.vm_name(arguments.vm)
+    if isinstance(arguments, cli.Monitor):
+        return passthrough.monitor(name, arguments.line)
+    return passthrough.qmp(name, arguments.command, arguments.arguments)
 
 
 def _administer(arguments: cli.Status | cli.Limits | cli.Release) -> int:

@@ -32,6 +32,10 @@ See:
   command NAME     Print QEMU's command line, without starting anything
   import -- QEMU   Print a definition for a command line of QEMU's
 
+Talk to QEMU:
+  monitor NAME     Its monitor as a prompt; or one line: monitor NAME info block
+  qmp NAME CMD     One QMP command, with its arguments as JSON after it
+
 What you may have:
   limits           Show it, and which line of whose file says so
   release NAME     Give back its CPUs, real time and memory lock; it runs on
@@ -62,6 +66,7 @@ Examples:
   qemu-launcher command ./win11.yml    Look at what QEMU would be given
   qemu-launcher stop win11             Power it down, from another terminal
   qemu-launcher list                   See what there is to start, and what runs
+  qemu-launcher monitor win11 info block      Ask QEMU what its drives are
   qemu-launcher limits                 See how many CPUs you may have
   qemu-launcher status --all-users     See who holds which CPUs
   qemu-launcher release win11 --owner alice    Take them away from alice
@@ -105,6 +110,21 @@ class Resume(NamedTuple):
     vm: str
 
 
+class Monitor(NamedTuple):
+    """`line`: the words after the name, None for a prompt."""
+
+    vm: str
+    line: str | None
+
+
+class Qmp(NamedTuple):
+    """`arguments`: JSON, not read yet."""
+
+    vm: str
+    command: str
+    arguments: str | None
+
+
 class List(NamedTuple):
     json: bool
 
@@ -136,9 +156,30 @@ class Version(NamedTuple):
     pass
 
 
-Arguments = Run | Command | Status | Stop | Kill | Pause | Resume | List | Limits | Release | Import | Help | Version
+Arguments = (
+    Run
+    | Command
+    | Status
+    | Stop
+    | Kill
+    | Pause
+    | Resume
+    | List
+    | Monitor
+    | Qmp
+    | Limits
+    | Release
+    | Import
+    | Help
+    | Version
+)
 
-COMMANDS = ("run", "stop", "kill", "pause", "resume", "list", "status", "command", "import", "limits", "release")
+COMMANDS = (
+    *("run", "stop", "kill", "pause", "resume"),
+    *("list", "status", "command", "import"),
+    *("monitor", "qmp"),
+    *("limits", "release"),
+)
 OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
@@ -164,12 +205,13 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The meaning of the arguments after the program's name. Raises UsageError."""
-    words = argv[: argv.index("--")] if "--" in argv else argv
+    command, rest = _split(argv)
+    rest, line = _until_name(rest) if command == "monitor" else (rest, None)
+    words = rest[: rest.index("--")] if "--" in rest else rest
     if "-h" in words or "--help" in words:
         return Help()
     if "--version" in words:
         return Version()
-    command, rest = _split(argv)
     parser = _parser(command)
     for option in (word.partition("=")[0] for word in words):
         if command not in OPTIONS.get(option, (command,)):
@@ -181,6 +223,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         parser.error("the name of a VM is missing")
     if command == "status" and found.all_users and found.vm is not None:
         parser.error("--all-users shows the VMs of all users, and takes no NAME")
+    if command == "monitor":
+        return Monitor(found.vm, line)
+    if command == "qmp" and found.command is None:
+        parser.error("the QMP command is missing")
     return _MEANINGS[command](**vars(found))
 
 
@@ -210,6 +256,7 @@ _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "pause": Pause,
     "resume": Resume,
     "list": List,
+    "qmp": Qmp,
     "limits": Limits,
     "release": Release,
 }
@@ -229,6 +276,9 @@ def _parser(command: str) -> _Parser:
         parser.add_argument("-o", "--output", metavar="FILE")
     if command not in ("list", "limits"):
         parser.add_argument("vm", metavar="NAME", nargs="?")
+    if command == "qmp":
+        parser.add_argument("command", metavar="COMMAND", nargs="?")
+        parser.add_argument("arguments", metavar="JSON", nargs="?")
     return parser
 
 
@@ -242,3 +292,12 @@ def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
                 return word, [*argv[:position], *argv[position + 1 :]]
             break
     return "run", list(argv)
+
+
+def _until_name(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Ours, and the line for QEMU's monitor: all words after the VM's name are its own, with their hyphens."""
+    for position, word in enumerate(words):
+        if not word.startswith("-") or "--" in words[:position]:
+            own = words[position + 1 :]
+            return list(words[: position + 1]), " ".join(own[own[0] == "--" :]) if own else None
+    return list(words), None
