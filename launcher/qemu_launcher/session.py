@@ -23,6 +23,7 @@ from . import cmdline, host, identity, locate, monitors, procfs, runtime, termin
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
 from .monitors import Monitors
+from .notify import Manager
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
@@ -40,8 +41,9 @@ def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
     if not untuned:
         _validate_tuning(definition, spelled)
     terminal.fill_standard_descriptors()
+    manager = Manager.taken(os.environ)
     identity.assume(definition)
-    return asyncio.run(_run(definition, spelled, Voice(definition.name, quiet=quiet), untuned=untuned))
+    return asyncio.run(_run(definition, spelled, Voice(definition.name, quiet=quiet), manager, untuned=untuned))
 
 
 def _validate_tuning(definition: VmDefinition, spelled: str) -> None:
@@ -55,8 +57,9 @@ def _validate_tuning(definition: VmDefinition, spelled: str) -> None:
         raise
 
 
-async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned: bool) -> int:
+async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Manager, *, untuned: bool) -> int:
     began = time.monotonic()
+    manager.status("starting")
     for warning in definition.warnings:
         voice.warn(warning)
     async with AsyncExitStack() as stack:
@@ -79,16 +82,18 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, *, untuned:
         claim.update(qemu=qemu.process)
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
-        start = _Start(definition, spelled, voice, claim, tuning, qemu, holds_guest=holds_guest)
+        start = _Start(definition, spelled, voice, manager, claim, tuning, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
         outcome = await _started(start, made, signals)
         if isinstance(outcome, int):
             return outcome
-        voice.note(f"{_stillness(definition) or 'running'}, {tuning.summary()}, {time.monotonic() - began:.1f} s")
+        outlook = f"{_stillness(definition) or 'running'}, {tuning.summary()}"
+        manager.ready(outlook)
+        voice.note(f"{outlook}, {time.monotonic() - began:.1f} s")
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(tuning.after_cont(qemu))
-        shutdown = Shutdown(qemu, outcome, voice, definition.shutdown_timeout)
+        shutdown = Shutdown(qemu, outcome, voice, manager, definition.shutdown_timeout)
         status = await shutdown.until_ended(signals)
         settling.cancel()
         await asyncio.wait([settling])
@@ -104,6 +109,7 @@ class _Start:
         definition: VmDefinition,
         spelled: str,
         voice: Voice,
+        manager: Manager,
         claim: Claim,
         tuning: Tuning,
         qemu: Qemu,
@@ -116,6 +122,7 @@ class _Start:
         self.holds_guest = holds_guest
         self._definition = definition
         self._voice = voice
+        self._manager = manager
         self._claim = claim
         self._tuning = tuning
 
@@ -177,9 +184,11 @@ class _Start:
     def _tell_progress(self) -> None:
         ram, used = cmdline.guest_ram(self._definition), procfs.resident(self.qemu.pid)
         if ram is not None and used is not None and self.holds_guest:
-            self._voice.note(f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}")
+            progress = f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}"
         else:
-            self._voice.note("QEMU is still starting")
+            progress = "QEMU is still starting"
+        self._manager.status(progress)
+        self._voice.note(progress)
 
 
 async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .errors import QmpError
+from .notify import Manager
 from .process import QUIT_GRACE, Qemu
 from .qmp import Event, Qmp
 from .voice import Voice
@@ -26,6 +27,8 @@ from .voice import Voice
 _HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 # QEMU's monitor answers at once or hangs; only a hanging one is worth going on without it.
 _ANSWER_TIMEOUT = 5.0  # seconds
+# The most that is left once the guest's time is over: `quit`, SIGTERM's grace, and giving back the CPUs.
+_LONGEST_END = 90.0  # seconds
 # RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button.
 NOT_STARTED = ("prelaunch", "inmigrate", "preconfig")
 
@@ -67,10 +70,11 @@ class _Stage(enum.Enum):
 class Shutdown:
     """Brings one running VM down, driven by signals and time."""
 
-    def __init__(self, qemu: Qemu, qmp: Qmp, voice: Voice, timeout: float | None) -> None:
+    def __init__(self, qemu: Qemu, qmp: Qmp, voice: Voice, manager: Manager, timeout: float | None) -> None:
         self._qemu = qemu
         self._qmp = qmp
         self._voice = voice
+        self._manager = manager
         self._timeout = timeout
         self._stage = _Stage.RUNNING
         self._deadline: float | None = None
@@ -125,6 +129,8 @@ class Shutdown:
 
     async def _ask(self, number: signal.Signals) -> None:
         self._stage = _Stage.ASKED
+        limited = number == signal.SIGTERM and self._timeout is not None
+        self._manager.stopping("asked to power down", (self._timeout or 0.0) + _LONGEST_END if limited else None)
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 state = await self._qmp.execute("query-status")
@@ -142,6 +148,7 @@ class Shutdown:
 
     async def _quit(self) -> None:
         self._stage = _Stage.QUITTING
+        self._manager.status("cutting the power")
         self._set_deadline(QUIT_GRACE)
         await quit_qemu(self._qemu, self._qmp)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from qemu_launcher.notify import Manager
 from qemu_launcher.process import Ending, Qemu
 from qemu_launcher.qmp import Qmp
 from qemu_launcher.shutdown import Shutdown, Signals
@@ -38,7 +39,7 @@ class Child:
 async def limit_after(timeout: float | None, *numbers: signal.Signals) -> tuple[float | None, int]:
     """The time limit that is armed once all of these signals have been acted on, in seconds from now; QEMU's status."""
     child, monitor, signals = Child(), Monitor(), Signals()
-    shutdown = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), timeout)
+    shutdown = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), timeout)
     ending = asyncio.ensure_future(shutdown.until_ended(signals))
     for number in numbers:
         signals.put(number)
