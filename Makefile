@@ -52,6 +52,7 @@ PYTHONDIR ?= $(PREFIX)/lib/qemu-launcher
 MANDIR ?= $(PREFIX)/share/man
 DOCDIR ?= $(PREFIX)/share/doc/qemu-launcher
 UNITDIR := /usr/lib/systemd/system
+USERUNITDIR := /usr/lib/systemd/user
 SYSUSERSDIR := /usr/lib/sysusers.d
 DBUSDIR := /usr/share/dbus-1
 POLKITDIR := /usr/share/polkit-1
@@ -166,17 +167,19 @@ build/man/%: helper/man/%.md
 
 # --- installation -----------------------------------------------------------------------------------------------------
 
-# Entry scripts and the two files that start the helper carry paths; everything else is installed as it stands.
-place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' $(1) > $(2) && chmod $(3) $(2)
+# Entry scripts, and the files that start one of the two programs, carry paths; everything else is installed as it stands.
+place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' \
+	-e 's|/usr/bin/qemu-launcher|$(BINDIR)/qemu-launcher|g' $(1) > $(2) && chmod $(3) $(2)
 
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
-	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
+	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
 		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples)
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
 	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
 	@ln -srf $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper $(DESTDIR)$(SBINDIR)/qemu-launcher-helper
 	@$(call place,helper/qemu-launcher-helper.service,$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service,644)
+	@$(call place,launcher/qemu-launcher@.service,$(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service,644)
 	@$(call place,dbus/org.qemulauncher.Helper1.service,$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service,644)
 	@(cd launcher && find qemu_launcher -name '*.py' -o -name py.typed) | while read -r f; do \
 		install -D -m 644 launcher/$$f $(DESTDIR)$(PYTHONDIR)/$$f; done
@@ -205,7 +208,8 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 	@[ -n "$(DESTDIR)" ] || { [ ! -d /run/systemd/system ] || systemctl stop qemu-launcher-helper.service || true; }
 	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
 	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(SBINDIR)/qemu-launcher-helper $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
-		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf \
+		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service \
+		$(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf \
 		$(DESTDIR)$(DBUSDIR)/system.d/org.qemulauncher.Helper1.conf \
 		$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service \
 		$(DESTDIR)$(DBUSDIR)/interfaces/org.qemulauncher.Helper1.xml \

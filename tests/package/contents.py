@@ -10,6 +10,7 @@ FILES = {
     "usr/libexec/qemu-launcher-helper": 0o755,
     "usr/sbin/qemu-launcher-helper": 0o777,  # a link to the one above, for `--check`
     "usr/lib/systemd/system/qemu-launcher-helper.service": 0o644,
+    "usr/lib/systemd/user/qemu-launcher@.service": 0o644,
     "usr/lib/sysusers.d/qemu-launcher.conf": 0o644,
     "usr/share/dbus-1/interfaces/org.qemulauncher.Helper1.xml": 0o644,
     "usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service": 0o644,

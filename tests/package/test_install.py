@@ -57,13 +57,15 @@ def test_another_prefix_keeps_the_daemons_folders(tmp_path: Path) -> None:
     """With PREFIX=/opt/ql programs move, what the bus, polkit, systemd and sysusers read does not, and paths follow."""
     make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
     files = installed(tmp_path)
-    fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|systemd/system|sysusers", name)]
-    assert len(fixed) == 7
+    fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|lib/systemd|sysusers", name)]
+    assert len(fixed) == 8
     assert set(fixed) <= set(files)
     assert all(name.startswith("opt/ql/") for name in set(files) - set(fixed))
     unit = (tmp_path / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()
     assert re.search(r"^ExecStart=/opt/ql/libexec/qemu-launcher-helper --serve$", unit, re.MULTILINE)
     assert "/usr/libexec" not in unit
+    service = (tmp_path / "usr/lib/systemd/user/qemu-launcher@.service").read_text()
+    assert re.findall(r"^ExecStart=(.*)$", service, re.MULTILINE) == ["/opt/ql/bin/qemu-launcher run -- %i"]
     for entry in ("bin/qemu-launcher", "libexec/qemu-launcher-helper"):
         assert 'PACKAGES = "/opt/ql/lib/qemu-launcher"' in (tmp_path / "opt/ql" / entry).read_text()
 
@@ -85,6 +87,32 @@ def test_what_starts_the_helper_exists(tree: Path) -> None:
     activation = (tree / "usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service").read_text()
     assert re.findall(r"^SystemdService=(.*)$", activation, re.MULTILINE) == ["qemu-launcher-helper.service"]
     assert re.findall(r"^Name=(.*)$", activation, re.MULTILINE) == ["org.qemulauncher.Helper1"]
+
+
+def test_what_the_users_unit_starts_exists(tree: Path, tmp_path: Path) -> None:
+    """Its ExecStart is the installed program, and systemd has nothing to say about the unit."""
+    path = tree / "usr/lib/systemd/user/qemu-launcher@.service"
+    started = re.findall(r"^ExecStart=(\S+)", path.read_text(), re.MULTILINE)
+    assert started == ["/usr/bin/qemu-launcher"]
+    assert str(Path(started[0]).relative_to("/")) in FILES
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    text = path.read_text().replace("/usr/bin/qemu-launcher", f"{tree}/usr/bin/qemu-launcher")
+    assert _said_by_systemd(text, tmp_path) == []
+    assert len(_said_by_systemd(f"{text}Wanted=yes\n", tmp_path)) == 1, "what would be said is not seen"
+
+
+def _said_by_systemd(unit: str, place: Path) -> list[str]:
+    instance = place / "qemu-launcher@win-11.service"
+    instance.write_text(unit)
+    run = subprocess.run(
+        ["systemd-analyze", "verify", "--user", "--man=no", str(instance)],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(place)},  # without one it looks at nothing
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [line for line in run.stderr.splitlines() if instance.name in line]
 
 
 def test_the_group_of_the_policy_is_the_group_that_is_made(tree: Path) -> None:
