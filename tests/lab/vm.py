@@ -207,6 +207,25 @@ class Vm:
                 parts.append(f"--- the journal cannot be read: {error} ---")
         return "\n".join(parts)
 
+    def reboot(self, timeout: float = 900.0) -> None:
+        """The host's own orderly shutdown, and its next boot, up to where it is ready. LabDied when that does not come.
+
+        The overlay stays, and so does this object: /run and all processes are new, what was written to disk is there.
+        """
+        ready = self.folder / "ready.log"
+        before = ready.read_bytes().count(b"lab-ready")
+        with monitor(self.folder) as qmp:
+            qmp.command("set-action", reboot="reset")  # QEMU was started with -no-reboot
+            self.run("systemctl reboot", timeout=60.0, check=False)
+            self.leave()
+            deadline = time.monotonic() + timeout
+            while ready.read_bytes().count(b"lab-ready") <= before:
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise LabDied(f"the lab was not back after {timeout:.0f} s\n{self.console_tail()}")
+            qmp.command("set-action", reboot="shutdown")  # a kernel that panics ends it again
+        self.connect()
+
     def power_off(self, timeout: float = 600.0) -> None:
         """The host's own orderly shutdown; LabDied when it is not off after `timeout` seconds (it is killed then)."""
         with contextlib.suppress(CommandFailed):
