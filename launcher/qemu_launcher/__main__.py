@@ -93,7 +93,12 @@ def _status(arguments: cli.Status) -> int:
     from . import locate, status  # noqa: PLC0415
 
     # Not the definition: the VM that runs is what counts, even if its file has changed or gone since.
-    return status.show(None if arguments.vm is None else locate.vm_name(arguments.vm))
+    name = None if arguments.vm is None else locate.vm_name(arguments.vm)
+    if arguments.watch:
+        from . import watch  # noqa: PLC0415
+
+        return watch.show(name)
+    return status.show(name, as_json=arguments.json)
 
 
 def _press(arguments: cli.Stop | cli.Kill | cli.Pause | cli.Resume) -> int:
@@ -128,8 +133,8 @@ def _administer(arguments: cli.Status | cli.Limits | cli.Release) -> int:
             return administration.show_limits(arguments.owner, as_json=arguments.json)
         case cli.Release():
             return administration.release(locate.vm_name(arguments.vm), arguments.owner)
-        case _:
-            return administration.show_all_users()
+        case cli.Status():
+            return administration.show_all_users(as_json=arguments.json)
 
 
 def _complain(text: str) -> None:

@@ -47,12 +47,17 @@ def show_limits(owner: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def show_all_users() -> int:
+def show_all_users(*, as_json: bool) -> int:
     """Show all VMs that hold a grant, whosever they are. Returns the exit status."""
-    granted = asyncio.run(_asked(lambda helper: helper.list_vms(everybodys=True)))
+    granted = sorted(
+        asyncio.run(_asked(lambda helper: helper.list_vms(everybodys=True))), key=lambda vm: (vm.user, vm.vm)
+    )
+    if as_json:
+        stdout.say_json([_granted_as_json(vm) for vm in granted], indent=2)
+        return 0
     rows = [
         (printable(vm.vm), printable(vm.user), str(vm.pid), printable(vm.cpulist) or "none", printable(vm.mechanism))
-        for vm in sorted(granted, key=lambda vm: (vm.user, vm.vm))
+        for vm in granted
     ]
     if not rows:
         stdout.say("nobody's VM holds anything; VMs that run untuned are not listed\n")
@@ -61,6 +66,18 @@ def show_all_users() -> int:
     else:
         stdout.say("\n".join(table.aligned([COLUMNS, *rows])) + "\n")
     return 0
+
+
+def _granted_as_json(vm: GrantedVm) -> dict[str, object]:
+    """The keys are documented in qemu-launcher(1): they stay."""
+    return {
+        "name": vm.vm,
+        "user": vm.user,
+        "uid": vm.uid,
+        "pid": vm.pid,
+        "cpus": vm.cpulist,
+        "mechanism": vm.mechanism,
+    }
 
 
 def release(vm: str, owner: str | None) -> int:

@@ -45,7 +45,8 @@ Options:
      --version     Show the version
   -q --quiet       run: say nothing as long as all is well
      --untuned     run: without pinning, scheduling and memory locking
-     --json        list, command, limits: print JSON
+     --json        list, status, command, limits: print JSON
+     --watch       status: draw it again every two seconds, until Ctrl-C
      --all-users   status: everybody's tuned VMs, instead of yours
      --owner USER  limits, release: of that user, by name or number
   -o --output F    import: write to this new file, instead of printing
@@ -92,6 +93,8 @@ class Command(NamedTuple):
 class Status(NamedTuple):
     vm: str | None
     all_users: bool = False
+    json: bool = False
+    watch: bool = False
 
 
 class Stop(NamedTuple):
@@ -184,8 +187,9 @@ OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
     "--untuned": ("run",),
-    "--json": ("list", "command", "limits"),
+    "--json": ("list", "status", "command", "limits"),
     "--all-users": ("status",),
+    "--watch": ("status",),
     "--owner": ("limits", "release"),
     "-o": ("import",),
     "--output": ("import",),
@@ -221,13 +225,21 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     found = parser.parse_args(rest)
     if command not in _WITHOUT_NAME and found.vm is None:
         parser.error("the name of a VM is missing")
-    if command == "status" and found.all_users and found.vm is not None:
-        parser.error("--all-users shows the VMs of all users, and takes no NAME")
+    if command == "status":
+        _check_status(parser, found)
     if command == "monitor":
         return Monitor(found.vm, line)
     if command == "qmp" and found.command is None:
         parser.error("the QMP command is missing")
     return _MEANINGS[command](**vars(found))
+
+
+def _check_status(parser: _Parser, found: argparse.Namespace) -> None:
+    if found.all_users and found.vm is not None:
+        parser.error("--all-users shows the VMs of all users, and takes no NAME")
+    if found.watch and (found.json or found.all_users):
+        other = "--json" if found.json else "--all-users"  # which would ask for a password each time
+        parser.error(f"--watch and {other} do not go together")
 
 
 def _either(words: Sequence[str]) -> str:
@@ -267,7 +279,7 @@ def _parser(command: str) -> _Parser:
     if command == "run":
         parser.add_argument("-q", "--quiet", action="store_true")
         parser.add_argument("--untuned", action="store_true")
-    for option in ("--json", "--all-users"):
+    for option in ("--json", "--all-users", "--watch"):
         if command in OPTIONS[option]:
             parser.add_argument(option, action="store_true")
     if command in OPTIONS["--owner"]:

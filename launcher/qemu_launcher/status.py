@@ -123,10 +123,12 @@ class Picture:
         }
 
 
-def show(name: str | None) -> int:
+def show(name: str | None, *, as_json: bool = False) -> int:
     """Show one VM, or all of this user. Returns the exit status. NotRunning for a named one that does not run."""
     pictures = asyncio.run(pictures_of(name))
-    if not pictures:
+    if as_json:
+        stdout.say_json([picture.as_json() for picture in pictures], indent=2)
+    elif not pictures:
         stdout.say(f"{nothing_runs()}\n")
     elif (page := table.page_for_stdout()) is not None:
         show_rich(pictures, page)

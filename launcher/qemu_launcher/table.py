@@ -4,10 +4,11 @@ Why it exists: each command that shows a table has both forms, and rich may be m
 terminal, since it takes longer than all the rest. Every cell is text: no markup in it means anything.
 """
 
+import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TextIO
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -38,8 +39,8 @@ class RichPage:
         self._console.print(table)
 
 
-def rich_page() -> RichPage | None:
-    """None if rich is not installed, or the terminal wants none of it."""
+def rich_page(file: TextIO | None = None) -> RichPage | None:
+    """None if rich is not installed, or the terminal wants none of it. What goes to `file` is drawn for stdout."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return None
     try:
@@ -48,7 +49,19 @@ def rich_page() -> RichPage | None:
         from rich.text import Text  # noqa: PLC0415
     except ImportError:
         return None
-    return RichPage(Console(highlight=False), Table, Text)
+    console = Console(highlight=False)
+    if file is not None:
+        console = Console(highlight=False, file=file, force_terminal=True, width=console.width)
+    return RichPage(console, Table, Text)
+
+
+def rich_text(draw: Callable[[RichPage], None]) -> str | None:
+    """What `draw` would put on a terminal; None where `rich_page` is."""
+    text = io.StringIO()
+    if (page := rich_page(text)) is None:
+        return None
+    draw(page)
+    return text.getvalue()
 
 
 def page_for_stdout() -> RichPage | None:

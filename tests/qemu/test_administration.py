@@ -125,10 +125,20 @@ def test_everybodys_vms(home: Home, bus: PrivateBus) -> None:
     assert asked(bus) == [("ListVms", [True], INTERACTIVE)]
 
 
+def test_everybodys_vms_as_json(home: Home, bus: PrivateBus) -> None:
+    bus.plan(ListVms={"return": [row("win11", 1000, "4-7"), row("a\x1b[31m", 1001, "", "bob")]})
+    done = home.ask("status", "--all-users", "--json", env=bus.environment)
+    assert json.loads(done.stdout) == [
+        {"name": "win11", "user": "alice", "uid": 1000, "pid": 4711, "cpus": "4-7", "mechanism": "partition"},
+        {"name": "a\x1b[31m", "user": "bob", "uid": 1001, "pid": 4711, "cpus": "", "mechanism": "none"},
+    ]
+
+
 def test_nobodys_vm(home: Home, bus: PrivateBus) -> None:
     done = home.ask("status", "--all-users", env=bus.environment)
     assert (done.returncode, done.stdout) == (0, "nobody's VM holds anything; VMs that run untuned are not listed\n")
     assert asked(bus) == [("ListVms", [True], 0)], "nobody is there who could be asked"
+    assert home.ask("status", "--json", "--all-users", env=bus.environment).stdout == "[]\n"
 
 
 def test_everybodys_vms_are_not_everybodys_business(home: Home, bus: PrivateBus) -> None:

@@ -1,18 +1,13 @@
 """`qmp` and `monitor`: QEMU's own languages, from the command line, a pipe and a terminal."""
 
 import json
-import os
-import pty
-import select
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from qemu.launched import PATIENCE, Home, Run
+from qemu.screen import on_terminal
 from qemu.test_finding import TUNED, never_started, start_held
 
 VM = "vm-under-test"
@@ -25,53 +20,6 @@ def run(home: Home) -> Run:
     started = home.start()
     started.wait_running()
     return started
-
-
-class Prompt:
-    """`qemu-launcher monitor` on a terminal of its own."""
-
-    def __init__(self, leader: int, process: "subprocess.Popen[bytes]") -> None:
-        self._leader = leader
-        self.process = process
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    def wait(self, words: str) -> str:
-        """What was shown until `words`, which are taken out."""
-        deadline = time.monotonic() + PATIENCE
-        while words not in self.shown:
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {words!r} in {self.shown!r}"
-            if select.select([self._leader], [], [], left)[0]:
-                try:
-                    data = os.read(self._leader, 65536)
-                except OSError:  # EIO: nobody has the other end any more
-                    data = b""
-                assert data, f"ended without {words!r}: {self.shown!r}"
-                self.shown += data.decode().replace("\r\n", "\n")
-        found, _, self.shown = self.shown.partition(words)
-        return found
-
-
-@contextmanager
-def prompt(home: Home) -> Iterator[Prompt]:
-    leader, terminal = pty.openpty()
-    process = subprocess.Popen(
-        ["setsid", "--ctty", *home.command("monitor", VM)],
-        env={**home.environment, "TERM": "dumb", "INPUTRC": "/dev/null"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-    )
-    os.close(terminal)
-    with process:
-        try:
-            yield Prompt(leader, process)
-        finally:
-            process.kill()
-            os.close(leader)
 
 
 def piped(home: Home, text: str) -> "subprocess.CompletedProcess[str]":
@@ -149,22 +97,23 @@ def test_not_running(home: Home) -> None:
 
 
 def test_prompt_lets_others_in_and_says_how_to_leave(home: Home, run: Run) -> None:
-    with prompt(home) as terminal:
+    with on_terminal(home, "monitor", VM) as terminal:
         assert "Ctrl-D or exit leaves it" in terminal.wait("(qemu) ")
         terminal.type("info status\n")
         assert "VM status: running\n" in terminal.wait("(qemu) ")
         assert home.ask("pause", VM).returncode == 0  # nobody holds the control socket
         terminal.type("info status\n")
         assert "VM status: paused\n" in terminal.wait("(qemu) ")
-        terminal.type("half a line\x03")
-        terminal.wait("(qemu) ")
+        terminal.type("half a line")
+        terminal.wait("half a line")
+        terminal.wait("(qemu) ", pressing="\x03")
         terminal.type("\x04")
         assert terminal.process.wait(PATIENCE) == 0
     assert f"{VM}: paused" in home.ask("status").stdout
 
 
 def test_prompt_takes_quit_for_a_slip_once(home: Home, run: Run) -> None:
-    with prompt(home) as terminal:
+    with on_terminal(home, "monitor", VM) as terminal:
         terminal.wait("(qemu) ")
         for _ in range(2):
             terminal.type("quit\n")
