@@ -13,16 +13,25 @@ from typing import NamedTuple, NoReturn
 
 from . import yamlnode
 from .cpulist import MAX_CPU, format_cpulist
-from .errors import Mark
+from .errors import Mark, did_you_mean, shortened
 from .yamlnode import List, Map, Node, Scalar, describe, fail
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_PINNED = 8192  # vCPUs; twice what any of QEMU's machines can have
 MAX_NAMED = 1 << 20  # host CPUs in all sets of one key together: a thousand vCPUs on a thousand CPUs each
+# From the outside in, as QEMU names them (-smp, and qapi/machine.json, CpuInstanceProperties).
+LEVELS = ("drawer", "book", "socket", "die", "cluster", "module", "core", "thread")
+_REQUIRED = ("socket", "core", "thread")  # and what a number without a word before it stands for, in this order
 CPUS_HINT = "write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
 
+_ORDER = ", ".join(LEVELS)
 _PART = "(?:0|[1-9][0-9]{0,9})"  # no leading zeros: 010 is eight to some
+_LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
 _RANGES = re.compile(rf"{_PART}(?:-{_PART})?(?:,{_PART}(?:-{_PART})?)*")
+
+
+# Where a vCPU is: levels and their numbers from the outside in, socket, core and thread among them.
+Place = tuple[tuple[str, int], ...]
 
 
 class CpuSet(NamedTuple):
@@ -40,10 +49,10 @@ class CpuSet(NamedTuple):
 class Pinning(NamedTuple):
     """Which vCPU runs on which host CPUs: exactly one of the two forms is set, never empty.
 
-    `topology`: (socket, core, thread) of the vCPU -> host CPUs. `by_index`: vCPU i runs on the i-th.
+    `topology`: place of the vCPU -> host CPUs. `by_index`: vCPU i runs on the i-th.
     """
 
-    topology: Mapping[tuple[int, int, int], CpuSet] | None
+    topology: Mapping[Place, CpuSet] | None
     by_index: tuple[CpuSet, ...] | None
     mark: Mark
 
@@ -81,7 +90,7 @@ def vcpu_pinning(node: Node, what: str) -> Pinning | None:
             f"{what} must be a map or a list, not {describe(node)}",
             "write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]",
         )
-    topology = dict(_by_topology(node, what, budget))
+    topology = dict(_by_topology(node, what, (), budget, [MAX_PINNED]))
     return Pinning(topology, None, node.mark) if topology else None
 
 
@@ -104,21 +113,59 @@ def iothread_pinning(node: Node, what: str) -> Mapping[str, CpuSet] | None:
     return found or None
 
 
-def _by_topology(node: Node, what: str, budget: _Budget) -> Iterator[tuple[tuple[int, int, int], CpuSet]]:
-    seen = 0
-    for socket, cores in _numbered(node, what, "socket"):
-        for core, threads in _numbered(cores, f"socket {socket}", "core"):
-            for thread, cpu in _numbered(threads, f"core {core} of socket {socket}", "thread"):
-                seen += 1
-                yield (socket, core, thread), _cpus(cpu, f"the host CPU of vCPU {socket}/{core}/{thread}", budget)
-            seen += 1  # empty ones too: aliases can make a billion of them out of a small file
-            if seen > MAX_PINNED:
-                fail(node, f"{what} names more than {MAX_PINNED} vCPUs")
+def spelled(place: Place) -> str:
+    """`socket 0, die 1, core 0, thread 0`."""
+    return ", ".join(f"{level} {number}" for level, number in place)
 
 
-def _numbered(node: Node, what: str, key_name: str) -> Iterator[tuple[int, Node]]:
-    for key, value in yamlnode.entries(node, what):
-        yield yamlnode.integer(key, f"a {key_name} number in {what}", 0, MAX_UINT32), value
+def _by_topology(
+    node: Node, what: str, place: Place, budget: _Budget, left: list[int]
+) -> Iterator[tuple[Place, CpuSet]]:
+    """All vCPUs in the map `node`, which is at `place`. `left`: how many entries all maps together may still have."""
+    if place and place[-1][0] == "thread":
+        yield place, _cpus(node, f"the host CPU of vCPU ({spelled(place)})", budget)
+        return
+    seen: dict[int, str] = {}
+    for key, value in yamlnode.entries(node, spelled(place) or what):
+        level, number = _level(key, place, what)
+        if seen and level not in seen.values():
+            other = next(iter(seen.values()))
+            fail(
+                key,
+                f"{spelled(place) or what} has a {level} beside a {other}",
+                "name the same level in all of its keys",
+            )
+        if number in seen:
+            fail(key, f"{level} {number} is given twice in {spelled(place) or what}", "remove one of them")
+        seen[number] = level
+        left[0] -= 1  # empty ones too: aliases can make a billion of them out of a small file
+        if left[0] < 0:
+            fail(key, f"{what} names more than {MAX_PINNED} vCPUs")
+        yield from _by_topology(value, what, (*place, (level, number)), budget, left)
+
+
+def _level(key: Scalar, place: Place, what: str) -> tuple[str, int]:
+    """The level and number of a key below `place`: `0`, or `die 0`."""
+    depth = LEVELS.index(place[-1][0]) + 1 if place else 0
+    plain = next(level for level in _REQUIRED if LEVELS.index(level) >= depth)
+    where = f"in {spelled(place) or what}"
+    named = _LEVEL_KEY.fullmatch(key.text) if key.kind == "str" else None
+    if named is None:
+        if key.kind == "int":
+            return plain, yamlnode.integer(key, f"a {plain} number {where}", 0, MAX_UINT32)
+        what = f"a {plain} number {where} must be a whole number, not {describe(key)}"
+        fail(key, what, f"write a number, or a level and its number, such as {plain} 0")
+    level, number = named[1], int(named[2])
+    if level not in LEVELS:
+        hint = did_you_mean(level, LEVELS) or f"known are {', '.join(LEVELS)}"
+        fail(key, f"unknown level {shortened(level)!r} {where}", hint)
+    if LEVELS.index(level) < depth:
+        fail(key, f"{level} {number} stands inside of {place[-1][0]} {place[-1][1]}", f"from the outside in: {_ORDER}")
+    if LEVELS.index(level) > LEVELS.index(plain):
+        fail(key, f"{level} {number} {where} without a {plain} around it", f"from the outside in: {_ORDER}")
+    if number > MAX_UINT32:
+        fail(key, f"{level} {number} is out of range (0-{MAX_UINT32})")
+    return level, number
 
 
 # Sets of host CPUs

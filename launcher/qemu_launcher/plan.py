@@ -15,6 +15,7 @@ from . import cmdline
 from .cpulist import format_cpulist
 from .definition import Scheduling, VmDefinition
 from .errors import Mark, TuningFailed
+from .pinning import spelled
 from .procfs import INFINITY
 from .threads import Iothread, Threads, Vcpu
 from .voice import format_size
@@ -143,7 +144,7 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
     emulator = definition.emulator_pinning
     vcpu_tids = tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus))
     return ThreadPlan(
-        pins=(*_vcpu_pins(definition, threads.vcpus), *_iothread_pins(definition, threads.iothreads)),
+        pins=(*_vcpu_pins(definition, threads), *_iothread_pins(definition, threads.iothreads)),
         isolation=definition.isolation if definition.places_threads else None,  # type: ignore[arg-type]  # one of ISOLATIONS
         scheduled=vcpu_tids if definition.scheduler else (),
         policy=definition.scheduler,
@@ -154,9 +155,9 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
     )
 
 
-def _vcpu_pins(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> tuple[Pin, ...]:
+def _vcpu_pins(definition: VmDefinition, threads: Threads) -> tuple[Pin, ...]:
     wanted: dict[int, tuple[frozenset[int], list[Vcpu]]] = {}  # by TID
-    for vcpu, cpus in _assigned(definition, vcpus):
+    for vcpu, cpus in _assigned(definition, threads):
         known, members = wanted.setdefault(vcpu.tid, (cpus, []))
         if known != cpus:
             raise TuningFailed(
@@ -182,28 +183,33 @@ def _iothread_pins(definition: VmDefinition, iothreads: tuple[Iothread, ...]) ->
         yield Pin(by_id[name].tid, cpus.cpus, (), iothread=name)
 
 
-def _assigned(definition: VmDefinition, vcpus: tuple[Vcpu, ...]) -> list[tuple[Vcpu, frozenset[int]]]:
-    """Every pinned vCPU with its host CPUs; a vCPU that the definition leaves out stays an emulator thread's equal."""
+def _assigned(definition: VmDefinition, threads: Threads) -> list[tuple[Vcpu, frozenset[int]]]:
+    """Every pinned vCPU that is there with its host CPUs; one that can be plugged in later is waited for.
+
+    A vCPU that the definition leaves out stays an emulator thread's equal.
+    """
     if definition.pinning is None:
         return []
-    if definition.pinning.topology is not None:
-        by_place = {vcpu.place: vcpu for vcpu in vcpus}
-        if len(by_place) < len(vcpus):
-            raise TuningFailed(
-                "this machine's vCPUs cannot be told apart by socket, core and thread",
-                "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
-            )
-        for place, cpus in definition.pinning.topology.items():
-            if place not in by_place:
-                socket, core, thread = place
-                raise _unknown(f"socket {socket}, core {core}, thread {thread}", cpus.mark, vcpus)
-        return [(by_place[place], cpus.cpus) for place, cpus in definition.pinning.topology.items()]
-    by_index = {vcpu.index: vcpu for vcpu in vcpus}
     pairs = []
+    if definition.pinning.topology is not None:
+        for place, cpus in definition.pinning.topology.items():
+            found = threads.at(place)
+            if len(found) > 1:
+                raise TuningFailed(
+                    f"{cpus.mark}: {found[0]} and {found[1]} are both at {spelled(place)}: this machine does not tell "
+                    "them apart so",
+                    "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
+                )
+            if not found and not threads.can_be_at(place):
+                raise _unknown(spelled(place), cpus.mark, threads.vcpus)
+            pairs += [(vcpu, cpus.cpus) for vcpu in found]
+        return pairs
+    by_index = {vcpu.index: vcpu for vcpu in threads.vcpus}
     for index, cpus in enumerate(definition.pinning.by_index or ()):
-        if index not in by_index:
-            raise _unknown(str(index), cpus.mark, vcpus)
-        pairs.append((by_index[index], cpus.cpus))
+        if index in by_index:
+            pairs.append((by_index[index], cpus.cpus))
+        elif index >= threads.possible:
+            raise _unknown(str(index), cpus.mark, threads.vcpus)
     return pairs
 
 

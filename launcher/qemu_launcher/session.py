@@ -167,7 +167,7 @@ class _Start:
     async def _read_threads(self, qmp: Qmp) -> Threads:
         cpus = await qmp.execute("query-cpus-fast")
         possible = None
-        if threads.has_inner_levels(cpus):
+        if self.holds_guest:
             try:
                 possible = await qmp.execute("query-hotpluggable-cpus")
             except QmpRefused:  # a machine without CPU hotplug: what is there is all there can be

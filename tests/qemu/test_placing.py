@@ -135,3 +135,56 @@ def test_iothread_that_the_options_do_not_make(home: Home) -> None:
     run = home.start()
     assert run.end() == 2
     assert f"{path}:4:10: iothread_pinning names 'io0', and the qemu section has no such iothread" in run.output
+
+
+# Places
+
+
+@pytest.mark.parametrize("form", ["through the socket", "die by die"])
+def test_dies_of_a_real_machine(home: Home, form: str) -> None:
+    """Either form of the map, each vCPU once; QEMU itself tells which is which."""
+    if form == "die by die":
+        pinning: Any = {
+            0: {f"die {die}": {core: {"thread 0": LAST if (die, core) == (1, 1) else FIRST} for core in (0, 1)}
+                for die in (0, 1)}
+        }  # fmt: skip
+    else:
+        pinning = {0: {core: {0: LAST if core == 3 else FIRST} for core in range(4)}}
+    home.define(
+        qemu=({"cpu": "qemu64"}, {"smp": "4,sockets=1,dies=2,cores=2,threads=1"}),
+        vcpu_pinning=pinning,
+        isolation="affinity",
+    )
+    run = home.start()
+    assert "4 vCPUs on" in run.wait_running()
+    for vcpu in run.qmp()("query-cpus-fast"):
+        last = (vcpu["props"]["die-id"], vcpu["props"]["core-id"]) == (1, 1)
+        assert os.sched_getaffinity(vcpu["thread-id"]) == {LAST if last else FIRST}
+
+
+def test_die_that_the_machine_does_not_have(home: Home) -> None:
+    path = home.define(
+        qemu=({"cpu": "qemu64"}, {"smp": "2,sockets=1,dies=2,cores=1,threads=1"}),
+        vcpu_pinning={0: {"die 2": {0: {0: FIRST}}}},
+        isolation="affinity",
+    )
+    run = home.start()
+    assert_never_ran(run, message=f"qemu-launcher: {path}:")
+    assert (
+        "QEMU has no vCPU socket 0, die 2, core 0, thread 0\n    it has vCPU 0 (socket 0, core 0, thread 0)"
+        in run.output
+    )
+    assert "; vCPU 1 (socket 0, core 1, thread 0; core 0, die 1)" in run.output
+
+
+@pytest.mark.parametrize("machine", ["microvm", "isapc"])
+def test_other_machines(home: Home, machine: str) -> None:
+    """Whatever a machine tells of its vCPUs, the three levels find them."""
+    home.define(vcpu_pinning={0: {0: {0: LAST}}}, isolation="affinity")
+    path = home.configuration / "vm-under-test.yml"
+    path.write_text(path.read_text().replace("q35", machine))
+    assert machine in path.read_text()
+    run = home.start()
+    assert f"1 vCPU on {LAST}" in run.wait_running()
+    (vcpu,) = run.qmp()("query-cpus-fast")
+    assert os.sched_getaffinity(vcpu["thread-id"]) == {LAST}

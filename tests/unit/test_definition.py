@@ -9,6 +9,7 @@ from qemu_launcher import definition
 from qemu_launcher.definition import CpuSet, Memlock
 from qemu_launcher.errors import MOST_PROBLEMS, DefinitionError, Mark
 from qemu_launcher.options import MAX_ARGUMENT_BYTES
+from qemu_launcher.pinning import Place
 from unit.reading import launcher, launcher_refusal, read, refusal, shown
 
 
@@ -16,6 +17,10 @@ def cpus(*places: tuple[int, int, int]) -> tuple[CpuSet, ...]:
     """Sets of one host CPU each, from (CPU, line, column)."""
     marks = ((cpu, Mark("win11.yml", line, column)) for cpu, line, column in places)
     return tuple(CpuSet(frozenset({cpu}), mark, ((range(cpu, cpu + 1), mark),)) for cpu, mark in marks)
+
+
+def three(numbers: tuple[int, int, int]) -> Place:
+    return tuple(zip(("socket", "core", "thread"), numbers, strict=True))
 
 
 def test_defaults() -> None:
@@ -71,7 +76,9 @@ def test_pinning_by_topology() -> None:
     assert vm.pinning is not None
     assert vm.pinning.by_index is None
     places = cpus((2, 5, 14), (6, 5, 20), (3, 6, 14), (4, 7, 16))
-    assert vm.pinning.topology == dict(zip([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)], places, strict=True))
+    assert vm.pinning.topology == dict(
+        zip(map(three, [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]), places, strict=True)
+    )
     assert vm.pinning.sets == places
     assert vm.isolation == "cpuset"
 
@@ -171,10 +178,11 @@ NO_CPUS = "must be a number, a range or a list of these, not"
         ("vcpu_pinning: [1, a]", f"3:21: the host CPU of vCPU 1 {NO_CPUS} 'a'\n{CPUS_HINT}"),
         ("vcpu_pinning: [-1]", "3:18: the host CPU of vCPU 0 is -1, which is out of range (0-4294967295)"),
         ("vcpu_pinning: {x: {0: {0: 1}}}", "3:18: a socket number in vcpu_pinning must be a whole number, not 'x'\n"
-         "    write a decimal number, without quotes"),
+         "    write a number, or a level and its number, such as socket 0"),
         ("vcpu_pinning: {0: 1}", "3:21: socket 0 must be a map (key: value), not the number 1"),
-        ("vcpu_pinning: {0: {1: 2}}", "3:25: core 1 of socket 0 must be a map (key: value), not the number 2"),
-        ("vcpu_pinning: {0: {1: {0: ~}}}", f"3:29: the host CPU of vCPU 0/1/0 {NO_CPUS} nothing (null)\n{CPUS_HINT}"),
+        ("vcpu_pinning: {0: {1: 2}}", "3:25: socket 0, core 1 must be a map (key: value), not the number 2"),
+        ("vcpu_pinning: {0: {1: {0: ~}}}", "3:29: the host CPU of vCPU (socket 0, core 1, thread 0) "
+         f"{NO_CPUS} nothing (null)\n{CPUS_HINT}"),
         ("scheduler: RR", "3:14: scheduler must be one of other, batch, idle, fifo, rr; not 'RR'\n"
          "    did you mean rr?"),
         ("scheduler: ~", "3:14: scheduler must be one of other, batch, idle, fifo, rr; not nothing (null)"),

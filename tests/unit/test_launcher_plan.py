@@ -1,5 +1,6 @@
 """From wishes to requests: what is asked for, of whom, and what is refused before anybody is asked."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from qemu_launcher.definition import Scheduling, VmDefinition
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import MEMLOCK_OVERHEAD
 from qemu_launcher.procfs import INFINITY
-from qemu_launcher.threads import Iothread, Threads, Vcpu
+from qemu_launcher.threads import Ids, Iothread, Threads, Vcpu
 
 GIB = 1 << 30
 HOST = 64 * GIB
@@ -22,8 +23,11 @@ def defined(launcher: str = "", qemu: str = "- m: 24G") -> VmDefinition:
     return definitions.parse(text.encode(), Path("/x/win11.yml"), "win11")
 
 
-def vcpus(*tids: int) -> Threads:
-    return Threads(tuple(Vcpu(i, tid, (0, i // 2, i % 2)) for i, tid in enumerate(tids)), ())
+def vcpus(*tids: int, more: int = 0) -> Threads:
+    """vCPUs of two threads a core, and places for `more`."""
+    slots = tuple(Ids(core=i // 2, thread=i % 2) for i in range(len(tids) + more))
+    there = tuple(Vcpu(i, tid, slots[i], i // 2) for i, tid in enumerate(tids))
+    return Threads(there, (), slots, len(slots))
 
 
 # Memory lock
@@ -136,7 +140,8 @@ def test_pins_by_index() -> None:
 
 
 def test_pins_by_place_match_the_threads_whatever_their_order() -> None:
-    threads = Threads(tuple(reversed(vcpus(50, 51, 52, 53).vcpus)), ())
+    threads = vcpus(50, 51, 52, 53)
+    threads = replace(threads, vcpus=tuple(reversed(threads.vcpus)))
     launcher = "  vcpu_pinning: {0: {0: {0: 2, 1: 6}, 1: {0: 3, 1: 7}}}\n"
     assert pins_of(launcher, threads) == {50: {2}, 51: {6}, 52: {3}, 53: {7}}
 
@@ -154,6 +159,16 @@ def test_unknown_vcpu_by_index_and_by_place() -> None:
         pins_of("  vcpu_pinning: {1: {0: {0: 2}}}\n", vcpus(50))
 
 
+def test_vcpus_that_may_come_are_waited_for() -> None:
+    """Named, and not there yet: what can be plugged in is no mistake, what cannot is one."""
+    assert pins_of("  vcpu_pinning: [1, 2, 3]\n", vcpus(50, more=2)) == {50: {1}}
+    assert pins_of("  vcpu_pinning: {0: {0: {0: 2, 1: 3}, 1: {0: 4}}}\n", vcpus(50, more=2)) == {50: {2}}
+    with pytest.raises(TuningFailed, match=r"QEMU has no vCPU 3$"):
+        pins_of("  vcpu_pinning: [1, 2, 3, 4]\n", vcpus(50, more=2))
+    with pytest.raises(TuningFailed, match=r"QEMU has no vCPU socket 0, core 1, thread 1$"):
+        pins_of("  vcpu_pinning: {0: {1: {1: 4}}}\n", vcpus(50, more=2))
+
+
 def test_machine_without_vcpus() -> None:
     with pytest.raises(TuningFailed) as caught:
         pins_of("  vcpu_pinning: [1]\n", vcpus())
@@ -161,8 +176,10 @@ def test_machine_without_vcpus() -> None:
 
 
 def test_places_that_cannot_be_told_apart() -> None:
-    threads = Threads((Vcpu(0, 50, (0, 0, 0)), Vcpu(1, 51, (0, 0, 0))), ())
-    with pytest.raises(TuningFailed, match="cannot be told apart"):
+    threads = Threads((Vcpu(0, 50, Ids(), 0), Vcpu(1, 51, Ids(), 0)), (), (Ids(),), 2)
+    with pytest.raises(
+        TuningFailed, match=r"3:29: .* are both at socket 0, core 0, thread 0: this machine does not tell"
+    ):
         pins_of("  vcpu_pinning: {0: {0: {0: 2}}}\n", threads)
 
 
@@ -197,7 +214,7 @@ def test_plan_without_pins_is_no_isolation() -> None:
 
 
 def test_iothreads_and_emulator_threads() -> None:
-    threads = Threads(vcpus(50, 51).vcpus, (Iothread("io0", 60), Iothread("io1", 61)))
+    threads = replace(vcpus(50, 51), iothreads=(Iothread("io0", 60), Iothread("io1", 61)))
     keys = (
         "  vcpu_pinning: [4, 6-7]\n  iothread_pinning: {io1: 0-1}\n  emulator_pinning: 2\n"
         "  emulator_scheduler: {policy: rr, priority: 2}\n"

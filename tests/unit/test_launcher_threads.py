@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from qemu_launcher.errors import QmpError
-from qemu_launcher.threads import has_inner_levels, read_threads
+from qemu_launcher.pinning import LEVELS, Place
+from qemu_launcher.threads import Threads, read_threads
 
 
 def cpu(index: int, tid: int, **props: int) -> dict[str, Any]:
@@ -16,6 +17,18 @@ def cpu(index: int, tid: int, **props: int) -> dict[str, Any]:
         "target": "x86_64",
         "props": {name.replace("_", "-"): value for name, value in props.items()},
     }
+
+
+def slot(count: int = 1, plugged: bool = False, **props: int) -> dict[str, Any]:
+    """An entry of query-hotpluggable-cpus."""
+    entry = {"type": "qemu64-x86_64-cpu", "vcpus-count": count, "props": cpu(0, 0, **props)["props"]}
+    return {**entry, "qom-path": "/machine/unattached/device[0]"} if plugged else entry
+
+
+def place(text: str) -> Place:
+    """`socket 0 die 1 core 0 thread 0`."""
+    words = text.split()
+    return tuple(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def places(cpus: list[dict[str, Any]], possible: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, int, int]]:
@@ -33,7 +46,6 @@ def test_machine_without_inner_levels_keeps_qemus_core_ids() -> None:
 
 def test_single_die_reported_is_no_inner_level() -> None:
     cpus = [cpu(i, 10 + i, socket_id=0, die_id=0, module_id=0, core_id=i, thread_id=0) for i in (0, 3)]
-    assert not has_inner_levels(cpus)
     assert places(cpus) == {10: (0, 0, 0), 13: (0, 3, 0)}
 
 
@@ -45,7 +57,6 @@ def test_cores_count_through_the_dies_of_a_socket() -> None:
         for c in (0, 1)
         for t in (0, 1)
     ]
-    assert has_inner_levels(cpus)
     found = places(cpus)
     assert len(set(found.values())) == 16
     assert [found[100 + i] for i in (0, 1, 2, 4, 6, 7, 8, 15)] == [
@@ -61,9 +72,7 @@ def test_clusters_and_modules_count_too() -> None:
 
 
 def test_gap_of_a_vcpu_that_is_not_plugged_in_shifts_nothing() -> None:
-    possible = [
-        {"props": cpu(0, 0, socket_id=0, die_id=d, core_id=c, thread_id=0)["props"]} for d in (0, 1) for c in (0, 1)
-    ]
+    possible = [slot(socket_id=0, die_id=d, core_id=c, thread_id=0) for d in (0, 1) for c in (0, 1)]
     present = [cpu(0, 10, socket_id=0, die_id=0, core_id=0), cpu(3, 13, socket_id=0, die_id=1, core_id=1)]
     assert places(present, possible) == {10: (0, 0, 0), 13: (0, 3, 0)}
 
@@ -95,3 +104,88 @@ def test_answer_of_another_shape_is_refused(answer: Any) -> None:
 def test_iothreads_of_another_shape_are_refused() -> None:
     with pytest.raises(QmpError):
         read_threads([], None, [{"id": 3, "thread-id": 4}])
+
+
+# Places
+
+
+def tids_at(found: Threads, text: str) -> list[int]:
+    return [vcpu.tid for vcpu in found.at(place(text))]
+
+
+def test_core_counts_through_the_levels_that_are_left_out() -> None:
+    """Two sockets of two dies of two clusters of two cores of two threads; TID is a number of these digits."""
+    cpus = [
+        cpu(i, 100000 + int(f"{i:05b}"), socket_id=i >> 4 & 1, die_id=i >> 3 & 1, cluster_id=i >> 2 & 1,
+            core_id=i >> 1 & 1, thread_id=i & 1)
+        for i in range(32)
+    ]  # fmt: skip
+    found = read_threads(cpus, None, [])
+    assert tids_at(found, "socket 1 core 0 thread 0") == [110000]
+    assert tids_at(found, "socket 1 core 7 thread 1") == [111111]
+    assert tids_at(found, "socket 1 core 5 thread 0") == [111010]
+    assert tids_at(found, "socket 1 core 8 thread 0") == []
+    assert tids_at(found, "socket 0 die 1 core 3 thread 0") == [101110]
+    assert tids_at(found, "socket 0 die 1 core 4 thread 0") == []
+    assert tids_at(found, "socket 0 die 1 cluster 0 core 1 thread 1") == [101011]
+    assert tids_at(found, "socket 0 cluster 1 core 2 thread 0") == [101100], "cluster 1 of both dies"
+    assert tids_at(found, "socket 0 die 1 cluster 1 core 0 thread 0") == [101100]
+    assert str(found.at(place("socket 0 die 1 core 3 thread 0"))[0]) == (
+        "vCPU 14 (socket 0, core 7, thread 0; core 1, die 1, cluster 1)"
+    )
+
+
+def test_every_vcpu_has_one_place_in_each_form() -> None:
+    cpus = [cpu(i, 10 + i, die_id=i >> 2, module_id=i >> 1 & 1, core_id=i & 1) for i in range(8)]
+    found = read_threads(cpus, None, [])
+    threes = [f"socket 0 core {core} thread 0" for core in range(8)]
+    dies = [f"socket 0 die {die} core {core} thread 0" for die in (0, 1) for core in range(4)]
+    wholes = [
+        f"socket 0 die {die} module {module} core {core} thread 0"
+        for die in (0, 1) for module in (0, 1) for core in (0, 1)
+    ]  # fmt: skip
+    for form in (threes, dies, wholes):
+        assert [tids_at(found, one) for one in form] == [[10 + i] for i in range(8)]
+
+
+def test_level_that_the_machine_does_not_report_is_its_only_member() -> None:
+    found = read_threads([cpu(0, 10, core_id=0), cpu(1, 11, core_id=1)], None, [])
+    assert tids_at(found, "socket 0 die 0 cluster 0 core 1 thread 0") == [11]
+    assert tids_at(found, "drawer 0 book 0 socket 0 core 1 thread 0") == [11]
+    assert tids_at(found, "socket 0 die 1 core 1 thread 0") == []
+    assert not found.can_be_at(place("socket 0 die 1 core 1 thread 0"))
+
+
+def test_drawers_and_books_count_only_where_they_are_named() -> None:
+    """s390x numbers its cores through the whole machine, and its sockets within their book."""
+    cpus = [cpu(i, 10 + i, drawer_id=i >> 1, book_id=0, socket_id=0, core_id=i) for i in range(4)]
+    found = read_threads(cpus, None, [])
+    assert tids_at(found, "socket 0 core 3 thread 0") == [13]
+    assert tids_at(found, "drawer 1 socket 0 core 3 thread 0") == [13]
+    assert tids_at(found, "drawer 0 socket 0 core 3 thread 0") == []
+
+
+def test_threads_of_a_core_that_has_no_numbers_for_them_are_counted() -> None:
+    """spapr with threads=2: the core is all that is told, of the vCPUs that are there and of those that may come."""
+    cpus = [cpu(2, 12, core_id=2), cpu(0, 10, core_id=0), cpu(1, 11, core_id=0), cpu(3, 13, core_id=2)]
+    possible = [slot(2, plugged=True, core_id=0), slot(2, plugged=True, core_id=2), slot(2, core_id=4)]
+    found = read_threads(cpus, possible, [])
+    assert [tids_at(found, f"socket 0 core {core} thread {t}") for core in (0, 2) for t in (0, 1)] == [
+        [10], [11], [12], [13],
+    ]  # fmt: skip
+    assert found.can_be_at(place("socket 0 core 4 thread 1"))
+    assert not found.can_be_at(place("socket 0 core 4 thread 2"))
+    assert (found.possible, found.can_grow) == (6, True)
+
+
+def test_slots_that_wait_for_a_vcpu() -> None:
+    possible = [slot(core_id=1), slot(plugged=True, core_id=0)]
+    found = read_threads([cpu(0, 10, core_id=0)], possible, [])
+    assert (found.possible, found.can_grow) == (2, True)
+    assert found.can_be_at(place("socket 0 core 1 thread 0"))
+    assert tids_at(found, "socket 0 core 1 thread 0") == []
+    assert not read_threads([cpu(0, 10, core_id=0)], None, []).can_grow
+
+
+def test_levels_are_qemus() -> None:
+    assert list(LEVELS) == ["drawer", "book", "socket", "die", "cluster", "module", "core", "thread"]

@@ -100,7 +100,9 @@ def test_launcher_section() -> None:
     )
     assert pinned.pinning is not None
     assert pinned.pinning.topology is not None
-    assert {place: set(host.cpus) for place, host in pinned.pinning.topology.items()} == {
+    assert {
+        tuple(number for _, number in place): set(host.cpus) for place, host in pinned.pinning.topology.items()
+    } == {
         (0, 0, 0): {2},
         (0, 0, 1): {6},
         (0, 1, 0): {3},

@@ -3,7 +3,7 @@
 import pytest
 
 from qemu_launcher.definition import Scheduling
-from qemu_launcher.pinning import MAX_NAMED
+from qemu_launcher.pinning import LEVELS, MAX_NAMED, spelled
 from unit.reading import launcher, launcher_refusal, refusal
 
 HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
@@ -157,3 +157,52 @@ def test_ranges_do_not_make_much_out_of_little() -> None:
     assert f"names more than {MAX_NAMED} host CPUs" in refusal(text)
     text = "launcher: {binary: q, vcpu_pinning: [" + "0," * 9000 + "]}\nqemu: []\n"
     assert refusal(text) == "1:37: vcpu_pinning names more than 8192 vCPUs"
+
+
+# Places
+
+
+def places_of(value: str) -> dict[str, set[int]]:
+    vm = launcher(f"vcpu_pinning: {value}")
+    assert vm.pinning is not None
+    assert vm.pinning.topology is not None
+    return {spelled(place): set(cpus.cpus) for place, cpus in vm.pinning.topology.items()}
+
+
+def test_levels_by_name_and_by_order() -> None:
+    plain = {"socket 0, core 1, thread 0": {4}}
+    assert places_of("{0: {1: {0: 4}}}") == plain
+    assert places_of("{socket 0: {core 1: {thread 0: 4}}}") == plain
+    assert places_of("{0: {die 1: {cluster 0: {module 2: {3: {0: 4-5}}}}}}") == {
+        "socket 0, die 1, cluster 0, module 2, core 3, thread 0": {4, 5}
+    }
+    assert places_of("{drawer 1: {book 0: {2: {3: {0: 4}}}}}") == {"drawer 1, book 0, socket 2, core 3, thread 0": {4}}
+    assert places_of("{0: {die 0: {0: {0: 1}}}, 1: {0: {0: 2}}}") == {
+        "socket 0, die 0, core 0, thread 0": {1},
+        "socket 1, core 0, thread 0": {2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{0: {dye 1: {0: {0: 4}}}}", "3:22: unknown level 'dye' in socket 0\n    did you mean die?"),
+        ("{0: {xyz 1: {0: {0: 4}}}}", f"3:22: unknown level 'xyz' in socket 0\n    known are {', '.join(LEVELS)}"),
+        ("{0: {die1: {0: {0: 4}}}}", "3:22: a core number in socket 0 must be a whole number, not 'die1'\n"
+         "    write a number, or a level and its number, such as core 0"),
+        ("{die 0: {0: {0: 4}}}", "3:18: die 0 in vcpu_pinning without a socket around it\n"
+         f"    from the outside in: {', '.join(LEVELS)}"),
+        ("{0: {thread 0: 4}}", "3:22: thread 0 in socket 0 without a core around it\n"
+         f"    from the outside in: {', '.join(LEVELS)}"),
+        ("{0: {cluster 0: {die 1: {0: {0: 4}}}}}", "3:34: die 1 stands inside of cluster 0\n"
+         f"    from the outside in: {', '.join(LEVELS)}"),
+        ("{0: {die 0: {0: {0: 1}}, 5: {0: 2}}}", "3:42: socket 0 has a core beside a die\n"
+         "    name the same level in all of its keys"),
+        ("{0: {0: {0: 1}}, socket 0: {1: {0: 2}}}", "3:34: socket 0 is given twice in vcpu_pinning\n"
+         "    remove one of them"),
+        ("{0: {die 9999999999: {0: {0: 4}}}}", "3:22: die 9999999999 is out of range (0-4294967295)"),
+        ("{0: {die 0: {0: 4}}}", "3:33: socket 0, die 0, core 0 must be a map (key: value), not the number 4"),
+    ],
+)  # fmt: skip
+def test_refused_places(value: str, message: str) -> None:
+    assert launcher_refusal(f"vcpu_pinning: {value}") == message
