@@ -7,8 +7,8 @@ without any of the parties. What the kernel lets a user do with his own processe
 TuningFailed is raised for a wish that this QEMU, or this user's limits, cannot meet. Nothing has been done then.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from . import cmdline
@@ -68,6 +68,7 @@ class ThreadPlan:
     others: frozenset[int] = frozenset()
     emulator: Scheduling | None = None
     named: frozenset[int] = frozenset()  # TIDs of all vCPUs and iothreads, pinned or not
+    vcpus: Mapping[int, int] = field(default_factory=dict)  # index -> TID, of all vCPUs
 
     @property
     def cpus(self) -> frozenset[int]:
@@ -152,6 +153,7 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
         others=emulator.cpus if emulator else frozenset(),
         emulator=definition.emulator_scheduler,
         named=frozenset((*vcpu_tids, *(iothread.tid for iothread in threads.iothreads))),
+        vcpus={vcpu.index: vcpu.tid for vcpu in threads.vcpus},
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
+from .hotplug import Hotplug
 from .monitors import Monitors
 from .notify import Manager
 from .patience import patiently, retrieved
@@ -92,7 +93,7 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
         voice.note(f"{outlook}, {time.monotonic() - began:.1f} s")
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
-        settling = asyncio.ensure_future(tuning.after_cont(qemu))
+        settling = asyncio.ensure_future(start.settle())
         shutdown = Shutdown(qemu, outcome, voice, manager, definition.shutdown_timeout)
         status = await shutdown.until_ended(signals)
         settling.cancel()
@@ -120,6 +121,7 @@ class _Start:
         self.qmp: Qmp | None = None
         self.spelled = spelled
         self.holds_guest = holds_guest
+        self._found: Threads | None = None
         self._definition = definition
         self._voice = voice
         self._manager = manager
@@ -135,7 +137,8 @@ class _Start:
         await self._tuning.while_starting()
         self.qmp = qmp = await patiently(Qmp.negotiated(made.ours), self._tell_progress)
         found = await self._threads(qmp)
-        self._claim.update(vcpus={vcpu.index: vcpu.tid for vcpu in found.vcpus})
+        self._found = found
+        self._claim.update(vcpus=_tids_by_index(found))
         await self._tuning.before_cont(self.qemu, found)
         # Written first: a guest that ran must never be taken for one that did not.
         isolation, cpus = self._tuning.placement
@@ -145,6 +148,23 @@ class _Start:
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp
+
+    async def settle(self) -> None:
+        """What is left to do while the guest runs: sort threads, hear systemd, tune vCPUs that are plugged in."""
+        await self._tuning.after_cont(self.qemu)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tuning.until_bus_is_lost())
+            qmp, found = self.qmp, self._found
+            if qmp is not None and found is not None and found.can_grow and self._tuning.follows_vcpus:
+                watch = Hotplug(self.qemu.pid, found, lambda: self._read_threads(qmp), self._follow)
+                tasks.create_task(watch.watch(qmp))
+
+    async def _follow(self, found: Threads) -> None:
+        news = await self._tuning.follow(self.qemu, found)
+        isolation, cpus = self._tuning.placement
+        self._claim.update(vcpus=_tids_by_index(found), isolation=isolation, cpus=cpus)
+        for line in news:
+            self._voice.note(line)
 
     def suspicion(self) -> str | None:
         """Why QEMU may have ended, where we have a part in it."""
@@ -189,6 +209,10 @@ class _Start:
             progress = "QEMU is still starting"
         self._manager.status(progress)
         self._voice.note(progress)
+
+
+def _tids_by_index(found: Threads) -> dict[int, int]:
+    return {vcpu.index: vcpu.tid for vcpu in found.vcpus}
 
 
 async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int:

@@ -1,0 +1,74 @@
+"""vCPUs that are plugged in, or unplugged, while the guest runs: noticed, so that they are tuned as those before them.
+
+Why it exists: a vCPU may come at any time, by whoever has a monitor, and QEMU sends no event of its own for it. So the
+process's threads are looked at every few seconds, which costs a directory listing; QEMU is asked only when there is a
+thread that has not been seen before or a vCPU's has gone. The events that it does send, once the guest has taken notice
+(ACPI_DEVICE_OST) or let a vCPU go (DEVICE_DELETED), are reason to look at once.
+
+Until then a new vCPU runs where QEMU's emulator threads run. The watch ends when QEMU does, and fails nobody's run.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from . import procfs
+from .errors import LauncherError, QmpError
+from .qmp import Event, Qmp, QmpRefused
+from .threads import Threads
+
+LOOK = 2.0  # seconds; a vCPU is plugged in by a person, who will not mind
+_EVENTS = ("ACPI_DEVICE_OST", "DEVICE_DELETED")
+
+
+class Hotplug:
+    """Watches one QEMU, whose threads were `known`; `read` asks it for them, `act` is called when they are others."""
+
+    def __init__(
+        self,
+        pid: int,
+        known: Threads,
+        read: Callable[[], Awaitable[Threads]],
+        act: Callable[[Threads], Awaitable[None]],
+    ) -> None:
+        self._pid = pid
+        self._known = known
+        self._read = read
+        self._act = act
+        self._seen: frozenset[int] = frozenset()
+        self._heard = asyncio.Event()
+
+    async def watch(self, qmp: Qmp) -> None:
+        """Until QEMU ends; to be cancelled."""
+        qmp.listen(self._hear)
+        while True:
+            tids = frozenset(procfs.tids(self._pid))
+            lost = any(vcpu.tid not in tids for vcpu in self._known.vcpus)
+            if tids - self._seen or lost or self._heard.is_set():
+                self._heard.clear()
+                self._seen = tids
+                try:
+                    await self._look()
+                except QmpError as err:
+                    if not isinstance(err, QmpRefused):
+                        return
+                except LauncherError:  # a vCPU has gone between QEMU's answer and our look at its threads
+                    self._seen = frozenset()
+            try:
+                async with asyncio.timeout(LOOK):
+                    await self._heard.wait()
+            except TimeoutError:
+                continue
+
+    async def _look(self) -> None:
+        found = await self._read()
+        if _tids(found) != _tids(self._known):
+            self._known = found
+            await self._act(found)
+
+    def _hear(self, event: Event) -> None:
+        if event.get("event") in _EVENTS:
+            self._heard.set()
+
+
+def _tids(threads: Threads) -> dict[int, int]:
+    return {vcpu.index: vcpu.tid for vcpu in threads.vcpus}
