@@ -30,6 +30,8 @@ export PATH := $(CURDIR)/$(VENV):$(PATH):/usr/sbin:/sbin
 APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbus polkitd qemu-system-x86
 APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
 APT_TEST := python3-venv ca-certificates git strace procps util-linux
+# virsh, and what it needs to tell QEMU's command line without a daemon (4 MB): `qemu-launcher import --libvirt`.
+APT_TEST += libvirt-clients libvirt-daemon-driver-qemu
 APT_LAB := mmdebstrap debian-archive-keyring e2fsprogs qemu-utils openssh-client uidmap
 # The guest's screen, in a GTK window and through SPICE. They bring Mesa and GTK, so the demo does without them. Debian 13
 # has SPICE in a package of its own; Debian 12 in qemu-system-common.

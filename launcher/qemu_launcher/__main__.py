@@ -59,9 +59,7 @@ def _act(arguments: cli.Arguments) -> int:
         case cli.Stop() | cli.Kill() | cli.Pause() | cli.Resume():
             return _press(arguments)
         case cli.Import():
-            from . import importing  # noqa: PLC0415
-
-            return importing.import_argv(arguments.words, arguments.output)
+            return _import(arguments)
     return 0
 
 
@@ -77,6 +75,16 @@ def _command(arguments: cli.Command) -> int:
     else:
         stdout.say(cmdline.shell_command(vm, wrapped=sys.stdout is not None and sys.stdout.isatty()) + "\n")
     return 0
+
+
+def _import(arguments: cli.Import) -> int:
+    from . import importing  # noqa: PLC0415
+
+    if arguments.libvirt is None:
+        return importing.import_argv(arguments.words, arguments.output)
+    from . import libvirt  # noqa: PLC0415
+
+    return libvirt.import_domain(arguments.libvirt, arguments.output)
 
 
 def _run(arguments: cli.Run) -> int:

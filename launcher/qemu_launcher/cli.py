@@ -30,7 +30,7 @@ See:
   list             Show your definitions, and which of them run
   status [NAME]    Show your running VMs and where their vCPUs run
   command NAME     Print QEMU's command line, without starting anything
-  import -- QEMU   Print a definition for a command line of QEMU's
+  import           Make a definition of QEMU's command line, given after --
 
 Talk to QEMU:
   monitor NAME     Its monitor as a prompt; or one line: monitor NAME info block
@@ -49,6 +49,7 @@ Options:
      --watch       status: draw it again every two seconds, until Ctrl-C
      --all-users   status: everybody's tuned VMs, instead of yours
      --owner USER  limits, release: of that user, by name or number
+     --libvirt VM  import: of this VM of libvirt's, by its name or XML file
   -o --output F    import: write to this new file, instead of printing
 
 To see or release what is another user's takes an administrator's password.
@@ -72,6 +73,7 @@ Examples:
   qemu-launcher status --all-users     See who holds which CPUs
   qemu-launcher release win11 --owner alice    Take them away from alice
   qemu-launcher import -- qemu-system-x86_64 -m 2G -nographic
+  qemu-launcher import --libvirt win11 -o win11.yml
 
 See qemu-launcher(1) and qemu-launcher.yml(5).
 """
@@ -145,9 +147,13 @@ class Release(NamedTuple):
 
 
 class Import(NamedTuple):
-    """`words`: a command line of QEMU's. `output`: a file for the definition; None: it is printed."""
+    """Either `libvirt`, a VM of libvirt's by its name or XML file, or `words`, a command line of QEMU's, is there.
+
+    `output`: a file for the definition; None: it is printed.
+    """
 
     output: str | None
+    libvirt: str | None
     words: tuple[str, ...]
 
 
@@ -191,10 +197,11 @@ OPTIONS = {
     "--all-users": ("status",),
     "--watch": ("status",),
     "--owner": ("limits", "release"),
+    "--libvirt": ("import",),
     "-o": ("import",),
     "--output": ("import",),
 }
-_VALUED = ("--owner", "-o", "--output")
+_VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -253,9 +260,11 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
     behind = tuple(words[end + 1 :])
     if found.vm is not None:
         parser.error(f"{found.vm!r} stands before --: write import -- and then QEMU's command line")
-    if not behind:
+    if behind and found.libvirt is not None:
+        parser.error("import takes either --libvirt or, after --, QEMU's command line")
+    if not behind and found.libvirt is None:
         parser.error("QEMU's command line is missing: write it after import --, as for a shell")
-    return Import(found.output, behind)
+    return Import(found.output, found.libvirt, behind)
 
 
 _WITHOUT_NAME = ("list", "status", "limits")
@@ -285,6 +294,7 @@ def _parser(command: str) -> _Parser:
     if command in OPTIONS["--owner"]:
         parser.add_argument("--owner", metavar="USER")
     if command == "import":
+        parser.add_argument("--libvirt", metavar="VM")
         parser.add_argument("-o", "--output", metavar="FILE")
     if command not in ("list", "limits"):
         parser.add_argument("vm", metavar="NAME", nargs="?")

@@ -115,13 +115,17 @@ _REMARKS = {
 
 
 def _has_descriptor(option: Option) -> bool:
-    known = QemuOption(option.name, option.value, NO_MARK)
-    return any(name in ("fd", "fds", "vhostfd", "vhostfds", "sock_fd") for name, _value in known.properties())
+    return any(name in ("fd", "fds", "vhostfd", "vhostfds", "sock_fd") for name, _value in as_read(option).properties())
+
+
+def as_read(option: Option) -> QemuOption:
+    """The option as `definition` will read it."""
+    return QemuOption(option.name, option.value, NO_MARK)
 
 
 def kept(draft: Draft) -> list[QemuOption]:
     """The options that the definition will have."""
-    return [QemuOption(option.name, option.value, NO_MARK) for option in draft.options if not option.left_out]
+    return [as_read(option) for option in draft.options if not option.left_out]
 
 
 def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
@@ -172,7 +176,7 @@ def _guest_name(options: Sequence[Option]) -> str | None:
     found = None
     for option in options:
         if option.bare_name == "name" and option.value is not None:
-            for position, (name, value) in enumerate(QemuOption(option.name, option.value, NO_MARK).properties()):
+            for position, (name, value) in enumerate(as_read(option).properties()):
                 found = value if name == "guest" else name if value is None and position == 0 else found
     return found
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from qemu_launcher import cmdline, drafting, importing, prefixes, yamlnode, yamltext
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
-from qemu_launcher.options import Property, QemuOption
+from qemu_launcher.options import Property
 from qemu_launcher.qemuoptions import FLAGS, LISTS, TAKE_VALUE
 from unit.reading import ROOT, read
 
@@ -72,7 +72,7 @@ def test_definition_comes_back(
     kept = [drafting.Option(name, value) for name, value in options if name.strip("-") not in ("daemonize", "")]
     definition = read(drafting.render(drafting.Draft(QEMU, tuple(kept))))
     argv = cmdline.qemu_argv(definition)
-    assert argv[1:] == [w for o in kept for w in cmdline.option_argv(QemuOption(o.name, o.value, importing.NO_MARK))]
+    assert argv[1:] == [w for o in kept for w in cmdline.option_argv(importing.as_read(o))]
     assert cmdline.qemu_argv(read(imported(*argv))) == argv
 
 

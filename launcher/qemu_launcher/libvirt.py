@@ -1,0 +1,165 @@
+"""A VM of libvirt's -> a definition: virsh's command line for it, less what only libvirtd can provide, and its tuning.
+
+libvirt's own means are left out (its monitor, its key, its pause at the start), what it passes as descriptors is
+replaced, and what it says about CPUs and locked memory becomes keys. A comment says what has to be chosen. Nothing of
+libvirt's is changed.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from . import cmdline, definition, domaindevices, domainkeys, domainxml, virsh
+from .domainxml import Tuning
+from .drafting import Draft, Option, env_key
+from .errors import DefinitionError, LauncherError
+from .importing import as_read, deliver, headline, kept, options_of, written
+from .options import Property
+from .prefixes import peel
+
+_JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+LEFT_OUT = (
+    "Left out, because they are libvirt's own means: -S, -no-shutdown, its monitor and the key for its secrets. "
+    "qemu-launcher has a monitor of its own."
+)
+
+
+def import_domain(source: str, output: str | None) -> int:
+    """Print the definition for `source`, a VM's name in libvirt or a file with its XML; or write it to `output`."""
+    is_file = "/" in source or source.endswith(".xml")
+    text = _file(source) if is_file else virsh.domain_xml(source)
+    root = domainxml.parse(text, source if is_file else f"the XML of {source}")
+    found = domainxml.tuning(root)  # before virsh is asked for more: these mistakes are the cheaper ones
+    draft = _draft(root, found, virsh.command_line(domaindevices.prepared(root)))
+    deliver(written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)]), output)
+    return 0
+
+
+def _file(path: str) -> str:
+    data = definition.read(Path(path))
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as err:
+        raise DefinitionError(f"{path} is not UTF-8", "virsh dumpxml writes UTF-8: save it as that") from err
+
+
+def _draft(root: Element, found: Tuning, line: str) -> Draft:
+    from shlex import split  # noqa: PLC0415  as in cmdline
+
+    try:
+        prefix = peel(split(line))
+        options = [_readable(option) for option in options_of(prefix.argv[1:])]
+    except (ValueError, LauncherError) as err:
+        raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
+    huge = root.find("memoryBacking/hugepages")
+    options = [_hugepages(option, huge) for option in options if not _is_libvirts(option)]
+    # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
+    env = tuple(domainxml.environment(root).items())
+    notes = [headline(root.findtext("name")), LEFT_OUT]
+    if found.not_carried:
+        notes.append(f"Not carried over from libvirt: {', '.join(found.not_carried)}.")
+    options = [*_remarked(options, root), *(_placed(new, options) for new in domaindevices.replacements(root))]
+    draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
+    keys = [env_key(env)] if env else []
+    return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *domainkeys.memory_keys(found, kept(draft))))
+
+
+# The command line
+
+
+def _is_libvirts(option: Option) -> bool:
+    if option.bare_name in ("S", "no-shutdown"):
+        return True
+    own = {Property("id", "masterKey0"), Property("id", "charmonitor"), Property("chardev", "charmonitor")}
+    return not own.isdisjoint(_properties(option))
+
+
+def _readable(option: Option) -> Option:
+    """JSON that is no more than names and values, in the form that people write."""
+    first = _JSON_OPTIONS.get(option.bare_name)
+    if first is None or not isinstance(option.value, str) or not option.value.startswith("{"):
+        return option
+    try:
+        members = json.loads(option.value)
+    except (ValueError, RecursionError):
+        return option
+    kind = members.pop(first, None)
+    if not isinstance(kind, str) or not _PLAIN_NAME.fullmatch(kind):
+        return option
+    properties: list[str | Property] = [kind]
+    for name, value in members.items():
+        if not isinstance(value, str | int) or not _PLAIN_NAME.fullmatch(name):
+            return option
+        properties.append(Property(name, ("on" if value else "off") if isinstance(value, bool) else str(value)))
+    return option._replace(value=tuple(properties))
+
+
+def _placed(device: Option, others: Sequence[Option]) -> Option:
+    """`device` without its place, if that is not there or has been given away: QEMU then finds it another.
+
+    Where the XML does not give every device a place, virsh has placed those it was shown without knowing of this one.
+    """
+    if not isinstance(device.value, tuple):
+        return device
+    place = {element for element in _properties(device) if element.name in ("bus", "addr", "multifunction")}
+    slot = {element for element in place if element.name != "multifunction"}
+    buses = {"pci.0", "pcie.0", *(element.value for o in others for element in _properties(o) if element.name == "id")}
+    is_there = all(element.value in buses for element in slot if element.name == "bus")
+    if not slot or (is_there and not any(slot <= set(_properties(other)) for other in others)):
+        return device
+    return device._replace(value=tuple(element for element in device.value if element not in place))
+
+
+def _properties(option: Option) -> list[Property]:
+    return [element for element in option.value or () if isinstance(element, Property)]
+
+
+def _hugepages(option: Option, huge: Element | None) -> Option:
+    """Memory in huge pages without libvirt's own folder for them, which is root's."""
+    value = option.value
+    if huge is None or option.bare_name != "object" or not isinstance(value, tuple):
+        return option
+    if value[0] not in ("memory-backend-ram", "memory-backend-memfd"):
+        return option
+    page = huge.find("page")
+    size = domainxml.size(page) if page is not None and page.get("nodeset") is None else None
+    more = [Property("hugetlb", "on"), *([Property("hugetlbsize", str(size))] if size else [])]
+    remark = "Huge pages: as many must be free as this needs, see HugePages_Free in /proc/meminfo."
+    return option._replace(value=("memory-backend-memfd", *value[1:], *more), comments=(remark,))
+
+
+def _remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
+    """The same options; the first of each kind that needs a choice with a comment."""
+    said: set[str] = set()
+    auto = root.find("devices/graphics[@autoport='yes']") is not None
+    for option in options:
+        remark = _remark(option, auto_port=auto)
+        if remark is None or remark in said:
+            yield option
+            continue
+        said.add(remark)
+        yield option._replace(comments=(*option.comments, remark))
+
+
+def _remark(option: Option, *, auto_port: bool) -> str | None:
+    known = as_read(option)
+    text = cmdline.option_argv(known)[-1]
+    name = option.bare_name
+    if name == "object" and "masterKey0" in text:
+        return "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
+    if "/domain-" in text:
+        return "libvirt makes this folder when it starts the VM: choose a path of yours."
+    if "/libvirt/" in text or "/dev/disk/" in text:
+        return "libvirt gives QEMU access to this when it starts the VM: you must have it yourself."
+    if name == "device" and "vfio-pci" in text:
+        return "libvirt binds it to vfio-pci when it starts the VM: do that first, and give yourself /dev/vfio/GROUP."
+    if name == "spice" and "disable-ticketing" not in text:
+        return "libvirt sets the password later: add disable-ticketing: on, or a secret with password-secret."
+    if name in ("spice", "vnc") and auto_port:
+        return "virsh has chosen this port just now; no other VM may have it."
+    if any(key in ("fd", "fds", "vhostfd", "vhostfds") for key, _value in known.properties()):
+        return "A descriptor of libvirtd's, which QEMU is started without: name the file or device instead."
+    return None

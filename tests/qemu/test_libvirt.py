@@ -1,0 +1,213 @@
+"""`import --libvirt` with the real virsh, and libvirt's QEMU driver inside it (qemu:///embed): no daemon is started."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from qemu_launcher import cmdline, definition, importing, libvirt
+from qemu_launcher.definition import VmDefinition
+from unit.reading import ROOT
+
+DOMAIN = Path(__file__).with_name("libvirt_domain.xml").read_text(encoding="utf-8")
+VFIO = """<hostdev mode='subsystem' type='pci' managed='yes'>
+  <source><address domain='0x0000' bus='0x01' slot='0x00' function='0x1'/></source>
+</hostdev>"""
+NOBODY = 65534  # Debian's user for owning nothing
+PATIENCE = 120
+
+
+class Host(NamedTuple):
+    """A folder in which libvirt keeps all it has, and the environment that makes virsh use it."""
+
+    folder: Path
+    environ: dict[str, str]
+
+    def xml(self, old: str = "", new: str = "") -> Path:
+        path = self.folder / "domain.xml"
+        path.write_text(self.plain().replace(old, new), encoding="utf-8")
+        return path
+
+    def plain(self) -> str:
+        return DOMAIN.replace("DISK", f"{self.folder}/disk,1.img").replace("CDROM", f"{self.folder}/cd.iso")
+
+    def run(self, *words: object) -> "subprocess.CompletedProcess[str]":
+        argv = list(map(str, words))
+        return subprocess.run(
+            argv, env=self.environ, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=self.folder
+        )
+
+    def launch(self, *words: object) -> "subprocess.CompletedProcess[str]":
+        return self.run(sys.executable, "-m", "qemu_launcher", "import", *words)
+
+    def imported(self, *words: object) -> VmDefinition:
+        done = self.launch("--libvirt", *words)
+        assert (done.returncode, done.stderr) == (0, "")
+        return definition.parse(done.stdout.encode(), Path("win11.yml"), "win11")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    virsh = shutil.which("virsh")
+    if virsh is None:
+        pytest.skip("virsh is not installed (libvirt-clients, libvirt-daemon-driver-qemu)")
+    # Not pytest's own folder: nobody cannot go there.
+    with tempfile.TemporaryDirectory(prefix="libvirt-") as path:
+        folder = Path(path)
+        folder.chmod(0o755)
+        for name in ("disk,1.img", "cd.iso"):
+            (folder / name).write_bytes(bytes(1 << 20))
+        (folder / "bin").mkdir()
+        own = folder / "own"
+        own.mkdir()
+        wrapper = folder / "bin" / "virsh"
+        as_user = ""
+        if os.geteuid() == 0:  # root's libvirt wants a user of its package's, and is not what a user has
+            os.chown(own, NOBODY, NOBODY)
+            as_user = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups "
+        wrapper.write_text(f'#!/bin/sh\nexec {as_user}{shlex.quote(virsh)} "$@"\n')
+        wrapper.chmod(0o755)
+        environ = {
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "HOME": str(own),
+            "XDG_RUNTIME_DIR": str(own),
+            "LIBVIRT_DEFAULT_URI": f"qemu:///embed?root={own}",
+            "PYTHONPATH": str(ROOT / "launcher"),
+        }
+        host = Host(folder, environ)
+        done = host.run("virsh", "uri")
+        if "failed to connect" in done.stderr:
+            pytest.skip(f"libvirt's QEMU driver is not installed (libvirt-daemon-driver-qemu): {done.stderr}")
+        yield host
+
+
+def test_what_becomes_of_a_domain(host: Host) -> None:
+    vm = host.imported(host.xml("<!-- HOSTDEV -->", VFIO))
+    assert vm.binary == "/usr/bin/qemu-system-x86_64"
+    assert vm.env == (("FOO", "a b"),)
+    assert vm.pinning is not None
+    assert vm.pinning.by_index is not None
+    assert [cpus.cpus for cpus in vm.pinning.by_index] == [{4}, {5}]
+    assert vm.emulator_pinning is not None
+    assert vm.emulator_pinning.cpus == {0, 1}
+    assert {name: cpus.cpus for name, cpus in (vm.iothread_pinning or {}).items()} == {"iothread1": {0, 2}}
+    assert (vm.scheduler, vm.priority, vm.isolation) == ("fifo", 1, "shield")
+    assert vm.emulator_scheduler is not None
+    assert vm.emulator_scheduler.policy == "batch"
+    assert vm.memlock.bytes == 3 << 30
+    argv = cmdline.qemu_argv(vm)
+    words = " ".join(argv)
+    assert "masterKey0" not in words
+    assert "charmonitor" not in words
+    assert not {"-S", "-no-shutdown"} & set(argv)
+    assert "vfio-pci,host=0000:01:00.1,id=hostdev0" in words
+    assert "usb-host,vendorid=0x1234,productid=0x5678" in words
+    assert "virtio-net-pci,netdev=hostnet0,id=net0,mac=52:54:00:12:34:56,bootindex=2,bus=pcie.0,addr=0x1c" in words
+    assert "e1000e,netdev=hostnet1,id=net1,mac=52:54:00:12:34:57" in words
+    assert f"filename={host.folder}/disk,,1.img" in words
+    assert "-global ICH9-LPC.disable_s3=1" in words
+
+
+def test_by_name(host: Host) -> None:
+    assert host.run("virsh", "define", without_what_we_replace(host)).returncode == 0
+    try:
+        assert cmdline.qemu_argv(host.imported("win11"))[1:3] == ["-name", "guest=win11,debug-threads=on"]
+    finally:
+        host.run("virsh", "undefine", "win11")
+    done = host.launch("--libvirt", "win11")
+    assert done.returncode == 1
+    assert done.stderr.startswith("qemu-launcher: virsh: failed to get domain 'win11'")
+    assert "    virsh list --all names yours" in done.stderr
+
+
+def test_what_libvirt_refuses(host: Host) -> None:
+    done = host.launch("--libvirt", host.xml().with_name("no.xml"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"qemu-launcher: cannot read {host.folder}/no.xml: No such file or directory\n"
+    done = host.launch("--libvirt", host.xml("<emulator>/usr/bin/qemu-system-x86_64", "<emulator>/nonexistent/qemu"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("qemu-launcher: virsh: ")
+    assert "    it is about what stands in the XML" in done.stderr
+
+
+def tree(argv: list[str]) -> str:
+    """All devices of this QEMU and their properties, as it tells them."""
+    commands: list[Any] = [
+        {"execute": "qmp_capabilities"},
+        {"execute": "human-monitor-command", "arguments": {"command-line": "info qtree"}},
+        {"execute": "human-monitor-command", "arguments": {"command-line": "info block"}},
+        {"execute": "human-monitor-command", "arguments": {"command-line": "info iothreads"}},
+        {"execute": "human-monitor-command", "arguments": {"command-line": "info memdev"}},
+        {"execute": "quit"},
+    ]
+    done = subprocess.run(
+        [*argv, "-S", "-qmp", "stdio"],
+        input="".join(json.dumps(command) + "\n" for command in commands),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    texts = [answer["return"] for answer in answers if isinstance(answer.get("return"), str)]
+    assert len(texts) == 4, done.stderr
+    # The numbers of processes and of threads differ.
+    return "\n".join(line for line in "\n".join(texts).splitlines() if "thread_id" not in line)
+
+
+def test_the_readable_form_is_the_same_machine(host: Host) -> None:
+    """The options that are virsh's own, once as it prints them and once as they are imported."""
+    vm = host.imported(host.xml("<locked/>", ""))
+    printed = host.run("virsh", "domxml-to-native", "qemu-argv", "--xml", without_what_we_replace(host))
+    words = shlex.split(printed.stdout)
+    start = words.index(vm.binary)
+    options = [option for option in importing.options_of(words[start + 1 :]) if not is_libvirts(option)]
+    theirs = [word for option in options for word in cmdline.option_argv(importing.as_read(option))]
+    ours = cmdline.qemu_argv(vm)
+    ours = ours[: ours.index("-netdev")]
+    assert sum(word.startswith("{") for word in theirs) > 10
+    assert sum(word.startswith("{") for word in ours) == 0
+    own = str(host.folder / "own")
+    with tempfile.TemporaryDirectory() as ground:  # for the guest agent's socket
+        assert tree([vm.binary, *elsewhere(theirs, own, ground)]) == tree(
+            [vm.binary, *elsewhere(ours[1:], own, ground)]
+        )
+
+
+def elsewhere(words: list[str], own: str, ground: str) -> list[str]:
+    """The same words, sockets of libvirt's in a folder that is there."""
+    return [f"socket,id=agent,path={ground}/s,server=on,wait=off" if f"path={own}" in word else
+            word.replace("charchannel0", "agent") for word in words]  # fmt: skip
+
+
+def is_libvirts(option: Any) -> bool:
+    return libvirt._is_libvirts(libvirt._readable(option))
+
+
+def without_what_we_replace(host: Host) -> Path:
+    path = host.folder / "rest.xml"
+    text = host.plain().replace("<locked/>", "")
+    for element in ("interface", "tpm", "cputune", "memtune", "hostdev"):
+        while (begin := text.find(f"<{element}")) >= 0:
+            end = text.index(f"</{element}>", begin) + len(f"</{element}>")
+            text = text[:begin] + text[end:]
+    path.write_text(text)
+    return path
+
+
+def test_the_definition_starts(host: Host) -> None:
+    """All of it, the replaced network too; only the agent's socket must be where there is a folder."""
+    vm = host.imported(host.xml("<locked/>", ""))
+    with tempfile.TemporaryDirectory() as ground:
+        found = tree([vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)])
+    assert 'dev: virtio-net-pci, id "net0"' in found
+    assert 'dev: e1000e, id "net1"' in found
+    assert 'mac = "52:54:00:12:34:56"' in found

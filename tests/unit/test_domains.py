@@ -1,0 +1,453 @@
+"""libvirt's XML: what becomes of its tuning, its devices and of hostile text. The real virsh is in tests/qemu."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from qemu_launcher import cmdline, domaindevices, domainkeys, domainxml, drafting, importing, libvirt, virsh
+from qemu_launcher.definition import VmDefinition
+from qemu_launcher.errors import DefinitionError, LauncherError
+from unit.reading import ROOT, read
+
+# What virsh 9.0 of Debian 12 printed, in its order; of its devices only some.
+LINE = r"""LC_ALL=C PATH=/usr/bin:/bin HOME=/tmp/l/domain--1-vm XDG_CACHE_HOME=/tmp/l/domain--1-vm/.cache FOO='a b' \
+/usr/bin/qemu-system-x86_64 -name guest=vm,debug-threads=on -S \
+-object '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/tmp/l/domain--1-vm/master-key.aes"}' \
+-machine pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram -accel kvm -cpu host -m 512 \
+-object '{"qom-type":"memory-backend-ram","id":"pc.ram","size":536870912}' -overcommit mem-lock=on \
+-smp 4,sockets=1,cores=2,threads=2 -object '{"qom-type":"iothread","id":"iothread1"}' \
+-uuid 11111111-2222-3333-4444-555555555555 \
+-no-user-config -nodefaults -chardev socket,id=charmonitor,path=/tmp/l/domain--1-vm/monitor.sock,server=on,wait=off \
+-mon chardev=charmonitor,id=monitor,mode=control -rtc base=utc -no-shutdown -boot strict=on \
+-device '{"driver":"pcie-root-port","port":16,"id":"pci.1","bus":"pcie.0","multifunction":true,"addr":"0x2"}' \
+-blockdev '{"driver":"file","filename":"/var/lib/libvirt/images/a,b.img","node-name":"l","cache":{"direct":true}}' \
+-chardev socket,id=charchannel0,path=/tmp/l/channel/target/domain--1-vm/org.qemu.guest_agent.0,server=on,wait=off \
+-netdev tap,fds=30:31,id=hostnet9 -spice port=5901,addr=127.0.0.1 \
+-object '{"qom-type":"secret","id":"s0","data":"x","keyid":"masterKey0","iv":"y","format":"base64"}' \
+-device '{"driver":"vfio-pci","host":"0000:01:00.0","id":"hostdev0","bus":"pci.1","addr":"0x0"}' \
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -msg timestamp=on""".replace(
+    "\\\n", ""
+)
+
+
+def domain(inside: str, kind: str = "kvm") -> Element:
+    text = f"<domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>vm</name>{inside}</domain>"
+    return domainxml.parse(text, "vm.xml")
+
+
+def definition_of(inside: str, line: str = LINE) -> str:
+    root = domain(inside)
+    draft = libvirt._draft(root, domainxml.tuning(root), line)
+    return importing.written(draft, [w for o in importing.kept(draft) for w in cmdline.option_argv(o)])
+
+
+def launcher_keys(inside: str, vcpus: int = 4) -> list[str]:
+    """The lines of the launcher section that come from the XML's tuning, suggestions included; other comments not."""
+    given = "<vcpu>" in inside or "<vcpu " in inside
+    found = domainxml.tuning(domain(inside if given else f"<vcpu>{vcpus}</vcpu>{inside}"))
+    text = drafting.render(drafting.Draft("q", (), tuple(domainkeys.thread_keys(found))))
+    lines = text.partition("binary: q\n")[2].partition("qemu:")[0].splitlines()
+    keys = ("vcpu_", "emulator_", "iothread", "scheduler", "priority", "isolation")
+    return [line.strip() for line in lines if not line.startswith("  # ") or line.removeprefix("  # ").startswith(keys)]
+
+
+def pins(*cpus: str) -> str:
+    return "".join(f"<vcpupin vcpu='{index}' cpuset='{text}'/>" for index, text in enumerate(cpus))
+
+
+@pytest.mark.parametrize(
+    ("inside", "lines"),
+    [
+        ("", ["# vcpu_pinning: [4, 5, 6, 7]"]),
+        (f"<cputune>{pins('4', '5', '6', '7')}</cputune>", ["vcpu_pinning: [4, 5, 6, 7]"]),
+        (f"<cputune>{pins('0-3,^1-2', '4-6,^5', '8,9', '10')}</cputune>", ["vcpu_pinning: ['0,3', '4,6', 8-9, 10]"]),
+        ("<vcpu current='1'>4</vcpu><cputune>" + pins("4", "5") + "</cputune>", ["vcpu_pinning: [4]"]),
+        (f"<cputune>{pins('4', '5')}</cputune>", ["vcpu_pinning: [4, 5]"]),
+        ("<cputune><vcpupin vcpu='3' cpuset='4'/></cputune>", ["vcpu_pinning:", "3:", "0: {0: 4}"]),
+        (
+            "<cpu><topology sockets='1' dies='1' cores='2' threads='2'/></cpu><cputune>"
+            "<vcpupin vcpu='1' cpuset='4'/><vcpupin vcpu='2' cpuset='5-6'/><vcpupin vcpu='3' cpuset='8,10'/></cputune>",
+            ["vcpu_pinning:", "0:", "0: {1: 4}", "1: {0: 5-6, 1: '8,10'}"],
+        ),
+        (
+            f"<cputune>{pins('2-5', '2-5')}</cputune>",
+            ["vcpu_pinning: [2-5, 2-5]", "isolation: cpuset"],
+        ),
+        ("<vcpu cpuset='2'>1</vcpu>", ["vcpu_pinning: [2]", "# emulator_pinning: 2"]),
+        (
+            f"<vcpu cpuset='8-9'>2</vcpu><cputune>{pins('2', '3')}</cputune>",
+            ["vcpu_pinning: [2, 3]", "emulator_pinning: 8-9"],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<emulatorpin cpuset='0-1,3'/>"
+            "<iothreadpin iothread='1' cpuset='2'/><iothreadpin iothread='12' cpuset='0,3'/></cputune>",
+            [
+                *("vcpu_pinning: [4, 5, 6, 7]", "emulator_pinning: '0-1,3'"),
+                *("iothread_pinning:", "iothread1: 2", "iothread12: '0,3'"),
+            ],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<emulatorpin cpuset='4'/>"
+            "<iothreadpin iothread='1' cpuset='5'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "# emulator_pinning: 4", "# iothread_pinning:"],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<vcpusched vcpus='0-3' scheduler='fifo' priority='7'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "scheduler: fifo", "priority: 7"],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<vcpusched vcpus='0-3,^1' scheduler='batch'/>"
+            "<vcpusched vcpus='1' scheduler='batch'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "scheduler: batch"],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<vcpusched vcpus='0' scheduler='rr' priority='1'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "# scheduler: rr"],
+        ),
+        (
+            f"<cputune>{pins('4', '4', '6', '7')}<vcpusched vcpus='0-3' scheduler='rr' priority='1'/></cputune>",
+            ["vcpu_pinning: [4, 4, 6, 7]", "isolation: cpuset", "# scheduler: rr", "# priority: 1"],
+        ),
+        (
+            "<cputune><vcpusched vcpus='0-3' scheduler='fifo' priority='1'/></cputune>",
+            ["# vcpu_pinning: [4, 5, 6, 7]", "# scheduler: fifo", "# priority: 1"],
+        ),
+        (
+            "<cputune><emulatorsched scheduler='idle'/></cputune>",
+            ["# vcpu_pinning: [4, 5, 6, 7]", "emulator_scheduler: idle"],
+        ),
+        (
+            "<cputune><emulatorsched scheduler='fifo' priority='2'/></cputune>",
+            ["# vcpu_pinning: [4, 5, 6, 7]", "# emulator_scheduler: {policy: fifo, priority: 2}"],
+        ),
+    ],
+)
+def test_tuning_becomes_keys(inside: str, lines: list[str]) -> None:
+    assert launcher_keys(inside) == lines
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        f"<vcpu>4</vcpu><cputune>{pins('4', '5', '6', '7')}<emulatorpin cpuset='0-1,3'/>"
+        "<iothreadpin iothread='1' cpuset='0,3'/><vcpusched vcpus='0-3' scheduler='fifo' priority='7'/>"
+        "<emulatorsched scheduler='idle'/></cputune>",
+        f"<vcpu>4</vcpu><cputune>{pins('4-5', '4-5')}</cputune>",
+        "<vcpu>4</vcpu><cputune><vcpupin vcpu='3' cpuset='4,6'/></cputune>",
+        "<vcpu cpuset='2,4'>4</vcpu>",
+        "<vcpu>40</vcpu><cputune>" + pins(*map(str, range(40))) + "</cputune>",
+    ],
+)
+def test_what_is_written_can_be_read(inside: str) -> None:
+    """With the suggestions' comment signs, and without a single one of them lost."""
+    root = domain(inside)
+    found = domainxml.tuning(root)
+    text = definition_of(inside, LINE.replace("-smp 4,sockets=1,cores=2,threads=2", f"-smp {found.vcpus}"))
+    vm = read(text)
+    sets = {} if vm.pinning is None else dict(enumerate(cpus.cpus for cpus in vm.pinning.sets))
+    assert list(sets.values()) == list(found.vcpu_pins.values())
+    assert vm.pinning is None or vm.pinning.by_index is None or list(sets) == list(found.vcpu_pins)
+
+
+def test_unpinned_and_different_ones_are_named() -> None:
+    text = definition_of(
+        f"<vcpu>4</vcpu><cputune>{pins('4', '5')}<vcpusched vcpus='0-1' scheduler='fifo' priority='1'/>"
+        "<vcpusched vcpus='3' scheduler='batch'/><shares>2048</shares><quota>1</quota></cputune>"
+        "<memtune><soft_limit>1</soft_limit></memtune><blkiotune><weight>1</weight></blkiotune>"
+    ).replace("\n  # ", " ")
+    assert "Not pinned in libvirt: virtual CPU 2-3." in text
+    assert (
+        "In libvirt: batch for virtual CPU 3; fifo 1 for virtual CPU 0-1. Here all virtual CPUs have one policy."
+        in text
+    )
+    assert "# Not carried over from libvirt: shares, quota, soft_limit, blkiotune.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("inside", "line", "key"),
+    [
+        ("", LINE, "rlimit_memlock: auto"),
+        ("<memtune><hard_limit unit='GiB'>20</hard_limit></memtune>", LINE, "rlimit_memlock: 20G"),
+        ("<memtune><hard_limit>1536</hard_limit></memtune>", LINE, "rlimit_memlock: 1536K"),
+        ("<memtune><hard_limit unit='MB'>1025</hard_limit></memtune>", LINE, "rlimit_memlock: 1025000000"),
+        ("<memtune><hard_limit>9007199254740991</hard_limit></memtune>", LINE, "rlimit_memlock: auto"),
+        ("", LINE.replace("-accel kvm", "-accel tcg"), "rlimit_memlock: true"),
+        ("", LINE.replace("mem-lock=on", "mem-lock=off").replace("vfio-pci", "e1000"), None),
+    ],
+)
+def test_locked_memory(inside: str, line: str, key: str | None) -> None:
+    found = [text.strip() for text in definition_of(inside, line).splitlines() if "rlimit_memlock" in text]
+    assert found == ([] if key is None else [key])
+
+
+def test_command_line_without_libvirt_s_own() -> None:
+    text = definition_of(
+        "<qemu:commandline><qemu:env name='FOO' value='a b'/></qemu:commandline>"
+        "<devices><graphics type='spice' autoport='yes'/></devices>"
+    )
+    vm = read(text)
+    assert vm.env == (("FOO", "a b"),)
+    argv = cmdline.qemu_argv(vm)
+    assert argv[:6] == [
+        *("/usr/bin/qemu-system-x86_64", "-name", "guest=vm,debug-threads=on"),
+        *("-machine", "pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram", "-accel"),
+    ]
+    assert not {"-S", "-no-shutdown", "-mon"} & set(argv)
+    assert "pcie-root-port,port=16,id=pci.1,bus=pcie.0,multifunction=on,addr=0x2" in argv
+    assert '"cache":{"direct":true}' in argv[argv.index("-blockdev") + 1]  # nested: left as it is
+    comments = text.replace("\n  # ", " ")
+    for said in (
+        "you must have it yourself",
+        "choose a path of yours",
+        "A descriptor of libvirtd's",
+        "libvirt sets the password later",
+        "Encrypted with libvirt's key",
+        "bind" and "give yourself /dev/vfio/GROUP",
+    ):
+        assert comments.count(said) == 1, said
+
+
+def test_huge_pages() -> None:
+    text = definition_of("<memoryBacking><hugepages><page size='2' unit='MiB'/></hugepages></memoryBacking>")
+    assert "memory-backend-memfd,id=pc.ram,size=536870912,hugetlb=on,hugetlbsize=2097152" in cmdline.qemu_argv(
+        read(text)
+    )
+    text = definition_of("<memoryBacking><hugepages/></memoryBacking>")
+    assert "memory-backend-memfd,id=pc.ram,size=536870912,hugetlb=on" in cmdline.qemu_argv(read(text))
+
+
+def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
+    root = domain(f"<os><type machine='{machine}'>hvm</type></os><devices>{devices}</devices>")
+    options = [option for option in domaindevices.replacements(root) if not option.left_out]
+    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
+    assert shown.find("devices/interface") is None
+    return [w for o in options for w in cmdline.option_argv(importing.as_read(o))]
+
+
+@pytest.mark.parametrize(
+    ("devices", "argv"),
+    [
+        ("<interface type='user'/>", "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0"),
+        (
+            "<interface type='bridge'><source bridge='br0'/><model type='virtio'/>"
+            "<address type='pci' bus='0x02' slot='0x01' function='0x3' multifunction='on'/></interface>",
+            "-netdev user,id=hostnet0 "
+            "-device virtio-net-pci,netdev=hostnet0,id=net0,bus=pci.2,multifunction=on,addr=0x1.0x3",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' domain='0' bus='0x06' slot='0x10' function='0x2'/>"
+            "</source></interface>",
+            "-device vfio-pci,host=0000:06:10.2",
+        ),
+        (
+            "<hostdev type='usb'><source><vendor id='0x12'/><product id='0x34'/></source></hostdev>",
+            "-device usb-host,vendorid=0x12,productid=0x34",
+        ),
+        ("<hostdev type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
+        ("<tpm model='tpm-crb'><backend type='emulator'/></tpm><filesystem><driver type='virtiofs'/></filesystem>", ""),
+        ("<tpm model='tpm-tis'><backend type='passthrough'/></tpm><filesystem type='mount'/>", ""),
+        (
+            "<interface type='x,y'><source a='b c'/><model type='a,b'/><mac address='x y'/>"
+            "<address type='pci' bus='zz'/></interface>",
+            "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0",
+        ),
+    ],
+)
+def test_replaced_devices(devices: str, argv: str) -> None:
+    assert " ".join(replaced(devices)) == argv
+
+
+def test_passed_through_pci_gets_the_driver_that_libvirt_chooses_late() -> None:
+    root = domain("<devices><hostdev type='pci'/><hostdev type='pci'><driver name='xen'/></hostdev></devices>")
+    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
+    assert [driver.get("name") for driver in shown.iter("driver")] == ["vfio", "xen"]
+    assert root.find("devices/hostdev[1]/driver") is None  # ours is a copy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "vm.xml is no XML: no element found: line 1, column 0"),
+        ("<domain>", "vm.xml is no XML: no element found: line 1, column 8"),
+        ("<network/>", "vm.xml is no domain of libvirt's, but <network>"),
+        ("<!DOCTYPE domain><domain/>", "vm.xml has a document type, which no domain of libvirt's has"),
+        (
+            "<!DOCTYPE x [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;'>]><domain>&b;</domain>",
+            "vm.xml has a document type, which no domain of libvirt's has",
+        ),
+        ("<domain>&a;</domain>", None),
+        ("<domain>" + "<a>" * 100, "vm.xml is nested more than 64 levels deep"),
+        ("<?xml version='1.0' encoding='nonsense'?><network/>", "vm.xml is no domain of libvirt's, but <network>"),
+        ("<domain>\ud800</domain>", None),
+        ("<domain>\0</domain>", None),
+    ],
+)
+def test_hostile_xml(text: str, message: str | None) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        domainxml.parse(text, "vm.xml")
+    assert message is None or caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("<vcpu>x</vcpu>", "vcpu in the XML is 'x', and must be a number (1-8192)"),
+        ("<vcpu>99999999999999999999</vcpu>", "must be a number (1-8192)"),
+        ("<vcpu current='5'>4</vcpu>", "vcpu current in the XML is '5', and must be a number (1-4)"),
+        ("<cputune><vcpupin vcpu='0' cpuset='0-99999999'/></cputune>", "must be a number (0-8191)"),
+        ("<cputune><vcpupin vcpu='0' cpuset='3-1'/></cputune>", "is '1', and must be a number (3-8191)"),
+        ("<cputune><vcpupin vcpu='0' cpuset='1,^1'/></cputune>", "vcpupin in the XML is '1,^1', which leaves no CPU"),
+        ("<cputune><vcpupin vcpu='0'/></cputune>", "is '', and must be a number"),
+        ("<cputune><vcpupin cpuset='0'/></cputune>", "vcpupin vcpu in the XML is ''"),
+        ("<cputune><vcpusched vcpus='0' scheduler='deadline'/></cputune>", "has the scheduler 'deadline'"),
+        ("<cputune><vcpusched vcpus='0' scheduler='fifo' priority='100'/></cputune>", "must be a number (0-99)"),
+        ("<memtune><hard_limit unit='parsec'>1</hard_limit></memtune>", "has the unit 'parsec'"),
+        ("<cpu><topology cores='-1'/></cpu>", "topology cores in the XML is '-1'"),
+    ],
+)
+def test_numbers_that_cannot_be(inside: str, message: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        domainxml.tuning(domain(inside))
+    assert message in caught.value.message
+    assert caught.value.exit_status == 2
+
+
+TAGS = """
+    domain vcpu cputune vcpupin emulatorpin iothreadpin vcpusched devices interface mac source model address hostdev tpm
+    backend memtune hard_limit cpu topology memoryBacking hugepages page os type name controller boot
+"""
+NAMES = "type vcpu cpuset current scheduler vcpus id bus slot iothread cores address order unit size"
+TAG = st.sampled_from(TAGS.split())
+VALUE = st.sampled_from(
+    ["", "0", "1", "0-1", "^0", "pci", "usb", "user", "fifo", "emulator", "-1", "0x1", "x" * 99, "é,\n"]
+)
+Tree = tuple[str, dict[str, str], str, list[Any]]
+LEAF: st.SearchStrategy[Tree] = st.tuples(
+    TAG, st.dictionaries(st.sampled_from(NAMES.split()), VALUE, max_size=4), VALUE, st.just([])
+)
+TREE: st.SearchStrategy[Tree] = st.recursive(
+    LEAF,
+    lambda inner: st.tuples(TAG, st.just({}), st.just(""), st.lists(inner, max_size=6)),
+    max_leaves=12,
+)
+
+
+def built(tree: Tree) -> Element:
+    tag, attributes, text, parts = tree
+    element = Element(tag, attributes)
+    element.text = text
+    element.extend(built(part) for part in parts)
+    return element
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TREE, max_size=8))
+def test_odd_domains_give_a_definition_or_a_message(trees: list[Tree]) -> None:
+    root = Element("domain")
+    root.extend(built(tree) for tree in trees)
+    try:
+        draft = libvirt._draft(root, domainxml.tuning(root), LINE)
+        read(importing.written(draft, [w for o in importing.kept(draft) for w in cmdline.option_argv(o)]))
+        domaindevices.prepared(root)
+    except LauncherError:
+        pass
+
+
+@pytest.mark.parametrize("line", ["", "A=b", "q 'x", "q disk.img", "LC_ALL=C sudo"])
+def test_odd_answers_of_virsh(line: str) -> None:
+    with pytest.raises(LauncherError) as caught:
+        definition_of("", line)
+    assert caught.value.message.startswith("the command line that virsh printed cannot be read: ")
+
+
+# As a program
+
+
+def launch(*words: str, path: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "qemu_launcher", "import", "--libvirt", *words],
+        env={"PYTHONPATH": str(ROOT / "launcher"), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_without_virsh(tmp_path: Path) -> None:
+    (tmp_path / "vm.xml").write_text("<domain/>")
+    for word in ("win11", f"{tmp_path}/vm.xml"):
+        done = launch(word, path=str(tmp_path))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            "qemu-launcher: virsh is not installed, and only libvirt knows the command line of its VMs\n"
+            "    on Debian: libvirt-clients, and to ask it without a running libvirt, libvirt-daemon-driver-qemu too\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"<domain>", "is no XML: no element found"),
+        (b" " * ((1 << 20) + 1), "is larger than 1 MiB"),
+        (None, "cannot read"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "vm.xml"
+    if content is not None:
+        path.write_bytes(content)
+    done = launch(str(path), path=os.environ["PATH"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.startswith("qemu-launcher: ")
+
+
+def virsh_that(script: str, folder: Path) -> None:
+    path = folder / "virsh"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_system_s_vm_is_found_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("LIBVIRT_DEFAULT_URI", "VIRSH_DEFAULT_CONNECT_URI"):
+        monkeypatch.delenv(name, raising=False)
+    virsh_that('[ "$1" = --readonly ] && echo "$@" || { echo "error: failed to get domain" >&2; exit 1; }', tmp_path)
+    assert virsh.domain_xml("-x") == "--readonly --connect qemu:///system dumpxml --inactive --domain -x\n"
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "test:///default")  # whoever names one means that one
+    with pytest.raises(LauncherError, match="virsh: failed to get domain") as caught:
+        virsh.domain_xml("-x")
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("virsh list --all")
+
+
+def test_xml_reaches_virsh_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    virsh_that('cat "$4"', tmp_path)
+    xml = b"<domain>" + b"x" * (1 << 18) + b"</domain>"
+    assert virsh.command_line(xml).encode() == xml
+
+
+def test_virsh_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    virsh_that("exit 7", tmp_path)
+    with pytest.raises(LauncherError, match="virsh: it ended with status 7"):
+        virsh.command_line(b"x")
+
+
+def test_nothing_is_lost_of_what_is_kept() -> None:
+    """The words of the definition are those of virsh, in its order, less the ones that are named above."""
+    vm: VmDefinition = read(definition_of(""))
+    assert [option.name for option in vm.options] == [
+        *("name", "machine", "accel", "cpu", "m", "object", "overcommit", "smp", "object", "uuid", "no-user-config"),
+        *("nodefaults", "rtc", "boot", "device", "blockdev", "chardev", "netdev", "spice", "object", "device"),
+        *("sandbox", "msg"),
+    ]
