@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from . import cli, stdout
-from .errors import PROGRAM, LauncherError, render
+from .errors import PROGRAM, AlreadyRunning, LauncherError, render
 
 SIGNAL_BASE = 128  # of the exit status, as shells report death by a signal: signal(7), bash(1) "EXIT STATUS"
 SIGINT, SIGPIPE = 2, 13  # signal(7); the module signal costs more to import than these are worth
@@ -94,7 +94,12 @@ def _run(arguments: cli.Run) -> int:
     vm = definition.load(path, name)
     from . import session  # noqa: PLC0415  after all that can be wrong without it
 
-    return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet)
+    try:
+        return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet)
+    except AlreadyRunning as err:
+        from . import control  # noqa: PLC0415
+
+        raise control.with_stillness(err, name) from err.__cause__
 
 
 def _status(arguments: cli.Status) -> int:

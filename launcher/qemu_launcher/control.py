@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import runtime
-from .errors import LauncherError, NotRunning, QmpError
+from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError
 from .qmp import Qmp
 from .runtime import Found
 
@@ -134,6 +134,21 @@ def refuse_held(vm: Found) -> None:
             f"{vm.name} is still starting: its launcher lets the guest run when it is tuned, and nobody else may",
             f"see how far it is with: qemu-launcher status {vm.name}",
         )
+
+
+def with_stillness(error: AlreadyRunning, name: str) -> AlreadyRunning:
+    """The error for a second start of a VM that stands still: whoever wants it to run has another command for that."""
+    vm = runtime.find(name)
+    if vm is None or vm.is_held:
+        return error
+    word = asyncio.run(state_of(vm)).word
+    if word == "paused":
+        error.message += ", and paused"
+        error.hint = f"let it go on with: qemu-launcher resume {name}\n{error.hint}"
+    elif word == "prelaunch":  # its user's own -S
+        error.message += ", and waits to be started"
+        error.hint = f"start its guest with: qemu-launcher resume {name}\n{error.hint}"
+    return error
 
 
 def never_started(vm: Found) -> LauncherError:

@@ -86,6 +86,12 @@ def start_time(pid: int) -> int | None:
     return None if state in {"Z", "X"} else ticks
 
 
+def boot_id() -> str | None:
+    """What this boot of the host is called (random(4)); None where the kernel does not tell."""
+    text = _read("sys/kernel/random/boot_id")
+    return None if text is None else text.strip()
+
+
 def tids(pid: int) -> tuple[int, ...]:
     """Threads of `pid` in ascending order; empty if it is gone."""
     try:

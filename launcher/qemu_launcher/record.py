@@ -8,8 +8,8 @@ What was granted by then, isolation and CPUs, is written down as well: `status` 
 
 So a guest that ran is never taken for one that did not, whenever the launcher dies.
 
-Processes are named by PID and start time, so that a record of the past names nobody. What is no record, an empty file
-or one that is being written at this moment, is None.
+Processes are named by PID and start time, and by the boot that both count from, so that a record of the past names
+nobody. What is no record, an empty file or one that is being written at this moment, is None.
 """
 
 import json
@@ -34,6 +34,7 @@ class Record:
     vcpus: Mapping[int, int] = field(default_factory=dict)  # vCPU index -> TID
     isolation: str = ""  # of the pinned vCPUs when the guest was let run; empty without pinning
     cpus: frozenset[int] = frozenset()  # that they were pinned to
+    boot: str = ""  # procfs.boot_id
 
     def encode(self) -> bytes:
         """As one line of JSON."""
@@ -49,6 +50,7 @@ class Record:
             "vcpus": sorted(self.vcpus.items()),
             "isolation": self.isolation,
             "cpus": format_cpulist(self.cpus),
+            "boot": self.boot,
         }
         return json.dumps(value).encode() + b"\n"
 
@@ -67,8 +69,9 @@ class Record:
                 state=str(value["state"]),
                 definition=str(value["definition"]),
                 vcpus={int(index): int(tid) for index, tid in value["vcpus"]},
-                isolation=str(value.get("isolation", "")),  # a launcher of before an upgrade has not written these two
+                isolation=str(value.get("isolation", "")),  # a launcher of before an upgrade may not have written these
                 cpus=parse_cpulist(str(value.get("cpus", ""))),
+                boot=str(value.get("boot", "")),
             )
         except (ValueError, KeyError, TypeError, IndexError):
             return None

@@ -8,7 +8,10 @@ When the user logs out, $XDG_RUNTIME_DIR goes and the VM may stay; and who asks 
 it. Then it is found by the open file in QEMU itself (/proc/PID/fd), and by its scope in the cgroup tree; a second start
 is refused all the same.
 
-Refused: a directory that is not ours alone (NotOurs). A failing claim leaves no lock and no socket behind.
+Nothing that is left over keeps a VM from starting: a record of processes that are gone, or of another boot, names
+nobody; what is no record is written over; a socket that nobody listens on makes room. Refused: a directory that is not
+ours alone, and what is in the place of lock or socket and is none (LauncherError). A failing claim leaves no lock and
+no socket behind.
 """
 
 import contextlib
@@ -23,23 +26,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import cgroups, procfs
-from .errors import AlreadyRunning, LauncherError
+from . import cgroups, places, procfs
+from .errors import AlreadyRunning
 from .procfs import Process
 from .record import RUNNING, STARTING, Record
 
-DIRECTORY = "qemu-launcher"
 # A QEMU that never ran has written nothing, so it need not be waited for as one that did (process.QUIT_GRACE).
 NEVER_STARTED_GRACE = 2.0  # seconds
 # A launcher writes its record right after it took the lock, and lets go of the lock right after it cleared the record.
 # Between the two the record is not its own; these looks see it through unless it is held up.
 _LOOKS, _PAUSE = 20, 0.025  # seconds
+_LARGEST_RECORD = 1 << 20  # bytes; one of 4096 vCPUs takes 64 KiB
 
-_TMP = Path("/tmp")  # noqa: S108 (what we make in it is checked by _is_ours_alone)
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
 _FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
-_LOCK_LINK = re.compile(rf"/{DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
+_LOCK_LINK = re.compile(rf"/{places.DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,9 @@ class Claim:
         self.record = record
         self._socket = directory / f"{name}.sock"
         self._written = os.fstat(lock_fd).st_size  # of a launcher that was killed, perhaps longer than ours will be
+        if self._written > _LARGEST_RECORD:  # this was no launcher, and no reader looks that far
+            os.ftruncate(lock_fd, 0)
+            self._written = 0
         self.update()
 
     def update(self, **changes: Any) -> None:
@@ -103,20 +108,21 @@ class Claim:
 
     def listening_socket(self) -> socket.socket:
         """The control socket, bound and listening; QEMU inherits it and accepts one client at a time."""
-        self._socket.unlink(missing_ok=True)  # ours to remove: we hold the lock
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _short_path(self._socket) as path:
+            self._socket.unlink(missing_ok=True)  # ours to remove: we hold the lock
+            with places.short_path(self._socket) as path:
                 control.bind(path)
             control.listen(1)
         except OSError as err:
             control.close()
-            raise LauncherError(f"cannot make the control socket {self._socket}: {err.strerror}") from err
+            raise places.not_made("control socket", self._socket, err.strerror, wanted=stat.S_IFSOCK) from err
         return control
 
     def clear(self) -> None:
         """Nothing runs any more. The file stays: taking it away would let two starts lock two files of one name."""
-        self._socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a directory in its place, which was told when it was in the way
+            self._socket.unlink(missing_ok=True)
         os.ftruncate(self.lock_fd, 0)
 
 
@@ -127,15 +133,13 @@ def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None
     A QEMU that its dead launcher never let run is ended first, and handed back for the user to be told.
     When the context ends and QEMU is gone the record is cleared; a QEMU that lives on keeps lock and record.
     """
-    place = _made(_candidates())
-    lock = place / f"{name}.lock"
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as err:
-        raise LauncherError(f"cannot open {lock}: {err.strerror}") from err
+    place = places.made(places.candidates())
+    fd = places.opened_lock(place / f"{name}.lock")
     try:
         discarded = _lock(fd, name) or _refuse_lost(name)
-        record = Record(launcher=Process.of(os.getpid()), definition=str(definition.absolute()))
+        record = Record(
+            launcher=Process.of(os.getpid()), definition=str(definition.absolute()), boot=procfs.boot_id() or ""
+        )
         claim = Claim(name, place, fd, record)
         try:
             yield claim, discarded
@@ -166,7 +170,7 @@ def connected(path: Path) -> Iterator[socket.socket]:
     """A client of the control socket. OSError if nobody listens; BlockingIOError, or no greeting, if it is busy."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)  # with a full queue connect would wait for the client before us, for ever
-    with client, _short_path(path) as short:
+    with client, places.short_path(path) as short:
         client.connect(short)
         yield client
 
@@ -259,70 +263,19 @@ def _being_started(name: str, launcher: int) -> AlreadyRunning:
     )
 
 
-# Places
-
-
-def _candidates() -> list[Path]:
-    """Where this user's runtime files may be, best first."""
-    uid = os.geteuid()
-    places = [Path(f"/run/user/{uid}") / DIRECTORY]
-    if (given := os.environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
-        places.insert(0, Path(given) / DIRECTORY)
-    # Neither logind nor anything like it (cron without a session, containers): sticky /tmp and our own checks.
-    places.append(_TMP / f"{DIRECTORY}-{uid}")
-    return list(dict.fromkeys(places))
-
-
-def _made(places: list[Path]) -> Path:
-    """The first place whose parent is ours (or /tmp), made if need be. What is wrong there is not passed over."""
-    place = next(place for place in places if place.parent == _TMP or _is_owned(place.parent))
-    hint = "set XDG_RUNTIME_DIR to a directory that is yours alone (mode 0700)"
-    try:
-        place.mkdir(mode=0o700, exist_ok=True)
-    except OSError as err:
-        raise LauncherError(f"cannot make {place} for the runtime files: {err.strerror}", hint) from err
-    if not _is_ours_alone(place):
-        raise LauncherError(f"{place} is not yours, or others may enter it", f"remove it, or {hint}")
-    return place
-
-
-def _is_owned(place: Path) -> bool:
-    try:
-        return place.stat().st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
-def _is_ours_alone(place: Path) -> bool:
-    try:
-        about = place.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
-
-
-@contextlib.contextmanager
-def _short_path(path: Path) -> Iterator[str]:
-    """A name for `path` that fits into sun_path, 108 bytes (unix(7)), however deep the directory lies."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
 # Three ways to find a VM
 
 
 def _in_directories() -> Iterator[Found]:
-    for place in _candidates():
-        if not _is_ours_alone(place):
+    for place in places.candidates():
+        if not places.is_ours_alone(place):
             continue
         for lock in sorted(place.glob("*.lock")):
             if not re.fullmatch(_NAME, lock.stem):
                 continue
             with contextlib.suppress(OSError):
-                fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                # A FIFO would keep us waiting for a writer; what is no file has no record (ESPIPE).
+                fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     record = _read_record(fd)
                 finally:
@@ -337,7 +290,7 @@ def _in_processes() -> Iterator[Found]:
         with contextlib.suppress(OSError):
             lock = link.readlink()
             name = _LOCK_LINK.search(os.fspath(lock))
-            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 record = _read_record(fd)
                 there = _is_there(fd, lock)
@@ -351,7 +304,7 @@ def _in_processes() -> Iterator[Found]:
 def _is_there(fd: int, path: Path) -> bool:
     """Whether the open file is (still, and for us) the one at `path`, in a directory that is ours alone."""
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat()) and _is_ours_alone(path.parent)
+        return os.path.samestat(os.fstat(fd), path.lstat()) and places.is_ours_alone(path.parent)
     except OSError:  # "NAME.lock (deleted)", or a path without its mount point, or one of another mount namespace
         return False
 
@@ -381,4 +334,6 @@ def _in_scopes() -> Iterator[Found]:
 
 
 def _read_record(fd: int) -> Record | None:
-    return Record.decode(os.pread(fd, 1 << 20, 0))
+    record = Record.decode(os.pread(fd, _LARGEST_RECORD, 0))
+    # PIDs and times since boot begin anew with each boot, and not all runtime directories do: /tmp may stay.
+    return record if record is None or record.boot in ("", procfs.boot_id()) else None

@@ -295,7 +295,7 @@ def test_lock_that_is_a_link_is_refused(place: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (place / f"{NAME}.lock").symlink_to(victim)
-    with pytest.raises(LauncherError, match="cannot open"), runtime.claimed(NAME, DEFINITION):
+    with pytest.raises(LauncherError, match="a symbolic link is in its place"), runtime.claimed(NAME, DEFINITION):
         pass
     assert victim.read_text() == "precious"
 
@@ -335,6 +335,7 @@ def test_what_is_no_record(data: bytes) -> None:
         vcpus=st.dictionaries(st.integers(0, 255), st.integers(1, 1 << 22)),
         isolation=st.sampled_from(["", "shield", "cpuset", "affinity"]),
         cpus=st.frozensets(st.integers(0, 8191)),
+        boot=st.sampled_from(["", "b1a5c2d4-0000-4000-8000-000000000000"]),
     )
 )
 def test_records_survive_both_ways(record: Record) -> None:
