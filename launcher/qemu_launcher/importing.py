@@ -6,6 +6,7 @@ what a definition must not have, and that is said on stderr too.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
 MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
+_QEMU = re.compile(r"qemu-(?:system-[a-z0-9_]+|kvm)")
 NO_MARK = Mark("", 0, 0)
 
 
@@ -39,7 +41,10 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
 
 def draft_of(prefix: Prefix) -> Draft:
     """The definition for a command line as a person writes it. Raises UsageError."""
-    options = tuple(_remarked(option) for option in options_of(prefix.argv[1:]))
+    program, *words = prefix.argv
+    if not _is_qemu(program) and (behind := next(filter(_is_qemu, words), None)):
+        raise UsageError(f"{shortened(program)!r} stands before {behind!r}, and is not known here", "leave it out")
+    options = tuple(_remarked(option) for option in options_of(words))
     notes = (headline(_guest_name(options)), *prefix.notes)
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
@@ -85,6 +90,11 @@ def _no_option(word: str) -> UsageError:
         f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image, which no definition can",
         f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
     )
+
+
+def _is_qemu(word: str) -> bool:
+    """Whether it has the name of one: qemu-system-x86_64, /usr/libexec/qemu-kvm."""
+    return _QEMU.fullmatch(word.rpartition("/")[2]) is not None
 
 
 # What needs a choice
@@ -218,7 +228,12 @@ def deliver(text: str, output: str | None) -> None:
         return
     try:
         with open(output, "x", encoding="utf-8") as file:  # noqa: PTH123
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                Path(output).unlink()  # half a definition is none
+                raise
     except FileExistsError as err:
         raise LauncherError(f"{output} is there already and is left alone", "give another name, or remove it") from err
     except (OSError, ValueError) as err:
@@ -227,8 +242,13 @@ def deliver(text: str, output: str | None) -> None:
 
 
 def warn(text: str) -> None:
-    if sys.stderr is not None:
+    if sys.stderr is None:
+        return
+    try:
         sys.stderr.write(f"{PROGRAM}: {printable(text)}\n")
+        sys.stderr.flush()
+    except OSError:  # nobody is left who could be told, and the comment says it too
+        stdout.abandon(sys.stderr)
 
 
 def _utf8(word: str) -> str:

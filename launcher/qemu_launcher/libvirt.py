@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element
 
 from . import cmdline, definition, domaindevices, domainkeys, domainxml, virsh
@@ -20,6 +21,7 @@ from .options import Property
 from .prefixes import peel
 
 _JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
+_NESTED = ("audiodev", "blockdev", "object")  # QEMU takes a path for a name there; nothing else libvirt writes as JSON
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LEFT_OUT = (
     "Left out, because they are libvirt's own means: -S, -no-shutdown, its monitor and the key for its secrets. "
@@ -89,12 +91,29 @@ def _readable(option: Option) -> Option:
     kind = members.pop(first, None)
     if not isinstance(kind, str) or not _PLAIN_NAME.fullmatch(kind):
         return option
-    properties: list[str | Property] = [kind]
+    try:
+        properties = tuple(_flat(members, nests=option.bare_name in _NESTED))
+    except ValueError:
+        return option
+    return option._replace(value=(kind, *properties))
+
+
+def _flat(members: dict[str, Any], *, nests: bool, path: str = "") -> Iterator[Property]:
+    """Members of a JSON object as properties, those of inner ones as `cache.direct` and `host-nodes.0` if it `nests`.
+
+    ValueError for what has no such form. How QEMU reads it: util/keyval.c.
+    """
     for name, value in members.items():
-        if not isinstance(value, str | int) or not _PLAIN_NAME.fullmatch(name):
-            return option
-        properties.append(Property(name, ("on" if value else "off") if isinstance(value, bool) else str(value)))
-    return option._replace(value=tuple(properties))
+        if not _PLAIN_NAME.fullmatch(name) or (nests and "." in name):
+            raise ValueError(name)
+        if isinstance(value, str | int):
+            text = ("on" if value else "off") if isinstance(value, bool) else str(value)
+            yield Property(path + name, text)
+        elif nests and value and isinstance(value, dict | list):
+            inner = value if isinstance(value, dict) else {str(index): part for index, part in enumerate(value)}
+            yield from _flat(inner, nests=True, path=f"{path}{name}.")
+        else:
+            raise ValueError(name)
 
 
 def _placed(device: Option, others: Sequence[Option]) -> Option:

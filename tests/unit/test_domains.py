@@ -200,7 +200,9 @@ def test_command_line_without_libvirt_s_own() -> None:
     ]
     assert not {"-S", "-no-shutdown", "-mon"} & set(argv)
     assert "pcie-root-port,port=16,id=pci.1,bus=pcie.0,multifunction=on,addr=0x2" in argv
-    assert '"cache":{"direct":true}' in argv[argv.index("-blockdev") + 1]  # nested: left as it is
+    assert argv[argv.index("-blockdev") + 1] == (
+        "file,filename=/var/lib/libvirt/images/a,,b.img,node-name=l,cache.direct=on"
+    )
     comments = text.replace("\n  # ", " ")
     for said in (
         "you must have it yourself",
@@ -211,6 +213,31 @@ def test_command_line_without_libvirt_s_own() -> None:
         "bind" and "give yourself /dev/vfio/GROUP",
     ):
         assert comments.count(said) == 1, said
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ('-object {"qom-type":"a","host-nodes":[0,2],"x":true}', "-object a,host-nodes.0=0,host-nodes.1=2,x=on"),
+        ('-blockdev {"driver":"a","b":{"c":{"d":"e,f"}}}', "-blockdev a,b.c.d=e,,f"),
+        ('-audiodev {"driver":"a","in":{"x":1}}', "-audiodev a,in.x=1"),
+        # Left as they are: what QEMU reads otherwise, or not at all, in the other form.
+        ('-device {"driver":"a","b":[1]}', None),
+        ('-device {"driver":"a","b":1.5}', None),
+        ('-netdev {"type":"a","b":{"c":1}}', None),
+        ('-blockdev {"driver":"a","b":{}}', None),
+        ('-blockdev {"driver":"a","b":null}', None),
+        ('-blockdev {"driver":"a","b.c":1}', None),
+        ('-device {"driver":"a,b","c":1}', None),
+        ('-device {"a":"b"}', None),
+        ('-device {"driver":', None),
+        ('-device {"driver":"a","b=c":1}', None),
+        ('-chardev {"driver":"a"}', None),
+    ],
+)
+def test_json_in_the_readable_form(option: str, words: str | None) -> None:
+    (read_option,) = importing.options_of(option.split(" ", 1))
+    assert " ".join(cmdline.option_argv(importing.as_read(libvirt._readable(read_option)))) == (words or option)
 
 
 def test_huge_pages() -> None:

@@ -178,6 +178,8 @@ def test_no_option_is_both() -> None:
     [
         ([QEMU, "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, "-m", "2G", "disk.img", "-S"], "'disk.img' stands where an option must"),
+        (["strace", "-f", QEMU, "-m", "2G"], "'strace' stands before 'qemu-system-x86_64', and is not known here"),
+        (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb' stands before '/opt/qemu-kvm', and is not known here"),
         ([QEMU, ""], "'' stands where an option must"),
         ([QEMU, "-"], "'-' is no option of QEMU's"),
         ([QEMU, "-" + "x" * 300], "is too long for the name of an option"),
@@ -318,6 +320,48 @@ def test_bytes_that_are_no_utf8() -> None:
         "qemu-launcher: the argument '\\udcff.img' is not UTF-8, which a definition must be\n"
         "    if it names a file, rename that\n"
     )
+
+
+def test_half_a_definition_is_not_left_behind(tmp_path: Path) -> None:
+    script = f"ulimit -f 0; exec {sys.executable} -m qemu_launcher import -o {tmp_path}/x.yml -- {QEMU}"
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env={"PYTHONPATH": str(ROOT / "launcher"), "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"qemu-launcher: cannot write '{tmp_path}/x.yml': File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_and_back_with_the_program_itself(tmp_path: Path) -> None:
+    argv = [QEMU, "-smp", "2,sockets=1", "-append", "a=b, c", "-drive", "file=a,,b.img,if=virtio", "-S", "-name", "ü\n"]
+    assert launch("-o", f"{tmp_path}/x.yml", "--", *argv).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "qemu_launcher", "command", "--json", f"{tmp_path}/x.yml"],
+        env={"PYTHONPATH": str(ROOT / "launcher"), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(done.stdout) == argv
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", None])
+def test_stderr_that_cannot_be_written(stderr: str | None) -> None:
+    script = f"exec {sys.executable} -m qemu_launcher import -- {QEMU} -daemonize 2>{stderr or '&-'}"
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env={"PYTHONPATH": str(ROOT / "launcher"), "PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert b"# Left out: -daemonize." in done.stdout
 
 
 def test_output_file(tmp_path: Path) -> None:
