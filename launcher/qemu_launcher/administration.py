@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from . import access, agent, cgroups, limits, runtime, stdout, table
 from .cpulist import format_cpulist
-from .errors import NoGrant, TuningFailed, UsageError, printable
+from .errors import NoGrant, TuningFailed, UsageError, printable, shortened
 from .helper_proxy import GrantedVm, Helper
 from .limits import Limits, Origins
 
@@ -144,7 +144,9 @@ def _user(owner: str | None) -> tuple[int, str]:
     except (KeyError, ValueError):  # the second for a name with a null byte in it
         # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2).
         if not (owner.isascii() and owner.isdigit() and len(owner) <= 10 and int(owner) < 2**32 - 1):
-            raise UsageError(f"there is no user {owner!r} on this host", "--owner takes a name or a number") from None
+            raise UsageError(
+                f"there is no user {shortened(owner)!r} on this host", "--owner takes a name or a number"
+            ) from None
         return int(owner), _name_of(int(owner))
     return entry.pw_uid, entry.pw_name
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from .errors import PROGRAM, UsageError
+from .errors import PROGRAM, UsageError, shortened
 
 VERSION = "0.1.0"
 
@@ -204,9 +204,12 @@ OPTIONS = {
 _VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 
+LONGEST_COMPLAINT = 300  # characters; argparse repeats all the words that it does not know
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"{PROGRAM} --help shows what can be said")
+        raise UsageError(shortened(message, LONGEST_COMPLAINT), f"{PROGRAM} --help shows what can be said")
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

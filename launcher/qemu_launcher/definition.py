@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
-from .keys import REALTIME_POLICIES, Memlock, Scheduling, priority_of, read_launcher
+from .keys import KEY_NAMES, REALTIME_POLICIES, Memlock, Scheduling, Section, priority_of, read_launcher
 from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, vcpu_limit
 from .pinning import CpuSet, Pinning
-from .yamlnode import Map, Node, describe, fail
+from .yamlnode import Map, Node, Scalar, describe, fail
 
 __all__ = [
     "CpuSet",
@@ -121,15 +121,17 @@ def _open_at_once(path: str, flags: int) -> int:
 def parse(data: bytes, path: Path, name: str) -> VmDefinition:
     """Check the definition of VM `name` whose file `path` has the content `data`. Raises DefinitionError."""
     document = yamlnode.compose(yamlnode.decode(data, str(path)), str(path))
-    problems: list[DefinitionError] = []
+    problems = list(document.problems)
     sections = _sections(document, problems)
-    keys, marks = read_launcher(sections["launcher"], problems) if "launcher" in sections else ({}, {})
+    launcher = read_launcher(sections.get("launcher"), problems)
+    before = len(problems)
     options = read_options(sections["qemu"], problems) if "qemu" in sections else ()
-    if not problems:
-        warnings = _check_together(keys, marks, options, problems)
+    all_options = "qemu" in sections and len(problems) == before
+    warnings = _check_together(launcher, options, problems, all_options=all_options)
     if problems:
         raise DefinitionError.several(problems)
-    return VmDefinition(name, path, options=options, warnings=tuple(warnings), marks=MappingProxyType(marks), **keys)
+    marks = MappingProxyType(launcher.marks)
+    return VmDefinition(name, path, options=options, warnings=tuple(warnings), marks=marks, **launcher.values)
 
 
 def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> dict[str, Node]:
@@ -143,11 +145,18 @@ def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> d
         elif len(problems) < MOST_PROBLEMS and not document.is_shared(
             node
         ):  # a place for an &anchor that a section uses: YAML's way to share
-            problems.append(yamlnode.unknown(key, "section", SECTIONS))
+            problems.append(_unknown_section(key))
     problems.extend(
         DefinitionError(f"the section {name}: is missing", mark=root.mark) for name in SECTIONS if name not in sections
     )
     return sections
+
+
+def _unknown_section(key: Scalar) -> DefinitionError:
+    if key.kind == "str" and key.text in KEY_NAMES:
+        hint = f"{key.text} is a key of the section launcher: put it there, two spaces further in"
+        return DefinitionError(f"unknown section {key.text!r}", hint, mark=key.mark)
+    return yamlnode.unknown(key, "section", SECTIONS)
 
 
 def validate_tunable(definition: VmDefinition) -> None:
@@ -163,17 +172,26 @@ def validate_tunable(definition: VmDefinition) -> None:
 
 
 def _check_together(
-    keys: dict[str, Any], marks: Mapping[str, Mark], options: tuple[QemuOption, ...], problems: list[DefinitionError]
+    launcher: Section, options: tuple[QemuOption, ...], problems: list[DefinitionError], *, all_options: bool
 ) -> list[str]:
-    """Check what one key alone cannot tell, and fill in the defaults that depend on others. Returns warnings."""
+    """Check what one key alone cannot tell, and fill in the defaults that depend on others. Returns warnings.
+
+    What could not be read is no reason to complain about what could: a rule is left out where it needs a key that is
+    unsure, or `all_options` and some are unknown.
+    """
+    keys, marks, unsure = launcher
     warnings: list[str] = []
-    _check_priority(keys, marks, problems)
+    if not unsure & {"scheduler", "priority"}:
+        _check_priority(keys, marks, problems)
     pinning: Pinning | None = keys.get("pinning")
     if pinning is not None:
         _check_shared_cpus(pinning, keys.get("scheduler"), problems, warnings)
+    if pinning is not None and all_options:
         _check_vcpu_count(pinning, vcpu_limit(options), problems)
-    _check_isolation(keys, marks, problems)
-    _check_iothreads(keys.get("iothread_pinning"), options, problems)
+    if not unsure & {"isolation", "pinning", "iothread_pinning", "emulator_pinning"}:
+        _check_isolation(keys, marks, problems)
+    if all_options:
+        _check_iothreads(keys.get("iothread_pinning"), options, problems)
     if "memlock" not in keys and (has_vfio(options) or has_mem_lock(options)):
         keys["memlock"] = Memlock("auto")
     problems.extend(restrictions.never(options))

@@ -141,13 +141,18 @@ class TuningFailed(LauncherError):
 def printable(text: str) -> str:
     """`text` with everything escaped that is not plainly visible: control characters, bidi marks, undecodable bytes.
 
-    Line breaks stay, because messages and hints may have several lines of ours; values come in through `!r`.
+    Line breaks stay, because hints may have several lines of ours; values come in through `!r`.
     """
     if text.isprintable():
         return text
     return "".join(
         character if character == "\n" or character.isprintable() else _escape(character) for character in text
     )
+
+
+def one_line(text: str) -> str:
+    """The same for what is one line whatever it names: a path with a line break in it forges no second message."""
+    return printable(text).replace("\n", "\\n")
 
 
 def _escape(character: str) -> str:
@@ -163,7 +168,7 @@ def render(error: LauncherError) -> str:
     lines: list[str] = []
     for problem in problems[:MOST_PROBLEMS]:
         mark = problem.mark if isinstance(problem, DefinitionError) else None
-        lines.append(f"{PROGRAM}: {problem.message if mark is None else f'{mark}: {problem.message}'}")
+        lines.append(one_line(f"{PROGRAM}: {problem.message if mark is None else f'{mark}: {problem.message}'}"))
         if problem.hint is not None:
             lines.extend(f"    {line}" for line in problem.hint.splitlines())
     if len(problems) > MOST_PROBLEMS:
@@ -171,9 +176,9 @@ def render(error: LauncherError) -> str:
     return printable("\n".join(lines)) + "\n"
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
     """`text`, or its beginning where it would drown the message."""
-    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str | None:

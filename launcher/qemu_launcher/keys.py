@@ -48,16 +48,33 @@ class Memlock(NamedTuple):
     mark: Mark | None = None
 
 
-def read_launcher(node: Node, problems: list[DefinitionError]) -> tuple[dict[str, Any], dict[str, Mark]]:
-    """The values of the keys given, under their names in VmDefinition, and where each value stands."""
+class Section(NamedTuple):
+    """The section `launcher`: the values of the keys given, under their names in VmDefinition; where each stands.
+
+    `unsure`: of which of those names nothing is known: what stands there could not be read, or a key that nobody knows
+    may be meant for one of them.
+    """
+
+    values: dict[str, Any]
+    marks: dict[str, Mark]
+    unsure: frozenset[str]
+
+
+def read_launcher(node: Node | None, problems: list[DefinitionError]) -> Section:
+    """Read the section, None if there is none; what is wrong is added to `problems`."""
     values: dict[str, Any] = {}
     marks: dict[str, Mark] = {}
+    if node is None:
+        return Section(values, marks, FIELDS)
+    failed: frozenset[str] = frozenset()
     try:
         for key, value in yamlnode.entries(node, "the section launcher"):
             if len(problems) >= MOST_PROBLEMS:
+                failed = FIELDS
                 break
             if key.kind != "str" or key.text not in _KEYS:
                 problems.append(yamlnode.unknown(key, "key in launcher:", tuple(_KEYS)))
+                failed = FIELDS
                 continue
             marks[key.text] = value.mark
             field, reader = _KEYS[key.text]
@@ -65,8 +82,10 @@ def read_launcher(node: Node, problems: list[DefinitionError]) -> tuple[dict[str
                 values[field] = reader(value, key.text)
             except DefinitionError as err:
                 problems.append(err)
+                failed |= {field}
     except DefinitionError as err:
         problems.append(err)
+        failed = FIELDS
     else:
         if "binary" not in marks:
             problems.append(
@@ -76,7 +95,7 @@ def read_launcher(node: Node, problems: list[DefinitionError]) -> tuple[dict[str
                     mark=node.mark,
                 )
             )
-    return values, marks
+    return Section(values, marks, failed - values.keys())
 
 
 def _path(node: Node, what: str) -> Path:
@@ -209,3 +228,6 @@ _KEYS: dict[str, tuple[str, Callable[[Node, str], Any]]] = {
     "user": ("user", _account),
     "group": ("group", _account),
 }
+
+FIELDS = frozenset(field for field, _reader in _KEYS.values())
+KEY_NAMES = frozenset(_KEYS)

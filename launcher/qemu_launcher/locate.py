@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DefinitionError, did_you_mean
+from .errors import DefinitionError, did_you_mean, shortened
 
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # the helper's rule: it becomes part of a unit's name
+MOST_OF_A_PATH = 200  # characters that a message repeats of a path that is none
 SUFFIX = ".yml"
 SUFFIXES = (SUFFIX, ".yaml")
 SYSTEM_FOLDERS = (Path("/etc/qemu-launcher/vms"), Path("/usr/local/etc/qemu-launcher"))
@@ -123,7 +124,7 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
         hint = did_you_mean(name, [*names(where), *commands])
     raise DefinitionError(
         f"there is no VM {name!r}: no {name}{SUFFIX} in {', '.join(map(str, where))}",
-        hint or "its definition is described in qemu-launcher.yml(5)",
+        hint or _no_folder(environ) or "its definition is described in qemu-launcher.yml(5)",
     )
 
 
@@ -140,8 +141,16 @@ def spelled(name: str, path: Path, environ: Mapping[str, str]) -> str:
     return quote(f"./{text}" if text.startswith("-") else text)
 
 
+def _no_folder(environ: Mapping[str, str]) -> str | None:
+    """A hint where the one folder to be searched is none."""
+    own = environ.get("QEMU_LAUNCHER_CONFIG_DIR")
+    return "QEMU_LAUNCHER_CONFIG_DIR names no folder; no other is searched" if own and not Path(own).is_dir() else None
+
+
 def _no_name(name: str, argument: str | None = None) -> DefinitionError:
-    what = repr(name) if argument in (None, name) else f"{argument!r} gives {name!r}, which"
+    what = repr(shortened(name))
+    if argument not in (None, name):
+        what = f"{shortened(argument or '', MOST_OF_A_PATH)!r} gives {what}, which"
     return DefinitionError(
         f"{what} is no name for a VM", "use letters, digits, - and _, beginning with a letter or digit; at most 48"
     )

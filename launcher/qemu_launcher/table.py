@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
+NARROWEST = 20  # columns; below it a table is a column of single letters
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """One line for each row, the columns below each other."""
@@ -50,6 +52,8 @@ def rich_page(file: TextIO | None = None) -> RichPage | None:
     except ImportError:
         return None
     console = Console(highlight=False)
+    if console.width < NARROWEST:  # COLUMNS=0, or a window being made: rich would print nothing at all
+        return None
     if file is not None:
         console = Console(highlight=False, file=file, force_terminal=True, width=console.width)
     return RichPage(console, Table, Text)

@@ -7,7 +7,7 @@ Why it exists: stderr is shared with QEMU, which may have made the terminal non-
 import contextlib
 import os
 
-from .errors import printable
+from .errors import one_line, printable
 
 _STDERR = 2
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -28,12 +28,15 @@ class Voice:
     def warn(self, text: str, hint: str | None = None) -> None:
         """Not as the definition wants it; `hint` says what to do about it."""
         # One write, as errors.render would show it: QEMU's own lines must not come in between.
-        self.say("\n    ".join([f"warning: {text}", *(hint or "").splitlines()]))
+        self._write("\n    ".join([one_line(f"{self._name}: warning: {text}"), *(hint or "").splitlines()]))
 
     def say(self, text: str) -> None:
         """What the user must know, also with `-q`."""
+        self._write(one_line(f"{self._name}: {text}"))
+
+    def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(_STDERR, printable(f"{self._name}: {text}\n").encode(errors="backslashreplace"))
+            os.write(_STDERR, printable(f"{text}\n").encode(errors="backslashreplace"))
 
 
 def format_size(size: int) -> str:

@@ -27,7 +27,7 @@ from yaml.events import (
 )
 from yaml.reader import Reader
 
-from .errors import DefinitionError, Mark, did_you_mean, shortened
+from .errors import MOST_PROBLEMS, DefinitionError, Mark, did_you_mean, shortened
 
 MAX_DEPTH = 32  # a definition needs six levels; deeper is a mistake or an attack on somebody's stack
 
@@ -62,6 +62,7 @@ Node = Scalar | List | Map
 class Document(NamedTuple):
     root: Node
     aliased: frozenset[Mark]  # where the nodes stand that some alias refers to
+    problems: tuple[DefinitionError, ...] = ()  # repeated keys: the first of each counts, so that all else can be told
 
     def is_shared(self, node: Node) -> bool:
         """Whether an alias refers to `node` or to something in it."""
@@ -84,30 +85,34 @@ class Document(NamedTuple):
 class _Open:
     """A collection whose end has not been read yet."""
 
-    __slots__ = ("anchor", "is_map", "key", "mark", "nodes", "seen")
+    __slots__ = ("anchor", "is_map", "is_repeated", "key", "mark", "nodes", "problems", "seen")
 
-    def __init__(self, event: Any, mark: Mark) -> None:
+    def __init__(self, event: Any, mark: Mark, problems: list[DefinitionError]) -> None:
         self.is_map = isinstance(event, MappingStartEvent)
         self.anchor: str | None = event.anchor
         self.mark = mark
         self.nodes: list[Any] = []  # of a map: pairs
         self.key: Scalar | None = None  # of a map: read, its value not yet
+        self.is_repeated = False  # that key
         self.seen: dict[tuple[str, str], Mark] = {}
+        self.problems = problems
 
     def add(self, node: Node) -> None:
         if not self.is_map:
             self.nodes.append(node)
         elif self.key is not None:
-            self.nodes.append((self.key, node))
+            if not self.is_repeated:
+                self.nodes.append((self.key, node))
             self.key = None
         else:
             if not isinstance(node, Scalar):
                 fail(node, f"a key must be a single word, not {describe(node)}")
             identity = (node.kind, str(int(node.text)) if _is_short_int(node) else node.text)
-            if (first := self.seen.get(identity)) is not None:
+            self.is_repeated = identity in self.seen
+            first = self.seen.setdefault(identity, node.mark)
+            if self.is_repeated and len(self.problems) < MOST_PROBLEMS:
                 what = f"the key {shortened(node.text)!r} is given twice, first in line {first.line}"
-                fail(node, what, "remove one of them")
-            self.seen[identity] = node.mark
+                self.problems.append(DefinitionError(what, "remove one of them", mark=node.mark))
             self.key = node
 
     def close(self) -> Node:
@@ -124,6 +129,7 @@ class _Composer:
         self.anchors: dict[str, Node | None] = {}  # None: not complete yet
         self.aliased: set[Mark] = set()
         self.documents = 0
+        self.problems: list[DefinitionError] = []
 
     def mark(self, event: Any) -> Mark:
         return Mark(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
@@ -154,7 +160,7 @@ class _Composer:
         mark = self.mark(event)
         if len(self.stack) >= MAX_DEPTH:
             raise DefinitionError(f"nested more than {MAX_DEPTH} levels deep", mark=mark)
-        opened = _Open(event, mark)
+        opened = _Open(event, mark, self.problems)
         own = "map" if opened.is_map else "seq"
         if event.tag not in (None, "!", _TAG + own):
             refuse_tag(event.tag, mark)
@@ -213,7 +219,7 @@ def resolve(text: str) -> str:
 
 
 def refuse_tag(tag: str, mark: Mark) -> NoReturn:
-    raise DefinitionError(f"the tag {tag!r} has no meaning here", "remove it; text needs none", mark=mark)
+    raise DefinitionError(f"the tag {shortened(tag)!r} has no meaning here", "remove it; text needs none", mark=mark)
 
 
 def decode(data: bytes, file: str) -> str:
@@ -240,7 +246,7 @@ def _place(file: str, before: str) -> Mark:
 
 
 def compose(text: str, file: str) -> Document:
-    """The one document in `text`. Raises DefinitionError; `file` is what its marks call the file."""
+    """The one document in `text`. Raises DefinitionError; repeated keys are told in it. `file`: its name in marks."""
     composer = _Composer(file)
     # Debian's PyYAML has libyaml; the slower parser in Python gives the same events (tests compare them).
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -252,7 +258,7 @@ def compose(text: str, file: str) -> Document:
     root = composer.root
     if root is None or (isinstance(root, Scalar) and root.kind == "null"):
         raise DefinitionError("the definition is empty", mark=Mark(file, 1, 1) if root is None else root.mark)
-    return Document(root, frozenset(composer.aliased))
+    return Document(root, frozenset(composer.aliased), tuple(composer.problems))
 
 
 def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:

@@ -380,3 +380,53 @@ def test_the_largest_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "v.yml"
     path.write_bytes(b"#" * definition.MAX_FILE_BYTES)
     assert len(definition.read(path)) == definition.MAX_FILE_BYTES
+
+
+# Several mistakes in one go
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("launcher: {binary: q, binary: r, priority: 5}\nqemu: [a: ~]\nqemu: []",
+         ["1:23: the key 'binary' is given twice, first in line 1", "1:44: priority 5 without scheduler",
+          "2:11: the value of a must be a single value, not nothing (null)",
+          "3:1: the key 'qemu' is given twice, first in line 2"]),
+        ("launcher: {scheduler: fifo, priority: 200, vcpu_pinning: [1, 1], env: 5}\nqemu: [daemonize]",
+         ["1:11: the key binary is missing in launcher:", "1:39: priority 200 is out of range for fifo (1-99)",
+          "1:62: host CPU 1 has a vCPU already, from 1:59", "1:71: env must be a map (key: value), not the number 5",
+          "2:8: -daemonize takes QEMU out of the launcher's hands, which waits for it and ends it in order"]),
+        ("launcher: {binary: q, vcpu_pinning: [1, 2, 3]}\nqemu: [smp: 2]\nbinary: q",
+         ["1:44: vcpu_pinning names 3 vCPUs, but -smp gives the guest 2", "3:1: unknown section 'binary'"]),
+    ],
+)  # fmt: skip
+def test_all_that_is_wrong_is_told_together(text: str, messages: list[str]) -> None:
+    told = [line for line in refusal(text).splitlines() if not line.startswith("    ")]
+    assert told == messages
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("launcher: {binary: q, sheduler: fifo, priority: 5}\nqemu: []", "1:23: unknown key in launcher: 'sheduler'"),
+        ("launcher: {binary: q, scheduler: [fifo], priority: 5}\nqemu: []", "1:34: scheduler must be one of"),
+        ("launcher: {binary: q, vcpu_pining: [1], isolation: shield}\nqemu: []", "1:23: unknown key in launcher"),
+        ("launcher: {binary: q, vcpu_pinning: [x], isolation: shield}\nqemu: []", "1:38: the host CPU of vCPU 0"),
+        ("launcher: {binary: q, vcpu_pinning: [1, 2]}\nqemu: [smp: 1, smp: ~]", "2:21: the value of smp"),
+        ("launcher: {binary: q, iothread_pinning: {io: 1}}\nqemu: [object: {iothread: id=io}]", "2:16: the value of"),
+        ("launcher: {binary: q, iothread_pinning: {io: 1}}", "1:1: the section qemu: is missing"),
+        ("qemu: [daemonise]", "1:1: the section launcher: is missing"),
+    ],
+)
+def test_what_cannot_be_read_makes_nothing_else_wrong(text: str, message: str) -> None:
+    """A rule across keys says nothing where one of them is unsure: it would be told of a mistake that is none."""
+    (told,) = [line for line in refusal(text).splitlines() if not line.startswith("    ")]
+    assert told.startswith(message)
+
+
+def test_key_that_stands_a_level_too_high() -> None:
+    message = refusal("launcher:\n  binary: q\nvcpu_pinning: [1]\nqemu: []\n")
+    assert message == (
+        "3:1: unknown section 'vcpu_pinning'\n"
+        "    vcpu_pinning is a key of the section launcher: put it there, two spaces further in"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from qemu_launcher import cmdline, definition, yamlnode
+from qemu_launcher import cmdline, definition, keys, yamlnode
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, Mark, printable, render
 from qemu_launcher.options import Property, QemuOption
@@ -203,3 +203,75 @@ def test_unquoted_values_arrive_verbatim(value: str) -> None:
     assert [cmdline.option_argv(option)[1] for option in vm.options] == [value, f"{value},c={value}"]
     flag = yamlnode.resolve(value) == "str"
     assert (outcome(f"launcher: {{binary: q}}\nqemu:\n- {value}\n".encode()) is not None) == flag
+
+
+# Definitions that are nearly right: known keys with any values, and near misses of both
+
+WORDS = [
+    "true",
+    "false",
+    "~",
+    "0",
+    "1",
+    "-1",
+    "99",
+    "100",
+    "4294967295",
+    "1e3",
+    ".inf",
+    "16G",
+    "2-4",
+    "7-4",
+    "0,2",
+    "''",
+]
+WORDS += ["fifo", "rr", "deadline", "shield", "affinity", "infinity", "continue", "auto", "q", "'a,b'", '"\\t"', "*a"]
+NAMES = [*keys.KEY_NAMES, "priorty", "Binary", "qemu", "launcher", "<<", "0", "~", "policy", "io"]
+NAMES += [
+    "m",
+    "smp",
+    "device",
+    "object",
+    "name",
+    "daemonize",
+    "preconfig",
+    "runas",
+    "run-with",
+    "readconfig",
+    "iothread",
+]
+VALUE = st.recursive(
+    st.sampled_from(WORDS),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]")
+        | st.lists(st.tuples(st.sampled_from([*NAMES, *WORDS[3:8]]), inner), max_size=3).map(
+            lambda pairs: "{" + ", ".join(f"{key}: {value}" for key, value in pairs) + "}"
+        )
+    ),
+    max_leaves=6,
+)
+PAIR = st.tuples(st.sampled_from(NAMES), VALUE)
+
+
+@calm
+@given(
+    st.lists(PAIR, max_size=5),
+    st.lists(
+        PAIR.map(lambda pair: f"- {pair[0]}: {pair[1]}") | st.sampled_from(NAMES).map(lambda name: f"- {name}"),
+        max_size=4,
+    ),
+    st.lists(PAIR, max_size=1),
+    st.sampled_from(["", "  binary: q\n"]),
+)
+def test_nearly_a_definition(
+    pairs: list[tuple[str, str]], items: list[str], others: list[tuple[str, str]], binary: str
+) -> None:
+    lines = "".join(f"  {key}: {value}\n" for key, value in pairs)
+    more = "".join(f"{key}: {value}\n" for key, value in others)
+    text = f"x: &a [1]\nlauncher:\n{binary}{lines}qemu:\n" + "".join(f"{item}\n" for item in items) + more
+    vm = outcome(text.encode())
+    if vm is not None:
+        try:
+            definition.validate_tunable(vm)
+        except DefinitionError as err:
+            check_refusal(err)

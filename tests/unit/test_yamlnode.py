@@ -5,7 +5,7 @@ import pytest
 from qemu_launcher import yamlnode
 from qemu_launcher.errors import DefinitionError, Mark
 from qemu_launcher.yamlnode import List, Map, Scalar
-from unit.reading import argv, refusal
+from unit.reading import argv, read, refusal
 
 HEAD = "launcher: {binary: q}\n"
 
@@ -122,7 +122,7 @@ def test_refused_files(data: bytes, message: str) -> None:
 )
 def test_deep_nesting_is_refused_without_recursion(opening: str) -> None:
     with pytest.raises(DefinitionError):
-        yamlnode.compose(opening * 100_000, "f")
+        read(opening * 100_000)
 
 
 def test_deep_block_nesting_says_where() -> None:
@@ -136,14 +136,14 @@ def test_depth_that_is_allowed() -> None:
 
 
 def test_numbers_written_differently_are_one_key() -> None:
-    with pytest.raises(DefinitionError, match=r"f:1:8: the key '\+0' is given twice"):
-        yamlnode.compose("{0: a, +0: b}", "f")
+    (problem,) = yamlnode.compose("{0: a, +0: b}", "f").problems
+    assert str(problem) == "f:1:8: the key '+0' is given twice, first in line 1"
     assert isinstance(yamlnode.compose("{0: a, '0': b}", "f").root, Map)
 
 
 def test_an_alias_as_key_is_compared_too() -> None:
-    with pytest.raises(DefinitionError, match="f:1:2: the key 'x' is given twice"):
-        yamlnode.compose("{&k x: 1, *k : 2}", "f")
+    (problem,) = yamlnode.compose("{&k x: 1, *k : 2}", "f").problems
+    assert str(problem) == "f:1:2: the key 'x' is given twice, first in line 1"
 
 
 def test_numbers_too_long_for_python_are_just_out_of_range() -> None:
