@@ -30,6 +30,8 @@ export PATH := $(CURDIR)/$(VENV):$(PATH):/usr/sbin:/sbin
 APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbus polkitd qemu-system-x86
 APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
 APT_TEST := python3-venv ca-certificates git strace procps util-linux
+# The shells in which completion is tried.
+APT_TEST += bash-completion fish zsh
 # virsh, and what it needs to tell QEMU's command line without a daemon (4 MB): `qemu-launcher import --libvirt`.
 APT_TEST += libvirt-clients libvirt-daemon-driver-qemu
 APT_LAB := mmdebstrap debian-archive-keyring e2fsprogs qemu-utils openssh-client uidmap
@@ -53,6 +55,10 @@ LIBEXECDIR ?= $(PREFIX)/libexec
 PYTHONDIR ?= $(PREFIX)/lib/qemu-launcher
 MANDIR ?= $(PREFIX)/share/man
 DOCDIR ?= $(PREFIX)/share/doc/qemu-launcher
+# Where shells look for completions below /usr/local; Debian's zsh has another folder for packages (debian/rules).
+BASHDIR ?= $(PREFIX)/share/bash-completion/completions
+ZSHDIR ?= $(PREFIX)/share/zsh/site-functions
+FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 UNITDIR := /usr/lib/systemd/system
 USERUNITDIR := /usr/lib/systemd/user
 SYSUSERSDIR := /usr/lib/sysusers.d
@@ -176,7 +182,7 @@ place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
 	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
-		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples)
+		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
 	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
 	@ln -srf $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper $(DESTDIR)$(SBINDIR)/qemu-launcher-helper
@@ -196,6 +202,9 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@install -m 644 build/man/*.5 $(DESTDIR)$(MANDIR)/man5/
 	@install -m 644 build/man/*.8 $(DESTDIR)$(MANDIR)/man8/
 	@install -m 644 $(addsuffix /examples/*,launcher helper dbus polkit) $(DESTDIR)$(DOCDIR)/examples/
+	@install -m 644 launcher/completions/qemu-launcher.bash $(DESTDIR)$(BASHDIR)/qemu-launcher
+	@install -m 644 launcher/completions/_qemu-launcher $(DESTDIR)$(ZSHDIR)/
+	@install -m 644 launcher/completions/qemu-launcher.fish $(DESTDIR)$(FISHDIR)/
 	@[ -n "$(DESTDIR)" ] || { umask 022; $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
 		systemd-sysusers qemu-launcher.conf; $(reload); \
 		echo 'Installed. Who may use it: sudo usermod -aG qemu-launcher NAME, then log out and in.'; }
@@ -217,7 +226,8 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 		$(DESTDIR)$(DBUSDIR)/interfaces/org.qemulauncher.Helper1.xml \
 		$(DESTDIR)$(POLKITDIR)/actions/org.qemulauncher.policy $(DESTDIR)$(POLKITDIR)/rules.d/50-qemu-launcher.rules \
 		$(DESTDIR)$(MANDIR)/man1/qemu-launcher.1 $(DESTDIR)$(MANDIR)/man5/qemu-launcher.yml.5 \
-		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5
+		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5 \
+		$(DESTDIR)$(BASHDIR)/qemu-launcher $(DESTDIR)$(ZSHDIR)/_qemu-launcher $(DESTDIR)$(FISHDIR)/qemu-launcher.fish
 	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR)) 2>/dev/null || true
 	@[ -n "$(DESTDIR)" ] || { $(reload); }
 

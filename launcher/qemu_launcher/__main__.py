@@ -42,6 +42,10 @@ def _act(arguments: cli.Arguments) -> int:
             stdout.say(cli.HELP)
         case cli.Version():
             stdout.say(f"{PROGRAM} {cli.VERSION}\n")
+        case cli.Complete():
+            from . import completion  # noqa: PLC0415
+
+            return completion.answer(arguments.words, os.environ)
         case cli.Command():
             return _command(arguments)
         case cli.Run():

@@ -157,6 +157,12 @@ class Import(NamedTuple):
     words: tuple[str, ...]
 
 
+class Complete(NamedTuple):
+    """`words`: what stands on a shell's command line up to its cursor, after the program's name."""
+
+    words: tuple[str, ...]
+
+
 class Help(NamedTuple):
     pass
 
@@ -179,10 +185,12 @@ Arguments = (
     | Limits
     | Release
     | Import
+    | Complete
     | Help
     | Version
 )
 
+COMPLETE = "__complete"  # for shells; no VM can be called so
 COMMANDS = (
     *("run", "stop", "kill", "pause", "resume"),
     *("list", "status", "command", "import"),
@@ -201,7 +209,7 @@ OPTIONS = {
     "-o": ("import",),
     "--output": ("import",),
 }
-_VALUED = ("--owner", "--libvirt", "-o", "--output")
+VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 
 LONGEST_COMPLAINT = 300  # characters; argparse repeats all the words that it does not know
@@ -219,6 +227,8 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The meaning of the arguments after the program's name. Raises UsageError."""
+    if argv[:1] == [COMPLETE]:
+        return Complete(tuple(argv[1:]))
     command, rest = _split(argv)
     rest, line = _until_name(rest) if command == "monitor" else (rest, None)
     words = rest[: rest.index("--")] if "--" in rest else rest
@@ -312,7 +322,7 @@ def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
     for position, word in enumerate(argv):
         if word == "--":
             break
-        if not word.startswith("-") and argv[max(0, position - 1)] not in _VALUED:
+        if not word.startswith("-") and argv[max(0, position - 1)] not in VALUED:
             if word in COMMANDS:
                 return word, [*argv[:position], *argv[position + 1 :]]
             break

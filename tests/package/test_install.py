@@ -42,7 +42,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     destination = tmp_path_factory.mktemp("install")
     before = os.umask(0o077)
     try:
-        make("install", f"DESTDIR={destination}", "PREFIX=/usr", f"PYTHONDIR=/{PACKAGES}")
+        folders = (f"PYTHONDIR=/{PACKAGES}", "ZSHDIR=/usr/share/zsh/vendor-completions")
+        make("install", f"DESTDIR={destination}", "PREFIX=/usr", *folders)
     finally:
         os.umask(before)
     return destination
