@@ -110,9 +110,6 @@ def memory_keys(found: Tuning, options: Sequence[QemuOption]) -> list[Key]:
         return []
     if found.memory_limit is not None:
         return [Key("rlimit_memlock", (_size_text(found.memory_limit),), ("libvirt's memtune/hard_limit.",))]
-    if any(option.bare_name == "accel" and str(option.value).startswith("tcg") for option in options):
-        text = "Without KVM QEMU locks more than the guest's memory: this is as much as you may."
-        return [Key("rlimit_memlock", ("true",), (text,))]
     return memlock_key(options)
 
 

@@ -16,13 +16,14 @@ from .yamltext import LONGEST_KEY, comment, scalar, word
 class Option(NamedTuple):
     """One option of QEMU's, as in options.QemuOption, with what is to be said above it.
 
-    `left_out`: not for this QEMU; only the comments are written.
+    `left_out`: not for this QEMU; only the comments are written. `given`: the words of a command line it was made of.
     """
 
     name: str
     value: str | tuple[str | Property, ...] | None
     comments: tuple[str, ...] = ()
     left_out: bool = False
+    given: tuple[str, ...] = ()
 
     @property
     def bare_name(self) -> str:

@@ -31,7 +31,8 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     """Print the definition for the command line `words`, or write it to the new file `output`."""
     prefix = peel([_utf8(word) for word in words])
     draft = draft_of(prefix)
-    text = written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)])
+    # Of the words as they were given, not as we have read them: this is what the check is worth.
+    text = written(draft, [word for option in draft.options if not option.left_out for word in option.given])
     for option in draft.options:
         if option.left_out:
             warn(option.comments[0][0].lower() + option.comments[0][1:])
@@ -63,7 +64,8 @@ def options_of(words: Sequence[str]) -> list[Option]:
         if len(name) > LONGEST_KEY:
             raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
         takes = _takes_value(name.removeprefix("-"), following)
-        options.append(Option(name, split_value(name, following[0]) if takes else None))
+        value = split_value(name, following[0]) if takes else None
+        options.append(Option(name, value, given=tuple(words[position : position + 1 + takes])))
         position += 1 + takes
     return options
 
@@ -102,6 +104,8 @@ def _is_qemu(word: str) -> bool:
 
 def _remarked(option: Option) -> Option:
     name = option.bare_name
+    if name == "daemonize" and option.value is not None:
+        raise _no_option(option.given[1])
     if name == "daemonize":
         why = f"{PROGRAM} waits for its QEMU; to have the shell back, run it in the background"
         return option._replace(comments=(f"Left out: -daemonize. {why}.",), left_out=True)
@@ -176,10 +180,23 @@ def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
     if not (has_vfio(options) or has_mem_lock(options)):
         return []
     cause = "VFIO" if has_vfio(options) else "mem-lock"
+    if has_mem_lock(options) and not _uses_kvm(options):
+        text = "mem-lock without KVM locks more than the guest's memory: this is as much as you may."
+        return [Key("rlimit_memlock", ("true",), (text,))]
     if cmdline.guest_ram(VmDefinition("", Path(), "", tuple(options))) is None:
         text = f"{cause} locks the guest's memory, and its size cannot be told from the options. Write a size."
         return [Key("rlimit_memlock", ("true",), (text,))]
     return [Key("rlimit_memlock", ("auto",), (f"{cause} locks the guest's memory: its RAM and 1 GiB are allowed.",))]
+
+
+def _uses_kvm(options: Sequence[QemuOption]) -> bool:
+    for option in options:
+        if option.bare_name == "enable-kvm":
+            return True
+        for name, value in option.properties() if option.bare_name in ("accel", "machine", "M") else ():
+            if "kvm" in (value or name if name == "accel" or value is None else "").split(":"):
+                return True
+    return False
 
 
 def _guest_name(options: Sequence[Option]) -> str | None:

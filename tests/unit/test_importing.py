@@ -23,7 +23,7 @@ CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-
 def imported(*words: str) -> str:
     """The definition for a command line."""
     draft = importing.draft_of(prefixes.peel(words))
-    return importing.written(draft, [word for option in importing.kept(draft) for word in cmdline.option_argv(option)])
+    return importing.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
 
 
 def qemu_section(*words: str) -> str:
@@ -180,6 +180,7 @@ def test_no_option_is_both() -> None:
         ([QEMU, "-m", "2G", "disk.img", "-S"], "'disk.img' stands where an option must"),
         (["strace", "-f", QEMU, "-m", "2G"], "'strace' stands before 'qemu-system-x86_64', and is not known here"),
         (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb' stands before '/opt/qemu-kvm', and is not known here"),
+        ([QEMU, "-daemonize", "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, ""], "'' stands where an option must"),
         ([QEMU, "-"], "'-' is no option of QEMU's"),
         ([QEMU, "-" + "x" * 300], "is too long for the name of an option"),
@@ -269,8 +270,13 @@ def test_real_time_without_pinning_is_only_suggested() -> None:
         ("-smp 100", "# To pin: a CPU of the host for each of the 100 virtual CPUs;"),
         ("-smp 2,maxcpus=x", "# To pin: a CPU of the host for each virtual CPU;"),
         ("-device vfio-pci,host=1:0.0", "rlimit_memlock: auto"),
-        ("-overcommit mem-lock=on", "rlimit_memlock: auto"),
-        ("-overcommit mem-lock=on -readconfig x", "rlimit_memlock: true"),
+        ("-overcommit mem-lock=on", "rlimit_memlock: true"),
+        ("-overcommit mem-lock=on -accel tcg -machine kvm-shadow-mem=1", "rlimit_memlock: true"),
+        ("-overcommit mem-lock=on -accel kvm", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on -accel accel=kvm,dirty-ring-size=1", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on -machine q35,accel=kvm:tcg", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on -enable-kvm", "rlimit_memlock: auto"),
+        ("-overcommit mem-lock=on -readconfig x -enable-kvm", "and its size cannot be told from the options"),
         ("-runas nobody", "# Not needed: QEMU runs as you."),
         ("-netdev tap,fds=3:4,id=n", "# A descriptor of the shell's"),
         ("-add-fd fd=3,set=2", "# A descriptor of the shell's"),
@@ -379,6 +385,12 @@ def test_output_file(tmp_path: Path) -> None:
 
 
 def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "scalar", lambda text: text + "x")
-    with pytest.raises(LauncherError, match="would not give back '1G'"):
-        imported(QEMU, "-m", "1G")
+    for module, name, wrong in (
+        (drafting, "scalar", lambda text: text + "x"),
+        (importing, "split_value", lambda _name, text: text + "x"),
+        (importing, "split_value", lambda _name, text: (text, "")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            with pytest.raises(LauncherError, match="would not give back '1G'"):
+                imported(QEMU, "-m", "1G")
