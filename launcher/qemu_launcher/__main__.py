@@ -50,6 +50,8 @@ def _act(arguments: cli.Arguments) -> int:
             return _command(arguments)
         case cli.Run():
             return _run(arguments)
+        case cli.Check():
+            return _check(arguments)
         case cli.Status(all_users=True) | cli.Limits() | cli.Release():
             return _administer(arguments)
         case cli.List():
@@ -104,6 +106,20 @@ def _run(arguments: cli.Run) -> int:
         from . import control  # noqa: PLC0415
 
         raise control.with_stillness(err, name) from err.__cause__
+
+
+def _check(arguments: cli.Check) -> int:
+    from . import definition, locate  # noqa: PLC0415
+
+    if arguments.vm is None:
+        from .check import installation  # noqa: PLC0415
+
+        return installation.check_installation(cli.VERSION, as_json=arguments.json)
+    name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+    vm = definition.load(path, name)
+    from .check import report  # noqa: PLC0415  after all that can be wrong without it
+
+    return report.check_vm(vm, cli.VERSION, as_json=arguments.json)
 
 
 def _status(arguments: cli.Status) -> int:

@@ -16,6 +16,8 @@ GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
 NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of a password
 TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
+# In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
+_FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
 LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
 HOW_TO_INSTALL = (
     "qemu-launcher-helper, dbus and polkit must be installed and running on this host: on Debian, sudo apt install "
@@ -50,6 +52,21 @@ def explained(error_name: str, text: str) -> TuningFailed:
 
 def denied(text: str) -> tuple[str, str]:
     """Message and hint for a caller who was not let in."""
+    if wants_password(text):
+        return text, "start it in a terminal or on a desktop, where polkit can ask"
+    return not_a_member() or (
+        text or f"{user_name()} is not authorised",
+        "an administrator's polkit rule decides this, or the question for a password was dismissed",
+    )
+
+
+def wants_password(text: str) -> bool:
+    """Whether the helper's NotAuthorized is for want of a password: polkit would have one asked for, and say yes."""
+    return _FOR_A_PASSWORD in text
+
+
+def not_a_member() -> tuple[str, str] | None:
+    """Message and hint for a user who is no member of the group, or not in this login; None for a member."""
     user = user_name()
     gid = _group_gid()
     if gid is None:
@@ -64,10 +81,7 @@ def denied(text: str) -> tuple[str, str]:
             f"{user} is a member of the group {GROUP}, but not yet in this login",
             "log out and in again (closing a terminal is not enough; the whole session counts)",
         )
-    return (
-        text or f"{user} is not authorised",
-        "an administrator's polkit rule decides this, or the question for a password was dismissed",
-    )
+    return None
 
 
 def user_name() -> str:

@@ -168,7 +168,7 @@ def limits_table(
     rows = [(key, printable(value), printable(origins.of[key])) for key, value in found.values().items()]
     facts = [
         ("free CPUs", format_cpulist(found.free_cpus) or "none"),
-        ("mechanism", printable(f"{found.mechanism}: {found.reason}")),
+        ("mechanism", printable(found.shielding)),
         *(("warning", printable(remark)) for remark in origins.remarks),
     ]
     return printable(f"{name} may have, by {found.source}:"), rows, facts

@@ -29,6 +29,7 @@ Start and end:
 See:
   list             Show your definitions, and which of them run
   status [NAME]    Show your running VMs and where their vCPUs run
+  check [NAME]     Say what would keep a VM, or without NAME any, from starting
   command NAME     Print QEMU's command line, without starting anything
   import           Make a definition of QEMU's command line, given after --
 
@@ -45,7 +46,7 @@ Options:
      --version     Show the version
   -q --quiet       run: say nothing as long as all is well
      --untuned     run: without pinning, scheduling and memory locking
-     --json        list, status, command, limits: print JSON
+     --json        list, status, command, limits, check: print JSON
      --watch       status: draw it again every two seconds, until Ctrl-C
      --all-users   status: everybody's tuned VMs, instead of yours
      --owner USER  limits, release: of that user, by name or number
@@ -59,14 +60,16 @@ is set, otherwise in ~/.config/qemu-launcher, /etc/qemu-launcher/vms or
 /usr/local/etc/qemu-launcher; or the path of one, such as ./win11.yml.
 
 Exit status: of run, QEMU's own (128+N if signal N ended it); 1 if something
-failed, 2 if the command line or the definition is wrong, 3 if a command is for
-a running VM and it is not running, or if release finds nothing to give back.
+failed, 2 if the command line or the definition is wrong, or check has found an
+error, 3 if a command is for a running VM and it is not running, or if release
+finds nothing to give back.
 
 Examples:
   qemu-launcher win11                  Start win11
   qemu-launcher --untuned win11        Start it where tuning does not work
   qemu-launcher command ./win11.yml    Look at what QEMU would be given
   qemu-launcher stop win11             Power it down, from another terminal
+  qemu-launcher check win11            See what would keep it from starting
   qemu-launcher list                   See what there is to start, and what runs
   qemu-launcher monitor win11 info block      Ask QEMU what its drives are
   qemu-launcher limits                 See how many CPUs you may have
@@ -130,6 +133,13 @@ class Qmp(NamedTuple):
     arguments: str | None
 
 
+class Check(NamedTuple):
+    """`vm` None: the installation, and what this user may do."""
+
+    vm: str | None
+    json: bool
+
+
 class List(NamedTuple):
     json: bool
 
@@ -180,6 +190,7 @@ Arguments = (
     | Pause
     | Resume
     | List
+    | Check
     | Monitor
     | Qmp
     | Limits
@@ -193,7 +204,7 @@ Arguments = (
 COMPLETE = "__complete"  # for shells; no VM can be called so
 COMMANDS = (
     *("run", "stop", "kill", "pause", "resume"),
-    *("list", "status", "command", "import"),
+    *("list", "status", "check", "command", "import"),
     *("monitor", "qmp"),
     *("limits", "release"),
 )
@@ -201,7 +212,7 @@ OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
     "--untuned": ("run",),
-    "--json": ("list", "status", "command", "limits"),
+    "--json": ("list", "status", "command", "limits", "check"),
     "--all-users": ("status",),
     "--watch": ("status",),
     "--owner": ("limits", "release"),
@@ -280,7 +291,7 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
     return Import(found.output, found.libvirt, behind)
 
 
-_WITHOUT_NAME = ("list", "status", "limits")
+_WITHOUT_NAME = ("list", "status", "check", "limits")
 _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "run": Run,
     "command": Command,
@@ -291,6 +302,7 @@ _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "resume": Resume,
     "list": List,
     "qmp": Qmp,
+    "check": Check,
     "limits": Limits,
     "release": Release,
 }

@@ -28,6 +28,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "resume": (RUNNING,),
     "list": (),
     "status": (RUNNING,),
+    "check": (DEFINITION,),
     "command": (DEFINITION,),
     "import": (COMMANDS, FILES),  # behind --
     "monitor": (RUNNING, ANYTHING),

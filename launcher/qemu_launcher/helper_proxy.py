@@ -46,6 +46,13 @@ METHODS = {
     "GetLimitsOf": ("u", "a{sv}"),
 }
 
+# What a helper of this version may not have yet: UnknownMethod is an answer to these.
+CHECKS = {
+    "CheckMemlock": ("st", "t"),
+    "CheckPins": ("sa(uaub)au", ""),
+    "CheckScheduler": ("sa(uaub)su", ""),
+}
+
 Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 SYSTEMD = "org.freedesktop.systemd1"
@@ -170,20 +177,34 @@ class Helper:
     async def set_memlock(self, pid: int, vm: str, size: int) -> int:
         """Let `pid` lock `size` bytes, INFINITY for as much as this user may. Returns what was granted, in bytes."""
         (granted,) = await self._call("SetMemlock", pid, vm, size, may_ask=True)
-        if not isinstance(granted, int) or not 0 <= granted <= INFINITY:
-            raise _nonsense("SetMemlock")
-        return granted
+        return _as_size("SetMemlock", granted)
 
     async def pin_threads(
         self, pid: int, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], others: frozenset[int] = frozenset()
     ) -> None:
         """Pin threads, each (TID, CPUs, shielded); the whole map, every time. `others`: CPUs of all other threads."""
-        wire_pins = [[tid, sorted(cpus), shielded] for tid, cpus, shielded in pins]
-        await self._call("PinThreads", pid, vm, wire_pins, sorted(others), may_ask=True)
+        await self._call("PinThreads", pid, vm, _wire_pins(pins), sorted(others), may_ask=True)
 
     async def set_scheduler(self, pid: int, vm: str, tids: Sequence[int], policy: str, priority: int) -> None:
         """Set policy and priority of `tids`."""
         await self._call("SetScheduler", pid, vm, list(tids), policy, priority, may_ask=True)
+
+    async def check_memlock(self, vm: str, size: int) -> int:
+        """What `set_memlock` would return now. This and the next two change nothing, and nobody is asked."""
+        (granted,) = await self._call("CheckMemlock", vm, size)
+        return _as_size("CheckMemlock", granted)
+
+    async def check_pins(
+        self, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], others: frozenset[int] = frozenset()
+    ) -> None:
+        """Raise what `pin_threads` would raise now. There are no threads yet: the TIDs are any numbers from 2 on."""
+        await self._call("CheckPins", vm, _wire_pins(pins), sorted(others))
+
+    async def check_scheduler(
+        self, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], policy: str, priority: int
+    ) -> None:
+        """The same of `set_scheduler`, for all threads of `pins`, if they were pinned so."""
+        await self._call("CheckScheduler", vm, _wire_pins(pins), policy, priority)
 
     async def release(self, uid: int, vm: str) -> None:
         """Give back all that a VM was granted. One's own never waits for a person."""
@@ -228,7 +249,7 @@ class Helper:
             return await self._ask_once(member, body, interactive=True)
 
     async def _ask_once(self, member: str, body: Sequence[Any], *, interactive: bool) -> list[Any]:
-        wanted, answered = METHODS[member]
+        wanted, answered = METHODS.get(member) or CHECKS[member]
         message = Message(
             destination=BUS_NAME,
             path=OBJECT_PATH,
@@ -279,6 +300,16 @@ def scope_path(uid: int, vm: str) -> str:
     name = f"qemu-launcher-{uid}-{vm}.scope"
     label = "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
     return f"/org/freedesktop/systemd1/unit/{label}"
+
+
+def _wire_pins(pins: Sequence[tuple[int, frozenset[int], bool]]) -> list[list[Any]]:
+    return [[tid, sorted(cpus), shielded] for tid, cpus, shielded in pins]
+
+
+def _as_size(member: str, value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value <= INFINITY:
+        raise _nonsense(member)
+    return value
 
 
 def _nonsense(member: str) -> TuningFailed:

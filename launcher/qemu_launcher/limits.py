@@ -87,6 +87,11 @@ class Limits:
         found = _SOURCE.fullmatch(self.source)
         return 0 if found is None else int(found[2])
 
+    @property
+    def shielding(self) -> str:
+        """How CPUs are shielded on this host, or why they are not."""
+        return f"{self.mechanism}: {self.reason}"
+
     def values(self) -> dict[str, str]:
         """Each limit, by its key, in people's units."""
         return {

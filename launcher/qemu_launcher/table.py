@@ -31,6 +31,10 @@ class RichPage:
         """One line."""
         self._console.print(self._text(text, style="bold" if bold else ""))
 
+    def marked(self, word: str, style: str, rest: str) -> None:
+        """One line that begins with a coloured word. Not wrapped here: what can be pasted must stay one line."""
+        self._console.print(self._text.assemble((word, style), rest), soft_wrap=True)
+
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table with a head."""
         table = self._table()

@@ -29,6 +29,9 @@ ANSWERS = {
     "SetMemlock": "t",
     "PinThreads": "",
     "SetScheduler": "",
+    "CheckMemlock": "t",
+    "CheckPins": "",
+    "CheckScheduler": "",
     "Release": "",
     "ListVms": "a(susutss)",
     "GetLimits": "a{sv}",
@@ -123,7 +126,7 @@ class FakeHelper:
         if signature == "a(susutss)" and not answer:
             answer = [[]]
         if signature == "t" and not answer:
-            answer = [message.body[2]]
+            answer = [message.body[-1]]  # SetMemlock and CheckMemlock end in the size
         self.bus.send(Message.new_method_return(message, signature, answer))
 
     def pin(self, pid: int, pins: list[Any], others: list[int], launcher: int, shield_from: str) -> None:

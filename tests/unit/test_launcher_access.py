@@ -63,6 +63,15 @@ def test_member_whom_a_rule_refuses(alice: SimpleNamespace) -> None:
     assert "polkit" in error.hint
 
 
+def test_a_password_that_nobody_was_asked_for(alice: SimpleNamespace) -> None:
+    """Where the bus lets everybody in, membership is not what is lacking."""
+    text = "polkit does not allow org.qemulauncher.pin-threads to alice in this session without a password"
+    error = access.explained(NOT_AUTHORISED, text)
+    assert str(error) == text
+    assert error.hint is not None
+    assert "in a terminal" in error.hint
+
+
 def test_group_that_does_not_exist(alice: SimpleNamespace) -> None:
     alice.group = False
     error = access.explained(DENIED, "")

@@ -1,0 +1,235 @@
+"""What QEMU's options ask of the host: KVM, devices, files, memory backends, a display, audio.
+
+Why it exists: the checks of single topics want facts such as "PCI device 0000:01:00.0 is passed through", and QEMU
+takes each of these in several spellings (text, list, JSON). Pure, and no judge of options: what is not understood is
+QEMU's business, and is not looked at. Nothing here is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from .. import cmdline
+from ..definition import QemuOption, VmDefinition
+from ..options import is_on
+
+Settings = Mapping[str, str]
+
+# The name that the first element has where it is written without one: qemu_*_opts.implied_opt_name of QEMU.
+_IMPLIED = {
+    "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
+    "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model", "smp": "cpus", "netdev": "type",
+}  # fmt: skip
+_ON = "on"
+
+_PCI = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
+_PROTOCOL = re.compile(r"[^/:]+:")  # path_has_protocol of QEMU's block.c
+_DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
+
+
+class Image(NamedTuple):
+    """A file that QEMU opens. `option` as the user wrote it, without its dash."""
+
+    path: str
+    option: str
+    writable: bool
+
+
+class VfioDevice(NamedTuple):
+    """One passed-through device: `address` of a PCI device (0000:01:00.0), or `sysfs`, the path of another."""
+
+    address: str | None
+    sysfs: str | None
+    iommufd: bool
+
+    @property
+    def folder(self) -> str:
+        """Its directory in /sys."""
+        return f"/sys/bus/pci/devices/{self.address}" if self.address is not None else self.sysfs or ""
+
+
+class Backend(NamedTuple):
+    """A memory backend. Bytes; `size` None: it cannot be told; `huge_page` None: the host's default."""
+
+    kind: str  # memory-backend-file, -memfd, -ram
+    id: str
+    size: int | None
+    path: str | None
+    hugetlb: bool
+    huge_page: int | None
+    readonly: bool
+    prealloc: bool
+
+
+def settings(option: QemuOption) -> dict[str, str]:
+    """The properties of one option by name, however it is written; a nested JSON object's as outer.inner."""
+    if isinstance(option.value, str) and option.value.lstrip().startswith("{"):
+        try:
+            return dict(_flat(json.loads(option.value), ""))
+        except (ValueError, RecursionError):  # single quotes, which QEMU takes, or nothing that it would take
+            return {}
+    found: dict[str, str] = {}
+    for position, (name, value) in enumerate(option.properties()):
+        if value is not None:
+            found[name] = value
+        elif position == 0 and option.bare_name in _IMPLIED:
+            found[_IMPLIED[option.bare_name]] = name
+        else:  # `-device x,foo` is foo=on, `nofoo` was foo=off
+            found[name] = _ON
+    return found
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, member in members:
+        if isinstance(member, dict | list):
+            yield from _flat(member, f"{prefix}{name}.")
+        elif isinstance(member, bool):
+            yield f"{prefix}{name}", _ON if member else "off"
+        elif member is not None:
+            yield f"{prefix}{name}", str(member)
+
+
+def each(definition: VmDefinition, *names: str) -> Iterator[Settings]:
+    """The settings of every option with one of these names, in their order."""
+    for option in definition.options:
+        if option.bare_name in names:
+            yield settings(option)
+
+
+def kvm(definition: VmDefinition) -> Literal["needed", "preferred"] | None:
+    """Whether it needs KVM; "preferred" where another accelerator is named to fall back to."""
+    wanted = ["kvm"] if cmdline.has_option(definition, "enable-kvm") else []
+    for found in each(definition, "machine", "M"):
+        wanted += found.get("accel", "").split(":") if found.get("accel") else []
+    wanted += [found["accel"] for found in each(definition, "accel") if "accel" in found]
+    if wanted and wanted[0] == "kvm":
+        return "needed" if len(set(wanted)) == 1 else "preferred"
+    if "kvm" in wanted:
+        return "preferred"
+    # -cpu host has no meaning under emulation, and a binary of this name begins with KVM by itself.
+    if any(found.get("model") == "host" for found in each(definition, "cpu")):
+        return "needed"
+    return "preferred" if definition.binary.rpartition("/")[2] in ("kvm", "qemu-kvm") and not wanted else None
+
+
+def vfio(definition: VmDefinition) -> list[VfioDevice]:
+    """The devices that are passed through, each once."""
+    found = []
+    for device in each(definition, "device"):
+        if not device.get("driver", "").startswith("vfio-"):
+            continue
+        host, sysfs = _pci_address(device.get("host", "")), device.get("sysfsdev")
+        if host is not None or sysfs is not None:
+            found.append(VfioDevice(host, None if host else sysfs, "iommufd" in device))
+    return list(dict.fromkeys(found))
+
+
+def _pci_address(text: str) -> str | None:
+    """`01:00.0` as /sys writes it, with its domain."""
+    parts = _PCI.fullmatch(text)
+    if parts is None:
+        return None
+    domain, bus, slot, function = parts.groups()
+    return f"{int(domain or '0', 16):04x}:{int(bus, 16):02x}:{int(slot, 16):02x}.{function}"
+
+
+def evdev(definition: VmDefinition) -> list[str]:
+    """Input devices of the host that QEMU reads itself."""
+    objects = [found for found in each(definition, "object") if found.get("qom-type") == "input-linux"]
+    devices = [found for found in each(definition, "device") if found.get("driver", "").startswith("virtio-input-host")]
+    return list(dict.fromkeys(found["evdev"] for found in (*objects, *devices) if "evdev" in found))
+
+
+def backends(definition: VmDefinition) -> list[Backend]:
+    """All memory backends, and -mem-path, which is one for all of the guest's own RAM."""
+    found = [
+        _backend(one) for one in each(definition, "object") if one.get("qom-type", "").startswith("memory-backend-")
+    ]
+    paths = [option.value for option in definition.options if option.bare_name == "mem-path"]
+    if paths and isinstance(paths[-1], str):
+        prealloc = cmdline.has_option(definition, "mem-prealloc")
+        ram = cmdline.guest_ram(definition)
+        found.append(Backend("memory-backend-file", "", ram, paths[-1], False, None, False, prealloc))
+    return found
+
+
+def _backend(found: Settings) -> Backend:
+    return Backend(
+        kind=found["qom-type"],
+        id=found.get("id", ""),
+        size=cmdline.parse_size(found.get("size", ""), default_unit="B"),
+        path=found.get("mem-path"),
+        hugetlb=found["qom-type"] == "memory-backend-memfd" and is_on(found.get("hugetlb", "off")),
+        huge_page=cmdline.parse_size(found.get("hugetlbsize", ""), default_unit="B"),
+        readonly=is_on(found.get("readonly", "off")),
+        prealloc=is_on(found.get("prealloc", "off")),
+    )
+
+
+def images(definition: VmDefinition) -> list[Image]:
+    """The disk images and boot files of this host, each once; what is read over a network is not among them."""
+    snapshot = cmdline.has_option(definition, "snapshot")
+    found: dict[str, Image] = {}
+    for option in definition.options:
+        for path, writable in _files(option):
+            local = path.removeprefix("file:")
+            if local and not _PROTOCOL.match(local):
+                before = found.get(local)
+                wanted = writable and not snapshot
+                found[local] = Image(local, option.bare_name, wanted or (before is not None and before.writable))
+    return list(found.values())
+
+
+def _files(option: QemuOption) -> Iterator[tuple[str, bool]]:
+    """(path, whether it is written) of the files that one option names."""
+    name = option.bare_name
+    if name in (*_DRIVE_LETTERS, "cdrom", "kernel", "initrd", "dtb") and isinstance(option.value, str):
+        yield option.value, name in _DRIVE_LETTERS
+    elif name == "drive":
+        given = settings(option)
+        readonly = any(is_on(given.get(key, "off")) for key in ("readonly", "read-only", "snapshot"))
+        for key in ("file", "file.filename"):
+            if key in given and given.get("format") != "vvfat":
+                yield given[key], not readonly and given.get("media") != "cdrom"
+    elif name == "blockdev":
+        given = settings(option)
+        for key in ("filename", "file.filename"):
+            if key in given:
+                yield given[key], not is_on(given.get("read-only", "off"))
+
+
+def displays(definition: VmDefinition) -> list[str]:
+    """The kinds of display that are asked for by name: gtk, sdl, ..."""
+    return [found["type"] for found in each(definition, "display") if "type" in found]
+
+
+def audio(definition: VmDefinition) -> list[Settings]:
+    """The audio backends, each with its "driver"."""
+    return [found for found in each(definition, "audiodev", "audio") if "driver" in found]
+
+
+def vcpus(definition: VmDefinition) -> int | None:
+    """How many vCPUs the guest begins with, None where the options do not tell (hw/core/machine-smp.c)."""
+    if cmdline.has_option(definition, "readconfig"):
+        return None
+    numbers: dict[str, int] = {}
+    for found in each(definition, "smp"):
+        for name, value in found.items():
+            if not (value.isascii() and value.isdigit()) or len(value) > 9:
+                return None
+            numbers[name] = int(value)
+    given = {name: number for name, number in numbers.items() if number > 0}  # QEMU takes 0 for not given
+    if "cpus" in given or "maxcpus" in given:
+        return given.get("cpus") or given["maxcpus"]
+    product = 1
+    for number in given.values():
+        product *= number
+    return product
+
+
+def threads_per_core(definition: VmDefinition) -> int:
+    """The guest's own SMT, as -smp says it."""
+    found = [one["threads"] for one in each(definition, "smp") if one.get("threads", "").isdigit()]
+    return int(found[-1][:4]) or 1 if found else 1

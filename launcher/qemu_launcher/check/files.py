@@ -1,0 +1,75 @@
+"""Disk images and boot files: there, and this user's to read or write. And the QEMU binary.
+
+Relative paths are QEMU's: they begin in working_directory, or where the user stands. Image formats are not looked into,
+and neither are backing files.
+"""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from .asked import Image
+from .finding import Finding
+from .tree import ENTER, READ, WRITE, Tree
+
+
+def images(tree: Tree, wanted: Iterable[Image], folder: Path, user: str) -> Iterator[Finding]:
+    """`folder`: where relative paths begin."""
+    good = 0
+    for image in wanted:
+        path = str(folder / image.path)
+        about = f"file {image.path}"
+        state = tree.stat(path)
+        mode = READ | WRITE if image.writable else READ
+        kind = "read and write" if image.writable else "read"
+        if (closed := _closed_folder(tree, path)) is not None:
+            fix = f"sudo setfacl -m u:{user}:x {closed}"
+            yield Finding("error", about, f"{path} (-{image.option}) cannot be reached: {closed} is closed to you", fix)
+        elif state is None:
+            yield Finding("error", about, f"there is no {path} (-{image.option})", _near(tree, path, image))
+        elif stat.S_ISDIR(state.st_mode):
+            yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
+        elif not tree.may(path, mode):
+            letters = "rw" if image.writable else "r"
+            fix = f"sudo setfacl -m u:{user}:{letters} {path}"
+            if stat.S_ISBLK(state.st_mode):  # an ACL on a node of /dev is gone after the next boot
+                name = os.path.basename(tree.target(path))  # noqa: PTH119
+                fix = f'a udev rule that outlives the next boot: SUBSYSTEM=="block", KERNEL=="{name}", OWNER="{user}"'
+            if image.writable and tree.may(path, READ):
+                fix += "\nor, if the guest only reads it: readonly: on"
+            yield Finding("error", about, f"{path} (-{image.option}) is not yours to {kind}", fix)
+        else:
+            good += 1
+    if good:
+        yield Finding("ok", "files", f"{good} image{'s' * (good != 1)} and boot files can be opened as wanted")
+
+
+def _closed_folder(tree: Tree, path: str) -> str | None:
+    """The first folder on the way that may not be entered."""
+    for parent in reversed(Path(path).parents):
+        if tree.is_directory(str(parent)) and not tree.may(str(parent), ENTER):
+            return str(parent)
+    return None
+
+
+def _near(tree: Tree, path: str, image: Image) -> str:
+    folder = next(str(parent) for parent in Path(path).parents if tree.exists(str(parent)))
+    if folder != os.path.dirname(path):  # noqa: PTH120
+        return f"there is {folder}, and nothing below it on this way"
+    disks = [name for name in tree.names(folder) if name.endswith((".qcow2", ".img", ".raw", ".iso", ".fd"))]
+    if disks:
+        return f"{folder} has: {', '.join(disks[:5])}{', ...' if len(disks) > 5 else ''}"
+    return "correct the path" + (f", or make it: qemu-img create -f qcow2 {path} SIZE" if image.writable else "")
+
+
+def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str | None:
+    """Where the program is that a start would execute, along PATH as execvpe(3) looks; None if nowhere."""
+    if "/" in name:
+        path = str(folder / name)
+        return path if tree.may(path, ENTER) and not tree.is_directory(path) else None
+    for place in os.get_exec_path(dict(env)):
+        path = os.path.join(place or ".", name)  # noqa: PTH118  Path would lose the ./
+        if tree.may(path, ENTER) and not tree.is_directory(path):
+            return path
+    return None

@@ -1,0 +1,209 @@
+"""`check` without a name: what is installed, and what of it this user may use.
+
+Why it exists: most of what goes wrong before the first VM has one of a dozen causes, and each is to be seen from here
+without starting anything. Exit status 2 if something is broken for every VM (no QEMU), for every tuned one (no helper,
+no access to it), or in a definition; 0 otherwise, also where a part is missing that a VM can do without (KVM, shields).
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import access, agent, definition, locate
+from ..errors import DefinitionError, LauncherError
+from ..patience import patiently
+from ..voice import Voice
+from . import cpus, devices, finding, report, versions
+from .finding import Finding
+from .tree import ENTER, Tree
+
+if TYPE_CHECKING:
+    from .dryrun import Asker
+
+# What of ours has a fixed place, and for whom it is. Not polkit's rule: an administrator may have taken it away, and
+# many hosts let nobody look into that folder.
+_FILES = (
+    ("to have it started by the bus", "/dbus-1/system-services/org.qemulauncher.Helper1.service"),
+    ("to be let in by the bus", "/dbus-1/system.d/org.qemulauncher.Helper1.conf"),
+    ("for polkit to know its actions", "/polkit-1/actions/org.qemulauncher.policy"),
+)
+_SHARED = ("/usr/share", "/usr/local/share", "/etc")
+_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system", "/usr/local/lib/systemd/system")
+_UNIT = "qemu-launcher-helper.service"
+_PROBE_VM = "check"
+_MOST_DEFINITIONS = 100
+
+
+def check_installation(version: str, *, as_json: bool) -> int:
+    """Check what is installed. `version`: the launcher's own. Returns the exit status."""
+    tree, facts = Tree(), [("launcher", version)]
+    user = access.user_name()
+    found = [*installed(tree), *members(user)]
+    helper_facts, answers, mechanism = _helper(version)
+    found += answers
+    found += host_facts(tree, user)
+    found += qemus(tree)
+    found += definitions(os.environ)
+    found += cpus.leftovers(tree, frozenset(), mechanism)
+    found = finding.without_repetitions(found)
+    head = [*facts, *helper_facts, *report.system_facts(tree)]
+    stops = finding.would_stop(found)
+    if as_json:
+        report.say_json({"vm": None, "would_start": not stops}, head, found)
+    else:
+        count = finding.counted(found)
+        report.show(
+            head, found, f"{'something is broken' if stops else 'tuned VMs can be started'}{count and ': '}{count}"
+        )
+    return 2 if stops else 0
+
+
+def installed(tree: Tree) -> Iterator[Finding]:
+    """The files by which bus, polkit and systemd know the helper."""
+    missing = []
+    for what, name in _FILES:
+        if not any(tree.exists(folder + name) for folder in _SHARED):
+            missing.append(f"{name.rpartition('/')[2]} ({what})")
+    if tree.exists("/run/systemd/system") and not any(tree.exists(f"{folder}/{_UNIT}") for folder in _UNITS):
+        missing.append(f"{_UNIT} (for systemd)")
+    if missing:
+        text = f"qemu-launcher-helper is not installed, or not all of it: there is no {', no '.join(missing)}"
+        yield Finding("error", "helper", text, access.HOW_TO_INSTALL)
+    else:
+        yield Finding("ok", "helper", "qemu-launcher-helper is installed, for the bus, polkit and systemd")
+
+
+def members(user: str) -> Iterator[Finding]:
+    """The group that the bus lets in."""
+    if (obstacle := access.not_a_member()) is not None:
+        # Root is let in all the same; and what the bus and polkit really say comes from the helper's own answer.
+        yield Finding("note" if os.geteuid() == 0 else "warning", "group", *obstacle)
+    else:
+        yield Finding("ok", "group", f"{user} is a member of the group {access.GROUP}, also in this login")
+
+
+def _helper(version: str) -> tuple[report.Facts, list[Finding], str | None]:
+    """Facts for the head, findings, and the mechanism, from the helper's answers."""
+    from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
+
+    async def ask() -> tuple[report.Facts, list[Finding], str | None]:
+        person = agent.somebody_is_there() or agent.is_possible()
+        async with dryrun.asking(person_there=person, fatal=True) as asker:
+            if isinstance(asker, Finding):
+                return [("helper", "no system bus")], [asker], None
+            await asker.get_limits()
+            if asker.limits is None:
+                return [("helper", "gives no answer")], asker.findings, None
+            found = [*access_findings(asker, version), *await _polkit(asker)]
+            return (
+                [("helper", asker.limits.version), ("shielding", asker.limits.shielding)],
+                found,
+                asker.limits.mechanism,
+            )
+
+    voice = Voice("check", quiet=False)
+    return asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
+
+
+def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
+    """What the helper says of itself and of this user's limits."""
+    limits = asker.limits
+    if limits is None:
+        return
+    if limits.version != version:
+        text = f"the helper is {limits.version}, and the launcher {version}"
+        fix = "install both from one package, then: sudo systemctl stop qemu-launcher-helper"
+        yield Finding("warning", "version", text, fix)
+    values = limits.values()
+    text = (
+        f"you may have: CPUs {values['cpus']}, at most {values['max_cpus']}; {values['max_vms']} VMs; "
+        f"{values['memlock']} locked; {values['policies']}, up to priority {values['max_priority']} ({limits.source})"
+    )
+    yield Finding("ok", "limits", text)
+    if limits.mechanism == "none":
+        fix = "use Linux 6.7 or later with cgroup v2; isolation: affinity pins without a shield, and without the helper"
+        yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
+    elif not limits.free_cpus:
+        yield Finding("note", "limits", "no CPUs are free for a new VM now", "qemu-launcher status --all-users")
+
+
+async def _polkit(asker: "Asker") -> list[Finding]:
+    """polkit's answer to each of the three requests.
+
+    A rule may say yes to other CPUs, other VMs: only three times no is an error. What the limits say to these is no
+    matter: it is about a VM that does not exist.
+    """
+    limits = asker.limits
+    if limits is None:
+        return []
+    cpu = min(limits.free_cpus or limits.cpus, default=0)
+    yes = await asker.probe(_PROBE_VM, cpu)
+    found = [one for one in asker.findings if one.about == "polkit"]
+    if yes == 3 or not found:
+        return [
+            Finding("ok", "polkit", "polkit lets you lock memory, pin threads and set policies, without a password")
+        ]
+    return [one._replace(severity="warning") if yes and one.severity == "error" else one for one in found]
+
+
+def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
+    """What tuned VMs stand on, besides the helper."""
+    controllers = tree.text("/sys/fs/cgroup/cgroup.controllers")
+    if controllers is None:
+        text = "there is no cgroup v2 in /sys/fs/cgroup"
+        fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; CPUs are not shielded without it"
+        yield Finding("warning", "cgroup", text, fix)
+    elif "cpuset" not in controllers.split():
+        fix = "boot without cgroup_disable=cpuset, and with a kernel that has CONFIG_CPUSETS"
+        yield Finding("warning", "cgroup", "cgroup v2 is there, but without the cpuset controller", fix)
+    else:
+        yield Finding("ok", "cgroup", "cgroup v2 is there, with the cpuset controller")
+    for one in devices.kvm(tree, "needed", user):
+        yield one._replace(severity="warning") if one.severity == "error" else one
+
+
+def qemus(tree: Tree) -> Iterator[Finding]:
+    """The QEMU programs in PATH."""
+    found: dict[str, str] = {}
+    for folder in os.get_exec_path():
+        for name in tree.names(folder):
+            path = f"{folder.rstrip('/')}/{name}"
+            if (name.startswith("qemu-system-") or name == "qemu-kvm") and tree.may(path, ENTER):
+                found.setdefault(name, path)
+    if not found:
+        text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"
+        yield Finding("error", "QEMU", text, "install it: on Debian, sudo apt install qemu-system-x86")
+        return
+    names = sorted(found)
+    here = [name for name in names if name.endswith(os.uname().machine)] or names
+    said = versions.qemu(found[here[0]], os.environ, Path("/"))
+    more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+    yield Finding("ok", "QEMU", f"{found[here[0]]}: {said or 'of unknown version'}{more}")
+
+
+def definitions(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the definitions that a name finds can be read. Of each the first problem: `check NAME` has all."""
+    folders = locate.folders(environ)
+    names = locate.names(folders)
+    good = 0
+    for name in names[:_MOST_DEFINITIONS]:
+        try:
+            definition.validate_tunable(definition.load(locate.find(name, environ)[1], name))
+        except DefinitionError as err:
+            first = err.problems[0]
+            text = first.message if first.mark is None else f"{first.mark}: {first.message}"
+            more = f" (and {len(err.problems) - 1} more)" if len(err.problems) > 1 else ""
+            yield Finding("error", "definition", f"{text}{more}", first.hint)
+        except LauncherError as err:
+            yield Finding("error", "definition", err.message, err.hint)
+        else:
+            good += 1
+    if good:
+        yield Finding(
+            "ok", "definition", f"{good} definition{'s' * (good != 1)} in {', '.join(map(str, folders))} can be read"
+        )
+    elif not names:
+        fix = f"mkdir -p {folders[0]}; cp /usr/share/doc/qemu-launcher/examples/first.yml {folders[0]}"
+        yield Finding("note", "definition", f"there is no definition in {', '.join(map(str, folders))} yet", fix)

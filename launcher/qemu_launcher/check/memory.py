@@ -1,0 +1,277 @@
+"""Guest RAM: huge pages, files shared with other programs (ivshmem), and whether there is enough of it.
+
+Documentation/admin-guide/mm/hugetlbpage.rst has the files of the pools. Pure judgement over a Tree.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from .. import cmdline
+from ..definition import VmDefinition
+from ..plan import MemlockNeed
+from ..procfs import INFINITY
+from ..voice import format_size
+from .asked import Backend
+from .devices import udev_line
+from .finding import Finding
+from .tree import ENTER, READ, WRITE, Tree
+
+POOLS = "/sys/kernel/mm/hugepages"
+_SHM = "/dev/shm"  # noqa: S108  where QEMU's documentation, and everybody, puts ivshmem files
+_KVMFR = "/dev/kvmfr"
+
+
+class Mount(NamedTuple):
+    """One line of proc_pid_mountinfo(5), as far as it matters here."""
+
+    point: str
+    kind: str
+    options: str
+
+
+class Pool(NamedTuple):
+    """The huge pages of one size, in pages. `more`: what the kernel may add by itself (nr_overcommit_hugepages)."""
+
+    page: int  # bytes
+    total: int
+    free: int
+    more: int
+
+
+def mounts(tree: Tree) -> list[Mount]:
+    """All mounts, the topmost of a place last."""
+    found = []
+    for line in (tree.text("/proc/self/mountinfo") or "").splitlines():
+        before, dash, after = line.partition(" - ")
+        fields, about = before.split(), after.split()
+        if dash and len(fields) > 4 and len(about) > 2:
+            found.append(Mount(fields[4].replace("\\040", " "), about[0], about[2]))
+    return found
+
+
+def mount_of(path: str, all_mounts: Iterable[Mount]) -> Mount | None:
+    """The mount that `path` is in."""
+    within = [one for one in all_mounts if path == one.point or path.startswith(one.point.rstrip("/") + "/")]
+    return max(reversed(within), key=lambda one: len(one.point), default=None)
+
+
+def default_huge_page(tree: Tree) -> int | None:
+    """Its size in bytes; None without huge pages."""
+    found = re.search(r"^Hugepagesize:\s+([0-9]+) kB", tree.text("/proc/meminfo") or "", re.MULTILINE)
+    return None if found is None else int(found[1]) << 10
+
+
+def pool(tree: Tree, page: int) -> Pool | None:
+    """The pool of this page size; None if the host has none of it."""
+    folder = f"{POOLS}/hugepages-{page >> 10}kB"
+    total, free = (tree.number(f"{folder}/{name}_hugepages") for name in ("nr", "free"))
+    if total is None or free is None:
+        return None
+    reserved, over, surplus = (
+        tree.number(f"{folder}/{name}_hugepages") or 0 for name in ("resv", "nr_overcommit", "surplus")
+    )
+    return Pool(page, total, free - reserved, max(0, over - surplus))
+
+
+def huge_page_of(tree: Tree, backend: Backend, all_mounts: list[Mount]) -> int | None:
+    """The size of the huge pages that this backend takes, in bytes; None if it takes ordinary ones, or none exist."""
+    if backend.kind == "memory-backend-memfd" and backend.hugetlb:
+        return backend.huge_page or default_huge_page(tree)
+    if backend.path is None:
+        return None
+    mount = mount_of(tree.target(backend.path), all_mounts)
+    if mount is None or mount.kind != "hugetlbfs":
+        return None
+    given = re.search(r"pagesize=([0-9]+)([KMG])", mount.options)
+    return int(given[1]) << {"K": 10, "M": 20, "G": 30}[given[2]] if given else default_huge_page(tree)
+
+
+def huge_pages(tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:
+    """Whether there are as many as all backends together take, and whether their mounts are this user's to write."""
+    all_mounts = mounts(tree)
+    needs: dict[int, int] = {}  # pages, by size
+    for backend in wanted:
+        if backend.hugetlb and default_huge_page(tree) is None and backend.huge_page is None:
+            yield Finding("error", "huge pages", "this kernel has no huge pages", "leave out hugetlb: on")
+            continue
+        page = huge_page_of(tree, backend, all_mounts)
+        if page is None:
+            continue
+        if backend.path is not None:
+            yield from _mount_rights(tree, backend.path)
+        if backend.size is None:
+            yield Finding("note", "huge pages", f"how many huge pages {_name(backend)} takes cannot be told")
+        else:
+            needs[page] = needs.get(page, 0) + -(-backend.size // page)
+    for page, pages in needs.items():
+        yield _enough(tree, page, pages)
+
+
+def _enough(tree: Tree, page: int, pages: int) -> Finding:
+    size = f"{pages} huge page{'s' * (pages != 1)} of {format_size(page)}"
+    found = pool(tree, page)
+    if found is None:
+        sizes = [
+            int(match[1]) << 10 for name in tree.names(POOLS) if (match := re.fullmatch(r"hugepages-([0-9]+)kB", name))
+        ]
+        has = f"it has {', '.join(map(format_size, sorted(sizes)))}" if sizes else "it has none"
+        return Finding(
+            "error",
+            "huge pages",
+            f"{size} are wanted, and this host has none of that size",
+            f"{has}; write hugetlbsize: to match",
+        )
+    available = max(0, found.free) + found.more
+    if available >= pages:
+        return Finding("ok", "huge pages", f"{size} are wanted, {available} can be had")
+    total = found.total + pages - available
+    return Finding(
+        "error", "huge pages", f"{size} are wanted, and {available} can be had", _how_to_have_pages(tree, page, total)
+    )
+
+
+def _how_to_have_pages(tree: Tree, page: int, total: int) -> str:
+    now = f"echo {total} | sudo tee {POOLS}/hugepages-{page >> 10}kB/nr_hugepages"
+    unit = f"{page >> 30}G" if page >= 1 << 30 else f"{page >> 20}M" if page >= 1 << 20 else f"{page >> 10}K"
+    at_boot = f"hugepagesz={unit} hugepages={total}"
+    if page == default_huge_page(tree):
+        now = f"sudo sysctl vm.nr_hugepages={total}"
+    return (
+        f"{now}; then read it again: the kernel gives as many as it finds unbroken memory for\n"
+        f"surest from boot on, with the kernel arguments {at_boot}"
+    )
+
+
+def _mount_rights(tree: Tree, path: str) -> Iterator[Finding]:
+    """A directory gets a file made in it, and removed again; a file is opened."""
+    folder = path if tree.is_directory(path) else path.rpartition("/")[0] or "/"
+    if tree.is_directory(path) or not tree.exists(path):
+        may = tree.may(folder, WRITE | ENTER)
+    else:
+        folder, may = path, tree.may(path, READ | WRITE)
+    if may:
+        yield Finding("ok", "huge pages", f"{folder} is yours to write")
+        return
+    yield Finding(
+        "error",
+        "huge pages",
+        f"{folder} is not yours to write",
+        "use a memfd, which needs no mount: - object: [memory-backend-memfd, id: ram, size: ..., hugetlb: on], "
+        "with memory-backend: ram in machine:\n"
+        f"or: sudo chgrp kvm {folder}; sudo chmod 1770 {folder}",
+    )
+
+
+def _name(backend: Backend) -> str:
+    return f"{backend.kind} {backend.id}".strip() if backend.id else "-mem-path"
+
+
+# Files that other programs open too
+
+
+def shared_files(tree: Tree, wanted: list[Backend], user: str) -> Iterator[Finding]:
+    """memory-backend-file outside hugetlbfs: exists, is large enough, is ours to write."""
+    all_mounts = mounts(tree)
+    for backend in wanted:
+        if backend.path is None or backend.kind != "memory-backend-file" or huge_page_of(tree, backend, all_mounts):
+            continue
+        if backend.path.startswith(_KVMFR):
+            yield from _kvmfr(tree, backend, user)
+        elif not tree.is_directory(backend.path):
+            yield from _shared_file(tree, backend, user)
+
+
+def _shared_file(tree: Tree, backend: Backend, user: str) -> Iterator[Finding]:
+    path, size = backend.path or "", backend.size
+    about = f"memory file {path}"
+    made = f"f {path} 0660 {user} kvm -"
+    tmpfiles = f"echo '{made}' | sudo tee -a /etc/tmpfiles.d/qemu-memory.conf; sudo systemd-tmpfiles --create"
+    state = tree.stat(path)
+    if state is None:
+        folder = path.rpartition("/")[0] or "."
+        if not tree.may(folder, WRITE | ENTER):
+            yield Finding("error", about, f"there is no {path}, and QEMU may not make it in {folder}", tmpfiles)
+            return
+        fix = f"if another user's program opens it: {tmpfiles}"
+        yield Finding("note", about, f"there is no {path} yet; QEMU makes it, for you alone to write", fix)
+    elif not tree.may(path, READ if backend.readonly else READ | WRITE):
+        fix = f"remove it, if no VM uses it: sudo rm {path}; and have it made as yours: {tmpfiles}"
+        yield Finding("error", about, f"{path} is not yours to read and write", fix)
+    elif size is not None and 0 < state.st_size < size:
+        fix = f"write size: {state.st_size}, or remove the file, if no VM uses it: rm {path}"
+        text = f"{path} has {format_size(state.st_size)}, and the definition says {format_size(size)}"
+        yield Finding("error", about, text, fix)
+    else:
+        yield Finding("ok", about, f"{path} is yours to use")
+    free = tree.free_bytes(path.rpartition("/")[0] or ".")
+    held = state.st_blocks * 512 if state is not None else 0
+    if size is not None and free is not None and free + held < size:
+        where = path.rpartition("/")[0]
+        fix = f"sudo mount -o remount,size=... {_SHM}" if path.startswith(f"{_SHM}/") else "make room there"
+        text = f"{where} has {format_size(free)} left, and {path} may take {format_size(size)}: the guest may die of it"
+        yield Finding("warning", about, text, fix)
+
+
+def _kvmfr(tree: Tree, backend: Backend, user: str) -> Iterator[Finding]:
+    """Looking Glass's kernel module: a device that is memory of a fixed size."""
+    path = backend.path or ""
+    about = f"memory file {path}"
+    if not tree.exists(path):
+        size = -(-(backend.size or 32 << 20) >> 20)
+        yield Finding(
+            "error", about, f"there is no {path}", f"sudo modprobe kvmfr static_size_mb={size} (Looking Glass)"
+        )
+    elif not tree.may(path, READ | WRITE):
+        rule = udev_line(f'SUBSYSTEM=="kvmfr", OWNER="{user}"', "/etc/udev/rules.d/70-qemu-kvmfr.rules", "kvmfr")
+        yield Finding("error", about, f"{path} is not yours to read and write", rule)
+    else:
+        has = tree.text("/sys/module/kvmfr/parameters/static_size_mb") or ""
+        index = path.removeprefix(_KVMFR)
+        sizes = [int(word) for word in has.split(",") if word.isdigit()]
+        if backend.size and index.isdigit() and int(index) < len(sizes) and 0 < sizes[int(index)] << 20 < backend.size:
+            text = f"{path} has {sizes[int(index)]} MiB, and the definition says {format_size(backend.size)}"
+            yield Finding(
+                "error", about, text, f"write size: {sizes[int(index)]}M, or load kvmfr with a larger static_size_mb="
+            )
+        else:
+            yield Finding("ok", about, f"{path} is yours to use")
+
+
+def enough(tree: Tree, ram: int | None, in_huge_pages: int) -> Iterator[Finding]:
+    """Whether the guest's RAM, less what lies in huge pages, is there now. Bytes."""
+    found = re.search(r"^MemAvailable:\s+([0-9]+) kB", tree.text("/proc/meminfo") or "", re.MULTILINE)
+    if ram is None or found is None:
+        return
+    wanted, available = max(0, ram - in_huge_pages), int(found[1]) << 10
+    if wanted > available:
+        text = f"the guest's RAM is {format_size(wanted)}, and the host has {format_size(available)} to spare now"
+        yield Finding("warning", "memory", text, "give the guest less (-m), or end something else first")
+
+
+def in_huge_pages(tree: Tree, wanted: list[Backend]) -> int:
+    """How many bytes of these backends lie in huge pages, which MemAvailable leaves out."""
+    all_mounts = mounts(tree)
+    return sum(backend.size or 0 for backend in wanted if huge_page_of(tree, backend, all_mounts))
+
+
+def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, hard: int) -> Iterator[Finding]:
+    """What this user may lock without the helper: RLIMIT_MEMLOCK of this login, in bytes."""
+    ram = cmdline.guest_ram(definition)
+    if need is not None and need.unaided:
+        yield Finding("ok", "memlock", f"{_lockable(hard)} may be locked in this login, without the helper")
+    elif need is None and ram is not None and soft < ram:
+        locks = (
+            "VFIO"
+            if cmdline.has_vfio(definition.options)
+            else "mem-lock=on"
+            if cmdline.has_mem_lock(definition.options)
+            else ""
+        )
+        if locks:
+            text = f"{locks} locks the guest's RAM, {format_size(ram)}, and QEMU may lock {_lockable(soft)}"
+            yield Finding("error", "memlock", text, "leave out rlimit_memlock, or write rlimit_memlock: auto")
+
+
+def _lockable(size: int) -> str:
+    return "all memory" if size == INFINITY else format_size(size)

@@ -1,0 +1,281 @@
+"""`check NAME`: what a start would come to, from its definition and this host, without starting anything.
+
+Why it exists: this is the story of the command. Each topic has its module; here they are asked in the order in which a
+start would meet them, as the user that the VM would run as, and told as one line each. Nothing of the host is changed,
+nobody is asked for a password, nothing needs root. A definition that is wrong is refused as a start refuses it.
+
+Exit status 2 when an error was found, else 0.
+"""
+
+import asyncio
+import json
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .. import access, agent, cmdline, host, identity, plan, procfs, runtime, stdout, table
+from ..definition import VmDefinition, validate_tunable
+from ..errors import LauncherError, TuningFailed, printable
+from ..patience import patiently
+from ..voice import Voice
+from . import asked, cpus, devices, environment, files, finding, memory, versions, vfio
+from .finding import Finding
+from .tree import ENTER, Tree
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+_BROKEN = 2  # exit status
+_WIDTH = max(map(len, finding.SEVERITIES)) + 2
+
+Facts = list[tuple[str, str]]
+
+
+def check_vm(definition: VmDefinition, version: str, *, as_json: bool) -> int:
+    """Check one VM. `version`: the launcher's own. Returns the exit status; DefinitionError as a start would raise."""
+    validate_tunable(definition)
+    tree = Tree()
+    found = list(_as_its_user(definition))
+    examined = _Vm(definition, tree)
+    found = finding.without_repetitions([*found, *examined.findings()])
+    head = [
+        ("launcher", version),
+        *examined.helper_facts,
+        ("QEMU", examined.qemu),
+        *system_facts(tree),
+        ("definition", str(definition.path.absolute())),
+    ]
+    stops = finding.would_stop(found)
+    verdict = f"{definition.name} would {'not ' if stops else ''}start"
+    if count := finding.counted(found):
+        verdict += f": {count}"
+    if as_json:
+        say_json({"vm": definition.name, "would_start": not stops}, head, found)
+    else:
+        show(head, found, verdict)
+    return _BROKEN if stops else 0
+
+
+def system_facts(tree: Tree) -> Facts:
+    """What the reports of both forms say of the host and the user."""
+    return [
+        ("kernel", versions.kernel()),
+        ("system", f"{versions.distribution(tree)}, {versions.systemd(tree)}"),
+        ("user", versions.user()),
+    ]
+
+
+def _as_its_user(definition: VmDefinition) -> Iterator[Finding]:
+    try:
+        identity.assume(definition)
+    except LauncherError as err:
+        yield Finding("error", "user", err.message, err.hint)
+
+
+class _Vm:
+    """One VM on this host. `helper_facts` and `qemu` are known after `findings`."""
+
+    def __init__(self, definition: VmDefinition, tree: Tree) -> None:
+        self.helper_facts: Facts = [("helper", "not needed")]
+        self.qemu = "not found"
+        self._definition = definition
+        self._tree = tree
+        self._user = access.user_name()
+        self._folder = _where_we_are() / (definition.working_directory or "")
+        self._env = {**({} if definition.clear_env else os.environ), **dict(definition.env)}
+        self._mechanism: str | None = None
+
+    def findings(self) -> list[Finding]:
+        """Everything, in the order of a start."""
+        definition, tree = self._definition, self._tree
+        found = [Finding("warning", "definition", text) for text in definition.warnings]
+        if cmdline.has_option(definition, "readconfig"):
+            found.append(Finding("note", "definition", "what the file of -readconfig says is not looked at"))
+        runs = runtime.find(definition.name)
+        if runs is not None:
+            found.append(self._running(runs))
+        found += self._binary()
+        found += devices.kvm(tree, asked.kvm(definition), self._user)
+        found += files.images(tree, asked.images(definition), self._folder, self._user)
+        found += environment.variables(definition, self._env, os.environ)
+        found += devices.evdev(tree, asked.evdev(definition), self._user)
+        found += vfio.vfio(tree, asked.vfio(definition), self._user)
+        found += self._memory(runs=runs is not None)
+        found += self._tuning(runs=runs is not None)
+        return found
+
+    def _running(self, runs: runtime.Found) -> Finding:
+        who = f"PID {runs.qemu.pid}" if runs.qemu is not None else "it is being started"
+        name = self._definition.name
+        text = f"{name} is already running ({who}); what it holds is not looked at"
+        return Finding("error", "running", text, f"power it down with: qemu-launcher stop {name}")
+
+    def _binary(self) -> Iterator[Finding]:
+        tree, name = self._tree, self._definition.binary
+        folder = str(self._folder)
+        if not tree.is_directory(folder) or not tree.may(folder, ENTER):
+            text = f"QEMU cannot run in {folder} (working_directory)"
+            yield Finding("error", "folder", text, "make it, or correct the path")
+        path = files.binary(tree, name, self._env, self._folder)
+        if path is None:
+            where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
+            fix = "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path"
+            yield Finding("error", "binary", f"cannot start {name!r}{where}", fix)
+            return
+        said = versions.qemu(path, self._env, self._folder if tree.is_directory(folder) else Path("/"))
+        self.qemu = f"{said or 'of unknown version'}, {path}"
+        if "QEMU" not in (said or ""):
+            fix = f"see what it says: {path} --version"
+            yield Finding("warning", "binary", f"{path} does not tell its version as a QEMU does", fix)
+
+    def _memory(self, *, runs: bool) -> Iterator[Finding]:
+        tree, backends = self._tree, asked.backends(self._definition)
+        yield from memory.shared_files(tree, backends, self._user)
+        if not runs:
+            yield from memory.huge_pages(tree, backends)
+            ram = cmdline.guest_ram(self._definition)
+            yield from memory.enough(tree, ram, memory.in_huge_pages(tree, backends))
+
+    def _tuning(self, *, runs: bool) -> Iterator[Finding]:
+        """What a failure does to the start is on_tuning_failure's to say, but for CPUs that are not there."""
+        definition, tree = self._definition, self._tree
+        if not definition.wants_tuning:
+            yield Finding("note", "tuning", "the definition asks for no tuning: it needs no helper")
+        need = self._memlock_need()
+        if isinstance(need, Finding):
+            yield need
+            need = None
+        elif definition.memlock.kind == "none" or (need is not None and need.unaided):
+            soft, hard = map(_bytes, resource.getrlimit(resource.RLIMIT_MEMLOCK))
+            if os.geteuid() != 0:  # CAP_IPC_LOCK lifts the limit
+                yield from memory.own_memlock(definition, need, soft, hard)
+        if definition.places_threads:
+            yield from self._cpus()
+        yield from self._mildly(cpus.realtime(definition, tree, os.uname().release))
+        if plan.needs_helper(definition, need):
+            yield from self._place()
+            if not runs:
+                yield from self._helper(need)
+        if definition.places_threads:
+            yield from cpus.leftovers(tree, cpus.of_vcpus(definition), self._mechanism)
+
+    def _memlock_need(self) -> plan.MemlockNeed | Finding | None:
+        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return plan.memlock_need(self._definition, _bytes(hard), total)
+        except LauncherError as err:
+            return next(self._mildly([Finding("error", "memlock", err.message, err.hint)]))
+
+    def _cpus(self) -> Iterator[Finding]:
+        definition = self._definition
+        try:
+            facts = host.read_host()
+        except LauncherError as err:
+            yield Finding("error", "cpus", err.message, err.hint)
+            return
+        yield from cpus.there(definition, facts)
+        yield from cpus.cores(definition, facts)
+        if definition.isolation == "affinity":
+            yield from self._mildly(cpus.held(definition, self._tree))
+
+    def _place(self) -> Iterator[Finding]:
+        path = next(
+            (line[3:] for line in (self._tree.text("/proc/self/cgroup") or "").splitlines() if line[:3] == "0::"), ""
+        )
+        yield from self._mildly(session_of(path, os.geteuid()))
+
+    def _helper(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
+        from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
+
+        self.helper_facts = [("helper", "gives no answer")]
+        voice = Voice(self._definition.name, quiet=False)
+        fatal = self._definition.on_tuning_failure != "continue"
+
+        async def ask() -> list[Finding]:
+            person = agent.somebody_is_there() or agent.is_possible()
+            async with dryrun.asking(person_there=person, fatal=fatal) as asker:
+                if isinstance(asker, Finding):
+                    return [asker]
+                await asker.get_limits()
+                try:
+                    await dryrun.start(asker, self._definition, need)
+                except TuningFailed as err:
+                    asker.findings.append(Finding("error" if fatal else "warning", "plan", err.message, err.hint))
+                if asker.limits is not None:
+                    self._mechanism = asker.limits.mechanism
+                    self.helper_facts = [("helper", asker.limits.version), ("shielding", asker.limits.shielding)]
+                return asker.findings
+
+        yield from asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
+
+    def _mildly(self, found: Iterable[Finding]) -> Iterator[Finding]:
+        """With on_tuning_failure: continue, what cannot be tuned is only worth a warning."""
+        for one in found:
+            mild = one.severity == "error" and self._definition.on_tuning_failure == "continue"
+            yield one._replace(severity="warning") if mild else one
+
+
+def _where_we_are() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it has been removed
+        return Path("/")
+
+
+def session_of(cgroup: str, uid: int) -> Iterator[Finding]:
+    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are. `cgroup`: v2 path."""
+    own = f"/user.slice/user-{uid}.slice/"
+    if not cgroup:
+        text = "this host has no cgroup v2 here, or hides it (a container): the helper finds no session of yours"
+        yield Finding("error", "session", text, "run qemu-launcher on the host itself, in a login with cgroup v2")
+    elif not cgroup.startswith(own):
+        text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
+        fix = "log in as yourself (su and sudo keep the session), or name the service under services in helper.toml"
+        yield Finding("warning" if cgroup.startswith("/system.slice/") else "error", "session", text, fix)
+
+
+def _bytes(limit: int) -> int:
+    return procfs.INFINITY if limit == resource.RLIM_INFINITY else limit
+
+
+# How it is shown
+
+
+def show(head: Facts, found: Sequence[Finding], verdict: str) -> None:
+    """For people, and for bug reports."""
+    width = max(len(name) for name, _ in head) + 2
+    lines = [printable(f"{name:<{width}}{value}") for name, value in head]
+    page = table.page_for_stdout()
+    say: Callable[[str, str, str], None]
+    if page is not None:
+        say = page.marked
+    else:
+        out: list[str] = []
+
+        def say(word: str, style: str, rest: str) -> None:  # noqa: ARG001
+            out.append(word + rest)
+
+    for line in lines:
+        say("", "", line)
+    say("", "", "")
+    told: set[str] = set()
+    for one in found:
+        text, *more = [part for part in printable(one.text).splitlines() if part] or [""]
+        say(one.severity, STYLES[one.severity], f"{'':<{_WIDTH - len(one.severity)}}{text}")
+        fix = "(as above)" if one.fix in told else printable(one.fix or "")
+        told.add(one.fix or "")
+        for line in [*more, *fix.splitlines()]:
+            say("", "", f"{'':<{_WIDTH}}{line}")
+    say("", "", "")
+    say(verdict, "bold", "")
+    if page is None:
+        stdout.say("\n".join(out) + "\n")
+
+
+def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) -> None:
+    """The same for programs: head and findings with their names."""
+    facts = {name: printable(value) for name, value in head}
+    # printable: a file's name may be no text.
+    items = [one._replace(text=printable(one.text), fix=one.fix and printable(one.fix))._asdict() for one in found]
+    whole = {**begin, "system": facts, "findings": items}
+    stdout.say(json.dumps(whole, ensure_ascii=False, indent=2) + "\n")

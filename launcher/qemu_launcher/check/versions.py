@@ -1,0 +1,85 @@
+"""What runs here: the head of every bug report.
+
+Why it exists: the first questions about a report are always the same. Nothing secret is among the answers: versions,
+the user's name and groups, how CPUs are shielded. A program that is asked for its version gets five seconds.
+"""
+
+import grp
+import os
+import select
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .. import access
+from ..errors import printable
+from .tree import Tree
+
+_PATIENCE = 5.0  # seconds; --version takes a tenth of one
+_LONGEST = 4096  # bytes
+
+
+def kernel() -> str:
+    """`Linux 6.12.43+deb13-amd64 x86_64`."""
+    about = os.uname()
+    return f"{about.sysname} {about.release} {about.machine}"
+
+
+def distribution(tree: Tree) -> str:
+    """Its name, as os-release(5) has it."""
+    for path in ("/etc/os-release", "/usr/lib/os-release"):
+        for line in (tree.text(path) or "").splitlines():
+            name, _, value = line.partition("=")
+            if name == "PRETTY_NAME":
+                return value.strip("\"'")
+    return "unknown"
+
+
+def systemd(tree: Tree) -> str:
+    """`systemd 257 (257.7-1)`; sd_booted(3) tells whether it runs."""
+    if not tree.exists("/run/systemd/system"):
+        return "no systemd"
+    return first_line(["systemctl", "--version"], os.environ, Path("/")) or "systemd of unknown version"
+
+
+def qemu(binary: str, env: Mapping[str, str], folder: Path) -> str | None:
+    """`QEMU emulator version 10.0.2 (...)`, or whatever the program says instead; None if it says nothing."""
+    return first_line([binary, "--version"], env, folder)
+
+
+def user() -> str:
+    """`alice (1000), groups alice kvm qemu-launcher`."""
+    names = []
+    for gid in sorted({os.getegid(), *os.getgroups()}):
+        try:
+            names.append(grp.getgrgid(gid).gr_name)
+        except KeyError:
+            names.append(str(gid))
+    return f"{access.user_name()} ({os.geteuid()}), groups {' '.join(names)}"
+
+
+def first_line(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> str | None:
+    """The first line that a program prints. None if it cannot be executed, or prints none in time; it is gone then."""
+    try:
+        process = subprocess.Popen(
+            argv, env=dict(env), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except (OSError, ValueError):
+        return None
+    assert process.stdout is not None
+    end, said = time.monotonic() + _PATIENCE, b""
+    try:
+        # Not communicate(): it would keep all that an endless program prints.
+        while b"\n" not in said and len(said) < _LONGEST and (left := end - time.monotonic()) > 0:
+            if select.select([process.stdout], [], [], left)[0]:
+                data = os.read(process.stdout.fileno(), _LONGEST)
+                if not data:
+                    break
+                said += data
+    finally:
+        process.stdout.close()
+        process.kill()
+        process.wait()
+    line = said.decode("utf-8", "replace").partition("\n")[0].strip()
+    return printable(line) or None

@@ -1,0 +1,250 @@
+"""CPUs that are there and are not, cores that are split, and what an earlier attempt has left on the host."""
+
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher.check import cpus
+from qemu_launcher.check.finding import Finding
+from qemu_launcher.definition import VmDefinition
+from unit.other_host import OtherHost, the_only, told
+from unit.reading import launcher
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> OtherHost:
+    """8 cores of two threads: CPU n and n + 8 are one."""
+    host = OtherHost(tmp_path)
+    host.cpus("0-15", siblings=8)
+    return host
+
+
+def pinned(where: str, more: str = "", qemu: str = "[]") -> VmDefinition:
+    return launcher(f"vcpu_pinning: {where}\n{more}", qemu)
+
+
+def there(
+    host: OtherHost, definition: VmDefinition, online: str = "0-15", possible: str | None = None
+) -> list[Finding]:
+    return list(cpus.there(definition, host.cpus(online, siblings=0, possible=possible)))
+
+
+def cores(host: OtherHost, definition: VmDefinition) -> list[Finding]:
+    return list(cpus.cores(definition, host.cpus("0-15", siblings=8)))
+
+
+def test_there(host: OtherHost) -> None:
+    assert told(there(host, pinned("[2, 10]"))) == ["ok: host CPUs 2,10: there and online"]
+    assert told(there(host, pinned("[2]"))) == ["ok: host CPU 2: there and online"]
+
+
+def test_all_that_are_missing_in_one_line(host: OtherHost) -> None:
+    severity, text, fix = the_only(there(host, pinned("[2, 16, 17, 18]"), possible="0-15"))
+    assert severity == "error"
+    assert text == ("win11.yml:3:21: there are no host CPUs 16-18, or not online; this host has 0-15, online 0-15")
+    assert "lscpu" in fix
+
+
+def test_offline(host: OtherHost) -> None:
+    severity, text, fix = the_only(there(host, pinned("[2, 15]"), online="0-14", possible="0-15"))
+    assert (severity, text) == (
+        "error",
+        "win11.yml:3:21: there is no host CPU 15, or not online; this host has 0-15, online 0-14",
+    )
+    assert "echo 1 | sudo tee /sys/devices/system/cpu/cpu15/online" in fix
+
+
+def test_other_threads_in_the_shield_are_refused_as_a_start_does(host: OtherHost) -> None:
+    definition = pinned("[2]", "emulator_pinning: 10")
+    [one] = cpus.there(definition, host.cpus("0-15", siblings=8))
+    assert one.severity == "error"
+    assert "emulator_pinning may not run on host CPU 10, which is shielded" in one.text
+
+
+def test_whole_cores(host: OtherHost) -> None:
+    assert told(cores(host, pinned("[2, 10, 3, 11]", qemu="[smp: '4,threads=2']"))) == [
+        "ok: CPUs 2-3,10-11: whole cores"
+    ]
+
+
+def test_split_siblings_of_a_shield(host: OtherHost) -> None:
+    severity, text, fix = the_only(cores(host, pinned("[2, 3, 11]", qemu="[]"))[:1])
+    assert severity == "warning"
+    assert text == "a shield is made of whole cores: besides CPU 2 it takes CPU 10, which nothing then uses"
+    assert "pin vCPUs to 10 too" in fix
+
+
+@pytest.mark.parametrize("isolation", ["cpuset", "affinity"])
+def test_split_siblings_without_a_shield(host: OtherHost, isolation: str) -> None:
+    severity, text, fix = the_only(cores(host, pinned("[2, 3]", f"isolation: {isolation}")))
+    assert severity == "warning"
+    assert text == "anybody may run on CPUs 10-11, on the same cores as CPUs 2-3"
+    assert "isolation: shield" in fix
+
+
+def test_without_smt_there_is_nothing_to_split(host: OtherHost) -> None:
+    assert list(cpus.cores(pinned("[2, 3]"), OtherHost(host.root / "plain").cpus("0-3"))) == []
+
+
+@pytest.mark.parametrize("where", ["[0, 8]", "[8]"])
+def test_cpu_0(host: OtherHost, where: str) -> None:
+    """Also where only its sibling is named: shields are whole cores."""
+    [one] = [one for one in cores(host, pinned(where, qemu="[smp: '2,threads=2']")) if one.about == "cpu 0"]
+    assert one.severity == "warning"
+    assert one.text.startswith("the shield takes CPU 0, ")
+    assert "real time" not in one.text
+    assert one.fix == "use other CPUs; not pinned are: 1-7,9-15"
+
+
+def test_cpu_0_without_a_shield_is_nothing(host: OtherHost) -> None:
+    assert all(one.about != "cpu 0" for one in cores(host, pinned("[0, 8]", "isolation: cpuset")))
+
+
+def test_real_time_on_cpu_0(host: OtherHost) -> None:
+    found = cores(host, pinned("[0, 8]", "scheduler: fifo"))
+    assert any('realtime = "anywhere"' in one.text for one in found)
+
+
+@pytest.mark.parametrize(
+    ("definition", "text"),
+    [
+        (pinned("{0: {0: {0: 2, 1: 3}}}"), "socket 0, core 0 of the guest is on CPUs 2-3, which are not one core of"),
+        (pinned("[2, 3, 10, 11]", qemu="[smp: '4,threads=2']"), "core 0 of the guest is on CPUs 2-3, which are not"),
+        (pinned("[2, 10]", qemu="[smp: 2]"), "core 0 and core 1 of the guest share one core of the host, CPUs 2,10"),
+    ],
+)
+def test_guest_with_other_siblings(host: OtherHost, definition: VmDefinition, text: str) -> None:
+    [one] = [one for one in cores(host, definition) if one.about == "topology"]
+    assert one.severity == "note"
+    assert one.text.startswith(text)
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        pinned("{0: {0: {0: 2, 1: 10}, 1: {0: 3, 1: 11}}}"),
+        pinned("[2, 10, 3, 11]", qemu="[smp: '4,threads=2']"),
+        pinned("[2, 3]", qemu="[smp: 2]"),
+        pinned("['2-3', '2-3']", "isolation: cpuset"),
+    ],
+)
+def test_guest_with_the_hosts_siblings(host: OtherHost, definition: VmDefinition) -> None:
+    assert all(one.about != "topology" for one in cores(host, definition))
+
+
+def test_held_by_another_vm(host: OtherHost) -> None:
+    definition = pinned("[2, 3]", "isolation: affinity")
+    assert list(cpus.held(definition, host.tree)) == []
+    host.write("/sys/fs/cgroup/cpuset.cpus.isolated", "3-4\n")
+    assert the_only(list(cpus.held(definition, host.tree)))[:2] == ("error", "CPU 3: shielded for another VM now")
+    host.write("/sys/fs/cgroup/cpuset.cpus.isolated", "\n")
+    assert list(cpus.held(definition, host.tree)) == []
+
+
+# What fights with us
+
+PINNED = frozenset({2, 3, 10, 11})
+
+
+def leftovers(host: OtherHost, mechanism: str | None = None) -> list[Finding]:
+    return list(cpus.leftovers(host.tree, PINNED, mechanism))
+
+
+def test_a_clean_host(host: OtherHost) -> None:
+    host.write("/proc/cmdline", "BOOT_IMAGE=/vmlinuz root=/dev/sda1 quiet isolcpus= nohz=on")
+    host.write("/etc/systemd/system/system.slice.d/memory.conf", "[Slice]\nMemoryMax=8G\n# AllowedCPUs=0\n")
+    host.write("/etc/libvirt/hooks/qemu", "#!/bin/sh\nlogger started\n")
+    assert leftovers(host) == []
+
+
+@pytest.mark.parametrize("argument", ["isolcpus=2-4,10-12", "isolcpus=managed_irq,domain,2-4,10-12", "isolcpus=4,12"])
+def test_isolcpus(host: OtherHost, argument: str) -> None:
+    host.write("/proc/cmdline", f"quiet {argument}")
+    severity, text, fix = the_only(leftovers(host))
+    assert severity == "warning"
+    assert text == (
+        f"the kernel was started with {argument}: nothing of the host runs on CPUs 4,12 by itself, VM or not"
+    )
+    assert fix.startswith("take it off the kernel command line")
+
+
+def test_isolcpus_of_just_these(host: OtherHost) -> None:
+    host.write("/proc/cmdline", "isolcpus=2,3")
+    assert the_only(leftovers(host))[0] == "note"
+
+
+def test_nohz_full(host: OtherHost) -> None:
+    host.write("/proc/cmdline", "nohz_full=2,3,10,11")
+    assert leftovers(host) == []
+    host.write("/proc/cmdline", "nohz_full=2,3")
+    assert the_only(leftovers(host))[:2] == ("note", "nohz_full=2,3 leaves out CPUs 10-11, where the timer ticks on")
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/etc/systemd/system", "/etc/systemd/system.control", "/run/systemd/system", "/run/systemd/system.control"],
+)
+@pytest.mark.parametrize("unit", ["init.scope", "system.slice", "user.slice"])
+def test_allowed_cpus(host: OtherHost, folder: str, unit: str) -> None:
+    path = f"{folder}/{unit}.d/50-AllowedCPUs.conf"
+    host.write(path, "[Slice]\nAllowedCPUs=0 1\n")
+    severity, text, fix = the_only(leftovers(host))
+    assert severity == "warning"
+    assert text == f"{path} keeps {unit} on CPUs 0 1 (AllowedCPUs=), whether a VM runs or not"
+    assert fix.startswith(f"sudo rm {path}; ")
+    assert fix.endswith(f"sudo systemctl set-property --runtime {unit} AllowedCPUs=0-15")
+
+
+def test_allowed_cpus_that_were_reset(host: OtherHost) -> None:
+    host.write("/etc/systemd/system/system.slice.d/a.conf", "[Slice]\nAllowedCPUs=0\nAllowedCPUs=\n")
+    assert leftovers(host) == []
+
+
+def test_what_the_helper_sets_itself_is_no_leftover(host: OtherHost) -> None:
+    host.write("/run/systemd/system.control/user.slice.d/50-AllowedCPUs.conf", "[Slice]\nAllowedCPUs=0-1\n")
+    assert leftovers(host, "pool") == []
+    assert leftovers(host, "partition") != []
+    host.write("/etc/systemd/system/user.slice.d/50-AllowedCPUs.conf", "[Slice]\nAllowedCPUs=0-1\n")
+    assert len(leftovers(host, "pool")) == 1
+
+
+@pytest.mark.parametrize("path", ["/etc/libvirt/hooks/qemu", "/etc/libvirt/hooks/qemu.d/win10/prepare/begin/cpus.sh"])
+def test_libvirt_hooks(host: OtherHost, path: str) -> None:
+    host.write(path, "systemctl set-property --runtime -- system.slice AllowedCPUs=0,8\ncset shield --cpu 1-7\n")
+    severity, text, _ = the_only(leftovers(host))
+    assert severity == "warning"
+    assert text == f"the libvirt hook {path} moves the host's tasks between CPUs too (AllowedCPUs, cset)"
+
+
+def test_hooks_in_a_circle(host: OtherHost) -> None:
+    host.folder("/etc/libvirt/hooks/qemu.d")
+    host.link("/etc/libvirt/hooks/qemu.d/again", "/etc/libvirt/hooks/qemu.d")
+    assert leftovers(host) == []
+
+
+# Real time
+
+
+def realtime(host: OtherHost, release: str, more: str = "scheduler: fifo") -> list[Finding]:
+    return list(cpus.realtime(pinned("[2]", more), host.tree, release))
+
+
+def test_fair_server(host: OtherHost) -> None:
+    host.write("/proc/sys/kernel/sched_rt_runtime_us", "950000\n")
+    host.write("/proc/sys/kernel/sched_rt_period_us", "1000000\n")
+    assert the_only(realtime(host, "6.12.43+deb13-amd64"))[0] == "ok"
+    assert the_only(realtime(host, "7.0.0"))[0] == "ok"
+    severity, text, _ = the_only(realtime(host, "6.1.0-44-amd64"))
+    assert severity == "warning"
+    assert text.startswith("Linux 6.1.0-44-amd64 has no fair server (6.12 has)")
+    assert "5 % of its CPU" in text
+    assert realtime(host, "6.1.0", "") == []
+    assert realtime(host, "6.1.0", "scheduler: batch") == []
+    assert len(realtime(host, "6.1.0", "emulator_scheduler: fifo")) == 1
+
+
+def test_nothing_would_stop_a_real_time_thread(host: OtherHost) -> None:
+    host.write("/proc/sys/kernel/sched_rt_runtime_us", "-1\n")
+    severity, text, fix = the_only(realtime(host, "6.12.0"))
+    assert (severity, text) == ("error", "kernel.sched_rt_runtime_us is -1: nothing would stop a real-time thread")
+    assert "sudo sysctl kernel.sched_rt_runtime_us=950000" in fix

@@ -1,0 +1,142 @@
+"""Disk images, the binary, and the variables by which QEMU finds a display and audio."""
+
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher.check import environment, files
+from qemu_launcher.check.asked import Image
+from qemu_launcher.check.finding import Finding
+from unit.other_host import OtherHost, the_only, told
+from unit.reading import launcher
+
+VMS = Path("/var/lib/vms")
+DISK = Image("win11.qcow2", "drive", writable=True)
+ISO = Image("/srv/iso/virtio.iso", "cdrom", writable=False)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> OtherHost:
+    host = OtherHost(tmp_path)
+    host.write("/var/lib/vms/win11.qcow2")
+    host.write("/srv/iso/virtio.iso")
+    return host
+
+
+def images(host: OtherHost, *wanted: Image) -> list[Finding]:
+    return list(files.images(host.tree, wanted, VMS, "alice"))
+
+
+def test_all_is_well(host: OtherHost) -> None:
+    host.forbid("/srv/iso/virtio.iso", 2)  # W_OK, which a CD does not need
+    assert told(images(host, DISK, ISO)) == ["ok: 2 images and boot files can be opened as wanted"]
+    assert images(host) == []
+
+
+def test_missing(host: OtherHost) -> None:
+    severity, text, fix = the_only(images(host, Image("win10.qcow2", "hda", writable=True)))
+    assert (severity, text) == ("error", "there is no /var/lib/vms/win10.qcow2 (-hda)")
+    assert fix == "/var/lib/vms has: win11.qcow2"
+
+
+def test_missing_with_its_folder(host: OtherHost) -> None:
+    fix = the_only(images(host, Image("/var/lib/machines/a/b.raw", "drive", writable=True)))[2]
+    assert fix == "there is /var/lib, and nothing below it on this way"
+
+
+def test_not_ours(host: OtherHost) -> None:
+    host.forbid("/var/lib/vms/win11.qcow2")
+    severity, text, fix = the_only(images(host, DISK))
+    assert (severity, text) == ("error", "/var/lib/vms/win11.qcow2 (-drive) is not yours to read and write")
+    assert fix == "sudo setfacl -m u:alice:rw /var/lib/vms/win11.qcow2"
+
+
+def test_readable_only(host: OtherHost) -> None:
+    host.forbid("/var/lib/vms/win11.qcow2", 2)
+    assert the_only(images(host, DISK))[2].splitlines()[1] == "or, if the guest only reads it: readonly: on"
+
+
+def test_closed_folder_on_the_way(host: OtherHost) -> None:
+    host.forbid("/var/lib", 1)
+    severity, text, fix = the_only(images(host, DISK))
+    assert severity == "error"
+    assert text == "/var/lib/vms/win11.qcow2 (-drive) cannot be reached: /var/lib is closed to you"
+    assert fix == "sudo setfacl -m u:alice:x /var/lib"
+
+
+def test_directory(host: OtherHost) -> None:
+    assert "is a directory" in the_only(images(host, Image("/srv/iso", "drive", writable=True)))[1]
+
+
+def test_binary(host: OtherHost) -> None:
+    host.write("/usr/bin/qemu-system-x86_64")
+    host.write("/var/lib/vms/build/qemu")
+    host.folder("/opt/qemu-system-x86_64")
+    env = {"PATH": "/opt:/usr/local/bin:/usr/bin"}
+    assert files.binary(host.tree, "qemu-system-x86_64", env, VMS) == "/usr/bin/qemu-system-x86_64"
+    assert files.binary(host.tree, "build/qemu", env, VMS) == "/var/lib/vms/build/qemu"
+    assert files.binary(host.tree, "qemu-system-m68k", env, VMS) is None
+    assert files.binary(host.tree, "/opt/qemu-system-x86_64", env, VMS) is None
+    host.forbid("/usr/bin/qemu-system-x86_64", 1)
+    assert files.binary(host.tree, "qemu-system-x86_64", env, VMS) is None
+
+
+# Variables
+
+DESKTOP = {"XDG_RUNTIME_DIR": "/run/user/1000", "WAYLAND_DISPLAY": "wayland-0", "HOME": "/home/alice"}
+
+
+def variables(options: str, env: dict[str, str], keys: str = "") -> list[Finding]:
+    return list(environment.variables(launcher(keys, options), env, DESKTOP))
+
+
+@pytest.mark.parametrize(
+    ("options", "severity", "text"),
+    [
+        ("[audiodev: 'pipewire,id=a']", "warning", "audio pipewire needs XDG_RUNTIME_DIR or PIPEWIRE_RUNTIME_DIR"),
+        ("[audiodev: [pa, id: a]]", "warning", "audio pa needs XDG_RUNTIME_DIR or PULSE_SERVER or"),
+        ("[display: gtk]", "error", "display gtk needs WAYLAND_DISPLAY and XDG_RUNTIME_DIR or DISPLAY, and"),
+        ("[display: 'sdl,gl=on']", "error", "display sdl needs"),
+    ],
+)
+def test_cleared_environment(options: str, severity: str, text: str) -> None:
+    found = the_only(variables(options, {}, "clear_env: true"))
+    assert found[0] == severity
+    assert found[1].startswith(text)
+    assert found[1].endswith("(clear_env: true)")
+    assert found[2].startswith("write env: {")
+    assert "XDG_RUNTIME_DIR: /run/user/1000" in found[2]
+    assert found[2].endswith("}, or clear_env: false")
+    assert [one.severity for one in variables(options, DESKTOP, "clear_env: true")] == ["ok"]
+
+
+def test_variables_that_are_needed_together() -> None:
+    assert [one.severity for one in variables("[display: gtk]", {"WAYLAND_DISPLAY": "wayland-0"})] == ["error"]
+    assert [one.severity for one in variables("[display: gtk]", {"DISPLAY": ":0"})] == ["ok"]
+
+
+def test_login_without_a_desktop() -> None:
+    found = list(environment.variables(launcher("", "[display: gtk]"), {}, {}))
+    assert the_only(found)[1].endswith("QEMU would have none of them in this login")
+    assert the_only(found)[2] == "start it from the desktop, or write env: with the values it has there"
+
+
+def test_who_may_enter_an_x_display_is_told_too() -> None:
+    ours = {"DISPLAY": ":0", "XAUTHORITY": "/run/user/1000/x auth"}
+    definition = launcher("clear_env: true", "[display: gtk]")
+    fix = the_only(list(environment.variables(definition, {}, ours)))[2]
+    assert fix == "write env: {DISPLAY: :0, XAUTHORITY: '/run/user/1000/x auth'}, or clear_env: false"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "[nographic]",
+        "[display: none]",
+        "[display: vnc=:1]",
+        "[audiodev: 'alsa,id=a']",
+        "[audiodev: 'pa,id=a,server=tcp:x']",
+    ],
+)
+def test_what_needs_no_variables(options: str) -> None:
+    assert variables(options, {}, "clear_env: true") == []

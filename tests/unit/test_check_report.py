@@ -1,0 +1,212 @@
+"""How findings are told, what they come to, and what is asked about programs, sessions and the installation."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher import access
+from qemu_launcher.check import dryrun, finding, installation, report, versions
+from qemu_launcher.check.finding import Finding
+from qemu_launcher.plan import thread_plan
+from unit.other_host import OtherHost, the_only, told
+from unit.reading import launcher
+
+FINDINGS = [
+    Finding("ok", "kvm", "/dev/kvm is yours to use"),
+    Finding("warning", "smt", "half a core", "pin\nwhole ones"),
+    Finding("error", "a", "no", "install it"),
+    Finding("error", "b", "no \x1b[31m", "install it"),
+]
+
+
+def test_words_in_front_fixes_below(capfd: pytest.CaptureFixture[str]) -> None:
+    report.show([("launcher", "1.0"), ("definition", "/x.yml")], FINDINGS, "win11 would not start")
+    assert capfd.readouterr().out == (
+        "launcher    1.0\n"
+        "definition  /x.yml\n"
+        "\n"
+        "ok       /dev/kvm is yours to use\n"
+        "warning  half a core\n"
+        "         pin\n"
+        "         whole ones\n"
+        "error    no\n"
+        "         install it\n"
+        "error    no \\x1b[31m\n"
+        "         (as above)\n"
+        "\n"
+        "win11 would not start\n"
+    )
+
+
+def test_json(capfd: pytest.CaptureFixture[str]) -> None:
+    report.say_json({"vm": "win11", "would_start": False}, [("launcher", "1.0\udcff")], FINDINGS[:2])
+    assert json.loads(capfd.readouterr().out) == {
+        "vm": "win11",
+        "would_start": False,
+        "system": {"launcher": "1.0\\xff"},
+        "findings": [
+            {"severity": "ok", "about": "kvm", "text": "/dev/kvm is yours to use", "fix": None},
+            {"severity": "warning", "about": "smt", "text": "half a core", "fix": "pin\nwhole ones"},
+        ],
+    }
+
+
+def test_what_findings_come_to() -> None:
+    assert finding.would_stop(FINDINGS)
+    assert not finding.would_stop(FINDINGS[:2])
+    assert finding.counted(FINDINGS) == "2 errors, 1 warning"
+    assert finding.counted(FINDINGS[:1]) == ""
+    twice = [Finding("error", "memlock", "not a member"), FINDINGS[0], Finding("error", "pinning", "not a member")]
+    assert finding.without_repetitions(twice) == twice[:2]
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "severity"),
+    [
+        ("/user.slice/user-1000.slice/session-2.scope", None),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/x.scope", None),
+        ("/user.slice/user-0.slice/session-1.scope", "error"),
+        ("/user.slice/user-10.slice/session-1.scope", "error"),
+        ("/system.slice/win11.service", "warning"),
+        ("/", "error"),
+        ("", "error"),
+    ],
+)
+def test_session(cgroup: str, severity: str | None) -> None:
+    assert [one.severity for one in report.session_of(cgroup, 1000)] == ([severity] if severity else [])
+
+
+# The threads that QEMU would have
+
+
+@pytest.mark.parametrize(
+    ("keys", "smp", "tids"),
+    [
+        ("vcpu_pinning: [2, 3]", 2, [2, 3]),
+        ("vcpu_pinning: {0: {0: {0: 2}, 1: {0: 3}}}", 2, [2, 3]),
+        ("vcpu_pinning: [2]", 2, [2]),
+        ("vcpu_pinning: {0: {0: {0: 2}}}", 2, [2]),
+        ("vcpu_pinning: {0: {die 1: {0: {0: 2, 1: 3}}}}", 2, [2, 3]),
+        ("vcpu_pinning: [2-3, 4]", 2, [2, 3]),
+        ("vcpu_pinning: [2, 2]\nisolation: cpuset", 2, [2, 3]),
+        ("", 3, []),
+    ],
+)
+def test_imagined_threads(keys: str, smp: int, tids: list[int]) -> None:
+    definition = launcher(f"{keys}\nscheduler: batch", f"[smp: {smp}]")
+    wanted = thread_plan(*dryrun.imagined(definition))
+    assert [pin.tid for pin in wanted.pins] == tids
+    assert wanted.scheduled == tuple(range(2, 2 + smp)), "pinned or not"
+
+
+def test_imagined_iothreads_have_numbers_of_their_own() -> None:
+    keys = "vcpu_pinning: [2, 3]\niothread_pinning: {disk: 0}\nemulator_pinning: 1"
+    definition = launcher(keys, "[smp: 2, object: 'iothread,id=disk']")
+    wanted = thread_plan(*dryrun.imagined(definition))
+    assert [(pin.tid, set(pin.cpus), pin.shielded) for pin in wanted.pins] == [
+        (2, {2}, True),
+        (3, {3}, True),
+        (4, {0}, False),
+    ]
+    assert wanted.others == {1}
+
+
+# Versions
+
+
+def test_first_line() -> None:
+    env = {"SAID": "QEMU emulator version 10\nmore"}
+    said = versions.first_line([sys.executable, "-c", "import os; print(os.environ['SAID'])"], env, Path("/"))
+    assert said == "QEMU emulator version 10"
+    assert versions.first_line(["/nonexistent"], {}, Path("/")) is None
+    assert versions.first_line(["true"], os.environ, Path("/nonexistent")) is None
+    assert versions.first_line(["true"], os.environ, Path("/")) is None
+
+
+def test_a_program_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_PATIENCE", 0.2)
+    assert versions.first_line(["sleep", "600"], os.environ, Path("/")) is None
+    began = time.monotonic()
+    assert versions.first_line(["cat", "/dev/zero"], os.environ, Path("/")) is not None, "4 KiB of it are enough"
+    assert time.monotonic() - began < 60
+
+
+def test_distribution(tmp_path: Path) -> None:
+    host = OtherHost(tmp_path)
+    assert versions.distribution(host.tree) == "unknown"
+    host.write("/usr/lib/os-release", 'NAME=Debian\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"\n')
+    assert versions.distribution(host.tree) == "Debian GNU/Linux 13 (trixie)"
+    assert versions.systemd(host.tree) == "no systemd"
+
+
+# The installation
+
+FILES = (
+    "/usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service",
+    "/usr/share/dbus-1/system.d/org.qemulauncher.Helper1.conf",
+    "/usr/share/polkit-1/actions/org.qemulauncher.policy",
+    "/usr/lib/systemd/system/qemu-launcher-helper.service",
+)
+
+
+def test_installed(tmp_path: Path) -> None:
+    host = OtherHost(tmp_path)
+    host.folder("/run/systemd/system")
+    for path in FILES:
+        host.write(path)
+    assert the_only(list(installation.installed(host.tree)))[0] == "ok"
+    for path in FILES:
+        (host.root / path[1:]).unlink()
+        severity, text, fix = the_only(list(installation.installed(host.tree)))
+        assert severity == "error"
+        assert path.rpartition("/")[2] in text
+        assert fix == access.HOW_TO_INSTALL
+        host.write(path)
+
+
+def test_cgroups(tmp_path: Path) -> None:
+    host = OtherHost(tmp_path)
+    host.write("/dev/kvm")
+
+    def first() -> Finding:
+        return next(installation.host_facts(host.tree, "alice"))
+
+    assert (first().severity, first().text) == ("warning", "there is no cgroup v2 in /sys/fs/cgroup")
+    host.write("/sys/fs/cgroup/cgroup.controllers", "cpu memory\n")
+    assert "without the cpuset controller" in first().text
+    host.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu memory\n")
+    assert first().severity == "ok"
+    host.forbid("/dev/kvm")
+    assert [one.severity for one in installation.host_facts(host.tree, "alice")] == ["ok", "warning"], "no VM needs it"
+
+
+def test_qemus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = OtherHost(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin")
+    assert the_only(list(installation.qemus(host.tree)))[0] == "error"
+    monkeypatch.setattr(versions, "qemu", lambda *_: "QEMU emulator version 10")
+    host.write(f"/usr/bin/qemu-system-{os.uname().machine}")
+    host.write("/usr/bin/qemu-system-aaa")
+    host.write("/usr/bin/qemu-img")
+    expected = f"ok: /usr/bin/qemu-system-{os.uname().machine}: QEMU emulator version 10, and 1 more"
+    assert told(list(installation.qemus(host.tree))) == [expected]
+
+
+def test_definitions(tmp_path: Path) -> None:
+    environ = {"QEMU_LAUNCHER_CONFIG_DIR": str(tmp_path)}
+    assert the_only(list(installation.definitions(environ)))[0] == "note"
+    (tmp_path / "good.yml").write_text("launcher: {binary: q}\nqemu: []\n")
+    (tmp_path / "bad.yml").write_text("launcher: {binari: q}\nqemu: [{a: b, c: d}]\n")
+    (tmp_path / "preconfig.yml").write_text("launcher: {binary: q, scheduler: batch}\nqemu: [preconfig]\n")
+    (tmp_path / "lost.yml").symlink_to("nowhere")
+    found = list(installation.definitions(environ))
+    assert [one.severity for one in found] == ["error", "error", "error", "ok"]
+    assert found[0].text.startswith(f"{tmp_path}/bad.yml:1:")
+    assert found[0].text.endswith("more)")
+    assert found[1].text == f"cannot read {tmp_path}/lost.yml: No such file or directory"
+    assert "-preconfig stops QEMU" in found[2].text
+    assert found[3].text == f"1 definition in {tmp_path} can be read"
