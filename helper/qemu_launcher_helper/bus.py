@@ -36,7 +36,9 @@ Body = list[Any]
 Peer = tuple[str, str, str]  # bus name, object path, interface
 DAEMON: Peer = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 SYSTEMD: Peer = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
-_FIXED_HEADER = 16  # bytes up to and including the length of the header fields
+# Bytes up to and including the length of the header fields. The library keeps every signature that anybody ever sent,
+# at up to 46 KiB each; those of header fields come again with each message.
+_FIXED_HEADER, _MAX_SIGNATURES = 16, 32
 
 
 class Call(NamedTuple):
@@ -169,7 +171,8 @@ class SystemBus:
 
 def _parse(data: bytes) -> Message | None:
     """Parse one message from its own bytes; None if that is not possible, and nobody would know what to do about it."""
-    SignatureTree._cache.clear()  # noqa: SLF001  every signature that anybody ever sent, at 46 KiB each
+    if len(SignatureTree._cache) > _MAX_SIGNATURES:  # noqa: SLF001
+        SignatureTree._cache.clear()  # noqa: SLF001
     with suppress(Exception):  # the parser raises whatever Python raises on data it did not expect
         return Unmarshaller(io.BytesIO(data)).unmarshall()
     return None

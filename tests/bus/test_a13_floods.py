@@ -106,6 +106,33 @@ def test_a13_bursts(member: User, other: User) -> None:
         assert count == {"4": 200, "refused": 200 * 120 - granted}
 
 
+def test_a13_one_call_after_the_other_on_many_connections(member: User, other: User) -> None:
+    """A flood that never ends: whoever is answered calls again at once. Each honest call waits for one round of it.
+
+    A round is 40 calls, most of which are refused; a helper that served them all, or one user after the other, would
+    take hundreds of times as long.
+    """
+
+    def flood(path: str) -> Counter[str]:
+        clients = [Client(path) for _ in range(40)]
+        for client in clients:
+            client.receive_bytes()  # NameAcquired
+        count: Counter[str] = Counter()
+        _, data = clients[0].message("SetMemlock", *CALLS["SetMemlock"])
+        for _ in range(120):
+            for client in clients:
+                client.socket.sendall(client.copies(data, 1))
+            for client in clients:
+                count["refused" if b".Error.LimitExceeded" in client.receive_bytes() else "granted"] += 1
+        return count
+
+    with world() as host:
+        with unhurt(host, other, cpu=60.0, ratio=40):
+            count = as_user(member, lambda: flood(host.socket)).result()
+        assert count["granted"] == len(host.recorded(member))
+        assert count["refused"] >= 4000
+
+
 def test_a13_a_flood_that_wants_no_replies(member: User, other: User) -> None:
     """No limit of the bus on unanswered calls applies to these."""
 

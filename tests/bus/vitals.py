@@ -19,6 +19,8 @@ from bus.world import User, World, as_user, wait_until
 MIB = 2**20
 # The unit's MemoryMax= is 128 MiB.
 MOST = 110 * MIB
+# What makes a median of answers during an attack.
+ANSWERS = 15
 
 
 def peak(pid: int) -> int:
@@ -53,8 +55,13 @@ class Answers:
         self.before: Timed = []
         self.during: Timed = []
 
-    def __str__(self) -> str:
+    def medians(self) -> tuple[float, float]:
+        """What an answer usually took, before and during the attack, in seconds."""
         usual, attacked = (statistics.median(took for _, took in timed) for timed in (self.before, self.during))
+        return usual, attacked
+
+    def __str__(self) -> str:
+        usual, attacked = self.medians()
         longest = max(took for _, took in self.during)
         return f"median {usual * 1e3:.1f} ms before, {attacked * 1e3:.1f} ms attacked, longest {longest:.2f} s"
 
@@ -68,11 +75,13 @@ def unhurt(
     most: int = MOST,
     cpu: float = 10.0,
     slowest: float = 100.0,
+    ratio: float | None = None,
 ) -> Iterator[int]:
     """Attack in the block: the helper lives on, as small as before, and serves `honest`, who calls `member`, meanwhile.
 
     `cpu`: seconds of the CPU that the helper may use for it: it works one call after the other, so that is what the
-    last in the queue waits. `slowest`: on the wall, which others' work adds to; it finds who waits for ever. The honest
+    last in the queue waits. `slowest`: on the wall, which others' work adds to; it finds who waits for ever. `ratio`:
+    how many times as long as before the usual answer may take, for an attack that lasts over many answers. The honest
     caller makes at most 57 calls in 20 s, three fewer than his quota. Yields the helper's PID.
     """
     pid = served(host, honest)
@@ -92,6 +101,10 @@ def unhurt(
     assert {answer for answer, _ in (*times.before, *times.during)} == {"ok"}
     assert max(took for _, took in times.during) < slowest
     assert used < cpu
+    if ratio is not None:
+        usual, attacked = times.medians()
+        assert len(times.during) >= ANSWERS, "the attack was over before it could be judged"
+        assert attacked < ratio * usual
     assert host.helper_pid() == pid
     assert peak(pid) < most
     wait_until(lambda: descriptors(pid) == files, "descriptors to be closed")
