@@ -13,6 +13,7 @@ import sys
 
 from . import bus, contract, limits, privileges, service
 from .operations import Operations
+from .records import reconcile
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 # How long the journal may take to accept a record.
@@ -37,10 +38,9 @@ class Journal(logging.handlers.DatagramHandler):
 async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
     connection = await bus.SystemBus.connect(socket)
-    acts = acting(connection)
-    serving = service.Service(connection, acts, idle)
+    serving = service.Service(connection, acting(connection), idle)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.idle.set)
-    await acts.reconcile()
+    reconcile()
     connection.on_call = serving.receive
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
     if await connection.call(bus.DAEMON, "RequestName", "su", [contract.BUS_NAME, 4], "u") != [1]:
@@ -51,7 +51,7 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
     if serving.tasks:
         await asyncio.wait(serving.tasks, timeout=_STOP_SECONDS)
     # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
-    await acts.reconcile()
+    reconcile()
     await connection.close()
     return 0
 

@@ -41,6 +41,9 @@ METHODS = {
     "SetMemlock": ("ust", "t", "org.qemulauncher.set-memlock", "set_memlock"),
     "PinThreads": ("usa(uaub)au", "", "org.qemulauncher.pin-threads", "pin_threads"),
     "SetScheduler": ("usausu", "", "org.qemulauncher.set-scheduler", "set_scheduler"),
+    "CheckMemlock": ("st", "t", "org.qemulauncher.set-memlock", "check_memlock"),
+    "CheckPins": ("sa(uaub)au", "", "org.qemulauncher.pin-threads", "check_pins"),
+    "CheckScheduler": ("sa(uaub)su", "", "org.qemulauncher.set-scheduler", "check_scheduler"),
     "Release": ("us", "", MANAGE_OTHERS, "release"),
     "ListVms": ("b", "a(susutss)", MANAGE_OTHERS, "list_vms"),
     "GetLimits": ("", "a{sv}", None, "get_limits"),
@@ -68,10 +71,8 @@ MAX_PRIORITY = 99
 # PID 1 is nobody's VM; PID_MAX_LIMIT, proc_pid_sys_kernel(5): 2^22 on 64-bit systems.
 MIN_PID, MAX_PID = 2, 2**22
 # Threads in one request: QEMU 10's largest machine has 4096 vCPUs, but no host of ours has more than 1024 CPUs to pin
-# them to; 1024 pins make a message of 17 KiB.
-MAX_TIDS = 1024
-# Highest CPU number + 1: NR_CPUS of x86-64 with MAXSMP.
-MAX_CPUS = 8192
+# them to; 1024 pins make a message of 17 KiB. Highest CPU number + 1: NR_CPUS of x86-64 with MAXSMP.
+MAX_TIDS, MAX_CPUS = 1024, 8192
 
 # Largest message that is parsed at all, or kept until it is known whose it is; the largest sensible PinThreads fits.
 MAX_MESSAGE_BYTES = 24 * 1024
@@ -80,17 +81,15 @@ CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS = 4, 60, 20.0
 # Calls of one user that wait for his one password dialog, and dialogs on the whole host: at 128 unanswered ones the
 # bus would stop delivering our own calls (max_replies_per_connection, dbus-daemon(1)).
 DIALOG_QUEUE, MAX_DIALOGS = 8, 8
-# A person types a password; polkit's own agents give up after about this long.
-DIALOG_SECONDS = 300.0
-# Any other call of ours. 25 s is what every D-Bus library waits by default (dbus_connection_send_with_reply).
-CALL_SECONDS = 25.0
+# A person types a password; polkit's own agents give up after about as long. Any other call of ours: 25 s is what
+# every D-Bus library waits by default (dbus_connection_send_with_reply).
+DIALOG_SECONDS, CALL_SECONDS = 300.0, 25.0
 # The bus itself answers at once, or not at all: in a flood it drops answers to us too. So it is asked who calls again.
 DAEMON_SECONDS, IDENTIFY_TRIES = 10.0, 3
 # A systemd job of ours moves one process into a scope: milliseconds, unless the host is in deep trouble, or the
-# caller's session is being stopped and resists. Only calls about this user wait.
-JOB_SECONDS = 30.0
-# Between two looks at it, which cost systemd next to nothing; the same for a caller who may leave his dialog behind.
-JOB_PAUSE, DIALOG_PAUSE = 0.01, 1.0
+# caller's session is being stopped and resists. Only calls about this user wait. Between two looks at it, which cost
+# systemd next to nothing; the same for a caller who may leave his dialog behind.
+JOB_SECONDS, JOB_PAUSE, DIALOG_PAUSE = 30.0, 0.01, 1.0
 # Long enough to serve a whole launch with one process, short enough that nothing of root's stays around.
 IDLE_SECONDS = 15.0
 
@@ -179,14 +178,16 @@ def parse(member: str, body: Sequence[Any]) -> dict[str, Any]:
     """
     with suppress(TypeError, ValueError):  # of values that no codec would give
         match member, body:
-            case "SetMemlock", [pid, vm, amount]:
-                return {"pid": _task(pid), "vm": _vm(vm), "bytes": _within(amount, "number of bytes", 1, INFINITY)}
-            case "PinThreads", [pid, vm, pins, others]:
-                return {"pid": _task(pid), "vm": _vm(vm), "pins": _pins(pins), "others": _cpus(others)}
+            case "CheckMemlock", [vm, amount]:
+                return {"vm": _vm(vm), "bytes": _within(amount, "number of bytes", 1, INFINITY)}
+            case "CheckPins", [vm, pins, others]:
+                return {"vm": _vm(vm), "pins": _pins(pins), "others": _cpus(others)}
+            case "CheckScheduler", [vm, pins, policy, priority] if policy in POLICIES:
+                return {"vm": _vm(vm), "pins": _pins(pins)} | _scheduling(policy, priority)
+            case ("SetMemlock", [pid, *rest]) | ("PinThreads", [pid, *rest]):
+                return {"pid": _task(pid)} | parse("CheckMemlock" if member == "SetMemlock" else "CheckPins", rest)
             case "SetScheduler", [pid, vm, tids, policy, priority] if policy in POLICIES:
-                levels = (1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)
-                _within(priority, f"priority of policy {policy}", *levels)
-                return {"pid": _task(pid), "vm": _vm(vm), "tids": _tids(tids), "policy": policy, "priority": priority}
+                return {"pid": _task(pid), "vm": _vm(vm), "tids": _tids(tids)} | _scheduling(policy, priority)
             case "Release", [uid, vm]:
                 return parse("GetLimitsOf", [uid]) | {"vm": _vm(vm)}
             case "GetLimitsOf", [uid]:  # 2^32 - 1 is "no change" to the kernel, never a user: setresuid(2)
@@ -202,6 +203,11 @@ def _within(value: int, what: str, lowest: int, highest: int, refusal: type[Refu
     if not lowest <= value <= highest:
         raise refusal(f"The {what} is not from {lowest} to {highest}")
     return value
+
+
+def _scheduling(policy: str, priority: int) -> dict[str, Any]:
+    _within(priority, f"priority of policy {policy}", *((1, MAX_PRIORITY) if policy in REALTIME_POLICIES else (0, 0)))
+    return {"policy": policy, "priority": priority}
 
 
 def _task(value: int) -> int:

@@ -22,7 +22,6 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +184,7 @@ def read_cores() -> Cores:
     return sorted(siblings, key=min)
 
 
-def free_for(limits: Limits, cores: Cores, records: Iterable[Record]) -> frozenset[int]:
+def free_for(limits: Limits, cores: Sequence[Cpus], records: Iterable[Record]) -> frozenset[int]:
     """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
     live = [record for record in records if not record.stray]
     shielded, taken = union(record.shielded for record in live), union(record.cpus for record in live)
@@ -216,8 +215,7 @@ def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, reco
     live = [record for record in others if not record.stray]
     for record in live:
         if overlap := shield & record.cpus | shared & record.shielded:
-            holder = f"VM {record.vm} of {user_name(record.uid)} since {datetime.fromtimestamp(record.since):%H:%M}"  # noqa: DTZ006  local
-            raise Conflict(f"CPUs {cpulist(overlap)} are held by {holder}{free}")
+            raise Conflict(f"CPUs {cpulist(overlap)} are held by VM {record.vm} of {user_name(record.uid)}{free}")
     gone = shield.union(*(record.shielded for record in live))
     if shield and all(core & gone for core in cores):
         raise LimitExceeded(f"CPUs {cpulist(gone)}: at least one whole core must stay with the host{free}")
@@ -252,9 +250,7 @@ def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int]
     inside the VM's shield, as the kernel has them.
     """
     if policy not in limits.policies:
-        raise LimitExceeded(
-            f"Policy {policy} is not among yours, {', '.join(sorted(limits.policies))} ({limits.source})"
-        )
+        raise LimitExceeded(f"Policy {policy} is none of yours, {', '.join(sorted(limits.policies))} ({limits.source})")
     if priority > limits.max_priority:
         raise LimitExceeded(f"Priority {priority} is above yours, {limits.max_priority} ({limits.source})")
     if policy in contract.REALTIME_POLICIES and int(RT_RUNTIME.read_text()) == -1:

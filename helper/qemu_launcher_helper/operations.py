@@ -10,7 +10,6 @@ VM name; and as it answers before it has moved the process, the target is verifi
 """
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 from . import contract, limits
 from .bus import SYSTEMD, SystemBus, Variant
 from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported, cpulist
-from .cpuset.partition import CGROUP
 from .limits import Limits, Settings
 from .records import MECHANISM, PENDING, Record, reconcile, settle
 from .target import Target
@@ -32,10 +30,6 @@ class Operations:
     def __init__(self, bus: SystemBus) -> None:
         self._bus = bus
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by whose VMs it is about
-
-    async def reconcile(self) -> None:
-        """Bring the host to what the records say; see records.reconcile."""
-        reconcile()
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.
@@ -51,8 +45,6 @@ class Operations:
                 return [] if answer is None else [answer]
         except ProcessLookupError as err:
             raise TargetRefused("The VM, or one of its threads, has ended meanwhile") from err
-        except OSError as err:
-            raise Failed(f"The kernel refused a step of {member}: error {err.errno}") from err
 
 
 class Operation(NamedTuple):
@@ -76,15 +68,10 @@ class Operation(NamedTuple):
 
     async def pin_threads(self, pid: int, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> None:
         """Put every thread of the target where the map wants it."""
-        if lacking := MECHANISM.lacks():
-            raise Unsupported(lacking)
         with Target(pid) as target:
             before = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(pin.tid for pin in pins)
-            shielded, pinned = (limits.union(p.cpus for p in pins if p.shielded == kind) for kind in (True, False))
-            placed = " ".join(f"{pin.tid}:{cpulist(pin.cpus)}" for pin in pins) + f" {cpulist(others)}"
-            asked = before._replace(shielded=shielded, pinned=pinned, placed=placed)
-            wanted = limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
+            wanted = self._placed(before, pins, others)
             async with self._granting(target, wanted):
                 still = MECHANISM.shielded_threads(before.scope) or {} if wanted.shielded == before.shielded else {}
                 stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
@@ -115,6 +102,20 @@ class Operation(NamedTuple):
                 if (MECHANISM.shielded_threads(record.scope) or {}) != shielded:
                     raise TargetRefused(f"VM {vm} lost its shield meanwhile")
 
+    async def check_memlock(self, vm: str, bytes: int) -> int:  # noqa: A002
+        """Answer as set_memlock would for a VM that is still to be started; this and the next two change nothing."""
+        return limits.grant_memlock(bytes, self._record(vm), self.limits, self.live, limits.lockable_bytes())
+
+    async def check_pins(self, vm: str, pins: tuple[Pin, ...], others: frozenset[int]) -> None:
+        """Answer as pin_threads would."""
+        self._placed(self._record(vm), pins, others)
+
+    async def check_scheduler(self, vm: str, pins: tuple[Pin, ...], policy: str, priority: int) -> None:
+        """Answer as set_scheduler would for all threads of `pins`, if they were pinned so."""
+        self._record(vm)
+        shielded = {pin.tid: pin.cpus for pin in pins if pin.shielded}
+        limits.check_policy(policy, priority, self.limits, [pin.tid for pin in pins], shielded)
+
     async def release(self, uid: int, vm: str) -> None:
         """Take all grants of a VM back; harmless when it has none."""
         reconcile(release=f"{uid}-{vm}")
@@ -122,41 +123,49 @@ class Operation(NamedTuple):
     async def list_vms(self, *, everybody: bool) -> list[Any]:
         """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
         mine = [vm for vm in self.live if everybody or vm.uid == self.caller.uid]
-        who = ([vm.vm, vm.uid, limits.user_name(vm.uid), vm.pid, vm.start_time] for vm in mine)
-        how = ([cpulist(vm.cpus), MECHANISM.name if vm.cpus else "none"] for vm in mine)
-        return [first + last for first, last in zip(who, how, strict=True)]
+        rows = [(vm.vm, vm.uid, limits.user_name(vm.uid), vm.pid, vm.start_time, cpulist(vm.cpus)) for vm in mine]
+        return [[*row, MECHANISM.name if row[-1] else "none"] for row in rows]
 
     async def get_limits(self, **_: int) -> dict[str, Variant]:
         """Return what the caller, or the user he asks about, may have, and who decides it."""
         own, cores, lacking = self.limits, limits.read_cores(), MECHANISM.lacks()
         cpus = limits.union(cores) if own.cpus is None else own.cpus
-        facts: dict[str, Any] = {"limits_source": own.source, "realtime": own.realtime, "deadline": own.deadline}
-        facts |= {"version": contract.VERSION, "mechanism": "none" if lacking else MECHANISM.name}
-        facts |= {"reason": lacking or "The kernel has remote cpuset partitions", "policies": sorted(own.policies)}
+        facts = {name: getattr(own, name) for name in ("realtime", "deadline", "max_vms", "max_priority")}
+        facts |= {"limits_source": own.source, "policies": sorted(own.policies), "version": contract.VERSION}
+        facts |= {"mechanism": "none" if lacking else MECHANISM.name, "reason": lacking or MECHANISM.reason}
         facts |= {"cpus": cpulist(cpus), "free_cpus": cpulist(limits.free_for(own, cores, self.live))}
-        facts |= {"max_cpus": len(cpus) if own.max_cpus is None else own.max_cpus, "max_vms": own.max_vms}
-        memlock = limits.lockable_bytes() if own.memlock is None else own.memlock
-        facts |= {"memlock": memlock, "max_priority": own.max_priority}
+        facts |= {"max_cpus": len(cpus) if own.max_cpus is None else own.max_cpus}
+        facts |= {"memlock": limits.lockable_bytes() if own.memlock is None else own.memlock}
         forms = {str: "s", int: "t", bool: "b", list: "as"}
         return {name: Variant(forms[type(value)], value) for name, value in facts.items()}
 
-    def _verify(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> str:
-        return target.verify(self.caller, vm, self.settings.services, comm)
+    def _placed(self, record: Record, pins: tuple[Pin, ...], others: frozenset[int]) -> Record:
+        """Return the record with what `pins` hold, within all limits."""
+        if lacking := MECHANISM.lacks():
+            raise Unsupported(lacking)
+        shielded, pinned = (limits.union(p.cpus for p in pins if p.shielded == kind) for kind in (True, False))
+        placed = " ".join(f"{pin.tid}:{cpulist(pin.cpus)}" for pin in pins) + f" {cpulist(others)}"
+        asked = record._replace(shielded=shielded, pinned=pinned, placed=placed)
+        return limits.check_cpus(asked, others, self.limits, limits.read_cores(), self.live)
 
     def _record_of(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> Record:
-        """Verify the target; return the VM's record, or a new one. Conflict when the VM is another live process."""
-        slice_path = self._verify(target, vm, comm).rpartition("/")[0]
+        """Verify the target; return the VM's record, or a new one."""
+        slice_path = target.verify(self.caller, vm, self.settings.services, comm).rpartition("/")[0]
+        scope = f"{slice_path}/{contract.SCOPE.format(self.caller.uid, vm)}"
+        return self._record(vm, target.pid, target.start_time, scope)
+
+    def _record(self, vm: str, pid: int = 0, start_time: int = 0, scope: str = "") -> Record:
+        """Return the VM's record, or a new one within the limits. Conflict when the VM is another live process."""
         for record in self.live:
             if record.key == f"{self.caller.uid}-{vm}":
-                if (record.pid, record.start_time) != (target.pid, target.start_time):
+                if (record.pid, record.start_time) != (pid, start_time):
                     raise Conflict(f"VM {vm} is running already, as process {record.pid}")
                 if record.stray:
                     raise TargetRefused(f"VM {vm} left its scope or lost its shield; it has to be started anew")
                 return record
         if (count := sum(record.uid == self.caller.uid for record in self.live)) >= self.limits.max_vms:
             raise LimitExceeded(f"You have {count} VMs, and may have {self.limits.max_vms} ({self.limits.source})")
-        scope = f"{slice_path}/{contract.SCOPE.format(self.caller.uid, vm)}"
-        return Record(self.caller.uid, vm, target.pid, target.start_time, int(time.time()), scope)
+        return Record(self.caller.uid, vm, pid, start_time, scope)
 
     @asynccontextmanager
     async def _granting(self, target: Target, record: Record) -> AsyncIterator[None]:
@@ -164,7 +173,7 @@ class Operation(NamedTuple):
         repeated = record in self.live
         record._replace(settled=repeated).write()
         try:
-            unit = self._verify(target, record.vm)
+            unit = target.verify(self.caller, record.vm, self.settings.services)
             if unit != record.scope and not record.settled:
                 await self._start_scope(target, record, unit.rpartition("/")[2])
             # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
@@ -178,21 +187,11 @@ class Operation(NamedTuple):
             raise
 
     def _verify_inside(self, target: Target, record: Record) -> None:
-        if self._verify(target, record.vm) != record.scope:
+        if target.verify(self.caller, record.vm, self.settings.services) != record.scope:
             raise TargetRefused(f"Process {target.pid} is not, or not any more, in the scope of VM {record.vm}")
 
     async def _start_scope(self, target: Target, record: Record, unit: str) -> None:
         """Move the target into record.scope, beside the `unit` it lives in; others are served meanwhile."""
-        PENDING.add(record.key)
-        try:
-            await self._order_scope(target, record, unit)
-            self.live[:] = reconcile()  # what others did meanwhile; and whether our own record is still there
-        finally:
-            PENDING.discard(record.key)
-        if record.key not in {live.key for live in self.live}:
-            raise TargetRefused(f"VM {record.vm} has ended meanwhile")
-
-    async def _order_scope(self, target: Target, record: Record, unit: str) -> None:
         slice_path, _, name = record.scope.rpartition("/")
         properties = [
             ["Description", Variant("s", f"Virtual machine {record.vm} of {self.caller.user}")],
@@ -208,17 +207,23 @@ class Operation(NamedTuple):
             # Whoever stops the scope has systemd ask the launcher first (RequestStop), which powers the guest down.
             ["Controller", Variant("s", self.caller.sender)],
         ]
-        # A scope that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it does
-        # when a reference to it goes.
-        for member in ("RefUnit", "UnrefUnit"):
-            with suppress(CallFailed):
-                await self.bus.call(SYSTEMD, member, "s", [name], "")
+        PENDING.add(record.key)
         try:
+            # A scope that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it
+            # does when a reference to it goes.
+            for member in ("RefUnit", "UnrefUnit"):
+                with suppress(CallFailed):
+                    await self.bus.call(SYSTEMD, member, "s", [name], "")
             await self.bus.start_unit(name, properties)
+            if not target.is_alive():
+                _give_back(target.pid, record.scope)
+            self.live[:] = reconcile()  # what others did meanwhile; and whether our own record is still there
         except CallFailed as err:
             raise Failed(f"systemd does not make a scope for VM {record.vm}, {err.name}: try again") from err
-        if not target.is_alive():
-            _give_back(target.pid, record.scope)
+        finally:
+            PENDING.discard(record.key)
+        if record.key not in {live.key for live in self.live}:
+            raise TargetRefused(f"VM {record.vm} has ended meanwhile")
 
 
 def _give_back(pid: int, scope: str) -> None:
@@ -226,4 +231,4 @@ def _give_back(pid: int, scope: str) -> None:
     with suppress(OSError, TargetRefused), Target(pid) as stranger:
         if stranger.cgroup() == scope:
             with Target(int(stranger.status()["PPid"])) as parent:
-                (CGROUP / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))
+                (MECHANISM.root / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))

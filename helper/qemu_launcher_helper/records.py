@@ -36,7 +36,6 @@ class Record(NamedTuple):
     vm: str
     pid: int
     start_time: int  # clock ticks since boot
-    since: int  # seconds since the epoch, for people
     scope: str  # cgroup path of its own scope, which may not be there yet
     memlock: int = 0  # bytes granted, counted against the uid
     memlock_before: tuple[int, int] | None = None

@@ -38,7 +38,7 @@ class Service:
     def receive(self, call: Call) -> None:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
         if self._strangers[call.header.sender] >= CALLS_IN_FLIGHT:
-            self._refuse(call, contract.LimitExceeded("Too many calls of this connection at a time"))
+            self._bus.reply(call, "s", ["Too many calls of this connection"], contract.LimitExceeded.wire_name)
             return
         self._timer.cancel()
         self._strangers[call.header.sender] += 1
@@ -68,7 +68,8 @@ class Service:
                 facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
                 facts |= (details := _details(caller, arguments))
-                facts["tids"] = cpulist(arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ())])
+                pins = arguments.get("pins", ()) if "pid" in arguments else ()  # a check's are numbered, not threads
+                facts["tids"] = cpulist(arguments.get("tids") or [pin.tid for pin in pins])
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
                     await self._authorise(call, caller, action, details)
@@ -78,13 +79,10 @@ class Service:
         except contract.Refusal as err:
             if facts:  # what comes before is no denial, but noise that anybody can make
                 tell(logging.WARNING, "refused", member, facts, str(err))
-            self._refuse(call, err)
+            self._bus.reply(call, "s", [str(err)], err.wire_name)
         except Exception:  # noqa: BLE001  the journal gets all of it, the caller a fixed text
             tell(logging.CRITICAL, "failed", member, facts, traceback.format_exc())
-            self._refuse(call, contract.Failed("The helper failed; its journal says why"))
-
-    def _refuse(self, call: Call, err: contract.Refusal) -> None:
-        self._bus.reply(call, "s", [str(err)], err.wire_name)
+            self._bus.reply(call, "s", ["The helper failed; its journal says why"], contract.Failed.wire_name)
 
     async def _identify(self, sender: str) -> Caller:
         """Ask the bus who owns the connection. Anything but two sensible numbers is a refusal, never a guess.
@@ -106,7 +104,8 @@ class Service:
                 granted = await self._authority.dialog(caller, action, details)
         # That was the attacker's time: the connection must still be there, and the same one's.
         if not granted or await self._identify(caller.sender) != caller:
-            raise contract.NotAuthorized(f"polkit does not allow {action} to {caller.user} in this session")
+            how = " without a password" if challenge and not call.header.flags & INTERACTIVE else ""
+            raise contract.NotAuthorized(f"polkit does not allow {action} to {caller.user} in this session{how}")
 
 
 class Authority:
@@ -207,7 +206,7 @@ def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}
     if "uid" in arguments:
         facts["owner"] = limits.user_name(arguments["uid"])
-    if "pins" in arguments:
+    if "others" in arguments:
         pins, cores = arguments["pins"], limits.read_cores()
         shield = limits.union(pin.cpus for pin in pins if pin.shielded)
         cpus = arguments["others"].union(*(pin.cpus for pin in pins), *(core for core in cores if core & shield))

@@ -33,9 +33,6 @@ class Recording:
         self._file = os.open(FOLDER / "acts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.fchmod(self._file, 0o644)  # for clients to read, whatever the helper's umask
 
-    async def reconcile(self) -> None:
-        pass
-
     async def perform(self, caller: Caller, settings: object, member: str, arguments: dict[str, Any]) -> list[Any]:
         act = {"member": member, "uid": caller.uid, "pid": caller.pid, "vm": arguments.get("vm")}
         os.write(self._file, json.dumps(act).encode() + b"\n")
@@ -46,7 +43,7 @@ class Recording:
                 raise ZeroDivisionError("a secret of the helper's: \x1b[31m")
             case "taken":
                 raise Conflict("CPUs 4-7 are held by VM win11 of bob")
-        if member == "SetMemlock":
+        if member in ("SetMemlock", "CheckMemlock"):
             return [arguments["bytes"]]
         if member == "ListVms":
             return [[["win11", caller.uid, caller.user, 4242, 123456, "4-7", "partition"]]]
@@ -83,6 +80,8 @@ def main() -> int:
     if not permitted & 1 << privileges.KEPT["sys_resource"]:
         without_sys_resource()
     acting = Operations if MODE == "real" else Recording
+    if acting is Recording:
+        vars(helper)["reconcile"] = list  # no record, no VM
     helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", IDLE, acting)
     return helper.main()
 

@@ -92,7 +92,8 @@ def test_a15_names_of_accounts(user: User) -> None:
             ],
         )
         assert [refused.short, granted.short, unknown.short] == ["NotAuthorized", "ok", "NotAuthorized"]
-        assert refused.body == [f"polkit does not allow org.qemulauncher.set-memlock to uid {user.uid} in this session"]
+        said = f"polkit does not allow org.qemulauncher.set-memlock to uid {user.uid} in this session"
+        assert refused.body == [f"{said} without a password"]
         [dialog] = agent.seen("BeginAuthentication")
         assert dialog["message"] == (
             f"Authentication is required to let virtual machine win11 of uid {user.uid} lock its memory"

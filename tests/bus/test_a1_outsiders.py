@@ -30,12 +30,15 @@ class Attempt(NamedTuple):
 
 
 def every_member(client: Client, pid: int, user: User) -> Answers:
-    """All seven, and what reaches beyond one's own; about a child of the caller's, which passes all other checks."""
+    """All ten, and what reaches beyond one's own; about a child of the caller's, which passes all other checks."""
     vm = "win11"
     calls: dict[str, tuple[str, list[Any]]] = {
         "SetMemlock": ("ust", [pid, vm, 2**20]),
         "SetScheduler": ("usausu", [pid, vm, [pid], "batch", 0]),
         "PinThreads": ("usa(uaub)au", [pid, vm, [[pid, [0], False]], []]),
+        "CheckMemlock": ("st", [vm, 2**20]),
+        "CheckScheduler": ("sa(uaub)su", [vm, [[2, [0], False]], "batch", 0]),
+        "CheckPins": ("sa(uaub)au", [vm, [[2, [0], False]], []]),
         "ListVms": ("b", [False]),
         "GetLimits": ("", []),
         "GetLimitsOf": ("u", [user.uid]),

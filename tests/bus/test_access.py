@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from dbus_next.constants import MessageFlag
 
-from bus.calls import CALLS, call_all, using
+from bus.calls import CALLS, CHECKS, call_all, using
 from bus.client import INTERACTIVE, NAME, NO_REPLY, PATH, Client, Reply
 from bus.world import BOB, ROOT_USER, User, World, as_user, wait_until, world
 
@@ -17,16 +17,10 @@ def test_member_reaches_every_act(host: World, member: User) -> None:
     replies = using(host, member, call_all)
     assert {reply.short for reply in replies.values()} == {"ok"}
     assert replies["SetMemlock"].body == [2**30]
-    assert [act["member"] for act in host.recorded(member)] == [
-        "SetMemlock",
-        "PinThreads",
-        "SetScheduler",
-        "ListVms",
-        "GetLimits",
-    ]
+    assert [act["member"] for act in host.recorded(member)] == [*CALLS, *CHECKS, "ListVms", "GetLimits"]
     assert host.logged(member)[0].startswith(f"granted SetMemlock uid={member.uid} pid=")
     assert host.logged(member)[0].endswith(f"user={member.name} vm=win11 bytes=1073741824")
-    assert len(host.logged(member)) == 5
+    assert len(host.logged(member)) == 8
 
 
 def test_the_recorded_caller_is_the_one_who_called(host: World, member: User) -> None:
@@ -56,9 +50,9 @@ def test_others_vms_are_not_a_members_business(host: World, member: User) -> Non
 
 def test_without_the_rule_and_without_an_agent_nobody_passes(strict_host: World, member: User) -> None:
     def calls(client: Client) -> list[str]:
-        names = [name for name in CALLS for _ in range(2)]
+        names = [name for name in CALLS | CHECKS for _ in range(2)]
         return [
-            client.call(name, *CALLS[name], flags=flags).short
+            client.call(name, *(CALLS | CHECKS)[name], flags=flags).short
             for name, flags in zip(names, [INTERACTIVE, MessageFlag.NONE] * 3, strict=False)
         ]
 
@@ -166,7 +160,7 @@ def test_largest_sensible_request_passes(host: World, member: User) -> None:
 def test_a_broken_configuration_stops_all_service(member: User) -> None:
     with world() as host:
         calls = lambda client: [reply.short for reply in call_all(client).values()]  # noqa: E731
-        assert using(host, member, calls) == ["ok"] * 5
+        assert using(host, member, calls) == ["ok"] * 8
         host.toml.write_text("[[limits]]\nmax_vms = -1\n")
         before = host.recorded()
         replies = using(host, member, call_all)
@@ -178,7 +172,7 @@ def test_a_broken_configuration_stops_all_service(member: User) -> None:
         host.toml.chmod(0o666)
         assert {reply.short for reply in using(host, member, call_all).values()} == {"Failed"}
         host.toml.chmod(0o644)
-        assert using(host, member, calls) == ["ok"] * 5
+        assert using(host, member, calls) == ["ok"] * 8
 
 
 def test_quota_of_calls_in_flight(host: World, member: User, other: User) -> None:

@@ -12,7 +12,7 @@ from dbus_next.constants import MessageType
 from dbus_next.signature import Variant
 
 from bus.agent import POLKIT, Agent
-from bus.calls import CALLS, FREE, call_all, using
+from bus.calls import CALLS, CHECKS, FREE, call_all, using
 from bus.client import INTERACTIVE, NAME, Client
 from bus.test_dialogs import whole_start
 from bus.test_rules import Call, answers, memlock, pin, schedule
@@ -51,7 +51,7 @@ def open_host() -> Iterator[World]:
 def test_ask_without_an_agent_refuses_members(asking: World, member: User) -> None:
     replies = using(asking, member, call_all)
     assert {name: reply.short for name, reply in replies.items()} == (
-        dict.fromkeys(CALLS, "NotAuthorized") | dict.fromkeys(FREE, "ok")
+        dict.fromkeys(CALLS | CHECKS, "NotAuthorized") | dict.fromkeys(FREE, "ok")
     )
     assert [act["member"] for act in asking.recorded(member)] == list(FREE)
 
@@ -170,10 +170,10 @@ def test_everybody_gets_to_polkit(open_host: World) -> None:
     """Who is no member, and has nobody to ask, is refused by polkit, no longer by the bus; and the trail says so."""
     replies = using(open_host, BOB, call_all)
     assert {name: reply.short for name, reply in replies.items()} == (
-        dict.fromkeys(CALLS, "NotAuthorized") | dict.fromkeys(FREE, "ok")
+        dict.fromkeys(CALLS | CHECKS, "NotAuthorized") | dict.fromkeys(FREE, "ok")
     )
     assert [act["member"] for act in open_host.recorded(BOB)] == list(FREE)
-    assert [line.split()[0] for line in open_host.logged(BOB)] == ["refused"] * 3 + ["granted"] * 2
+    assert [line.split()[0] for line in open_host.logged(BOB)] == ["refused"] * 6 + ["granted"] * 2
 
 
 def test_everybody_but_the_overflow_uid(open_host: World) -> None:

@@ -45,7 +45,9 @@ def pins(*all_of_them: tuple[int, list[int], bool]) -> bytes:
 def bodies() -> dict[str, tuple[str, bytes]]:
     """Well-formed bodies of every member, at and just beyond the limits: name of the seed, member, body."""
     head = u32(4711) + wire.string("win11")  # 4 + 4 + 6 bytes
-    at16 = padded(head)
+    at16, name = padded(head), wire.string("win11")
+    one = pins((2, [4], True))
+    at12 = padded(name, 4) + one[:4] + one[8:]  # its first item needs no filling there
     map_ = at16 + pins((4711, [4], True), (4712, [5, 6], False))
     return {
         "memlock": ("SetMemlock", padded(head) + struct.pack("<Q", 2**33)),
@@ -62,6 +64,9 @@ def bodies() -> dict[str, tuple[str, bytes]]:
         "scheduler-other": ("SetScheduler", at16 + array(u32(4711)) + padded(wire.string("other"), 4) + u32(0)),
         "scheduler-100": ("SetScheduler", at16 + array(u32(4711)) + padded(wire.string("rr"), 4) + u32(100)),
         "scheduler-deadline": ("SetScheduler", at16 + array(u32(2)) + padded(wire.string("deadline"), 4) + u32(1)),
+        "check-memlock": ("CheckMemlock", padded(name) + struct.pack("<Q", 2**33)),
+        "check-pin": ("CheckPins", at12 + array(u32(0, 1))),
+        "check-fifo": ("CheckScheduler", at12 + padded(wire.string("fifo"), 4) + u32(1)),
         "release": ("Release", u32(1000) + wire.string("win11")),
         "release-nobody": ("Release", u32(2**32 - 1) + wire.string("win11")),
         "list": ("ListVms", u32(1)),

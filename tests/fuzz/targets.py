@@ -211,7 +211,7 @@ def check_arguments(member: str, body: list[Any]) -> None:
     tids = [pin.tid for pin in pins] or named.get("tids", ())
     assert len(tids) == len(set(tids)) <= 1024
     assert all(2 <= tid <= 2**22 for tid in tids)
-    assert bool(tids) == (member in ("PinThreads", "SetScheduler"))
+    assert bool(tids) == (member in ("PinThreads", "SetScheduler", "CheckPins", "CheckScheduler"))
     assert all(pin.cpus and isinstance(pin.shielded, bool) for pin in pins)
     assert all(0 <= cpu < 8192 for cpu in named.get("others", frozenset()).union(*(pin.cpus for pin in pins)))
     if "policy" in named:

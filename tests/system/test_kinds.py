@@ -116,7 +116,7 @@ def test_what_was_done_already_is_undone_then(
     tuning = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "on_tuning_failure": "continue"}
     define(alice, "anyway", tuning, cpus=2)
     running = vm(alice, "anyway")
-    assert "Policy fifo is not among yours, other (/etc/qemu-launcher/helper.toml, [[limits]] entry 1)" in running.said
+    assert "Policy fifo is none of yours, other (/etc/qemu-launcher/helper.toml, [[limits]] entry 1)" in running.said
     assert [host.cpus_of(running.qemu, tid) for tid in running.vcpu_tids] == [host.online()] * 2
     assert [host.scheduling(tid)[0] for tid in running.vcpu_tids] == ["other"] * 2
     assert host.isolated() == frozenset()

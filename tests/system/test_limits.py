@@ -85,7 +85,7 @@ def test_policies(program: Claimant, helper_toml: Callable[..., None]) -> None:
     assert program.pin(child, "vm", 4).error == "ok"
     refused = program.schedule(child, "vm", "fifo", 1)
     assert refused.error == "LimitExceeded"
-    assert refused.text == f"Policy fifo is not among yours, other, rr {ENTRY}"
+    assert refused.text == f"Policy fifo is none of yours, other, rr {ENTRY}"
     assert host.scheduling(child.tids[0])[0] == "other"
     assert program.schedule(child, "vm", "rr", 1).error == "ok"
     assert host.scheduling(child.tids[0]) == ("rr", 1, True)

@@ -28,6 +28,9 @@ BODIES: dict[str, st.SearchStrategy[list[Any]]] = {
     "SetScheduler": st.tuples(
         U32 | TASK, TEXT | NAME, st.lists(U32 | TASK, max_size=5), TEXT | st.sampled_from(contract.POLICIES), U32
     ).map(list),
+    "CheckMemlock": st.tuples(TEXT | NAME, U64).map(list),
+    "CheckPins": st.tuples(TEXT | NAME, PINS, st.lists(U32, max_size=4)).map(list),
+    "CheckScheduler": st.tuples(TEXT | NAME, PINS, TEXT | st.sampled_from(contract.POLICIES), U32).map(list),
     "Release": st.tuples(U32, TEXT | NAME).map(list),
     "ListVms": st.tuples(st.booleans()).map(list),
     "GetLimits": st.just([]),
@@ -60,18 +63,20 @@ def test_a18_fuzzed_values(member: str, data: st.DataObject) -> None:
     assert 2 <= named.get("pid", 2) <= 2**22
     assert 0 <= named.get("uid", 0) < 2**32 - 1
     assert contract.VM_NAME.fullmatch(named.get("vm", "x"))
-    if member == "SetMemlock":
+    if member in ("SetMemlock", "CheckMemlock"):
         assert 1 <= named["bytes"] < 2**64
-    if member == "PinThreads":
+    if member in ("PinThreads", "CheckPins"):
         pins = named["pins"]
         assert 1 <= len(pins) <= 1024
         assert len({pin.tid for pin in pins}) == len(pins)
         assert all(2 <= pin.tid <= 2**22 and pin.cpus for pin in pins)
         assert all(0 <= cpu < 8192 for pin in pins for cpu in pin.cpus | named["others"])
-    if member == "SetScheduler":
+    if member in ("SetScheduler", "CheckScheduler"):
         assert named["priority"] == 0 or (named["policy"] in ("fifo", "rr") and 1 <= named["priority"] <= 99)
-        assert all(2 <= tid <= 2**22 for tid in named["tids"])
-        assert len(set(named["tids"])) == len(named["tids"])
+        tids = named["tids"] if "tids" in named else [pin.tid for pin in named["pins"]]
+        assert tids
+        assert all(2 <= tid <= 2**22 for tid in tids)
+        assert len(set(tids)) == len(tids)
 
 
 anything = st.recursive(
@@ -102,6 +107,11 @@ def test_what_passes() -> None:
     }
     scheduler = {"pid": 4, "vm": "x", "tids": (5, 6), "policy": "rr", "priority": 99}
     assert parse("SetScheduler", [4, "x", [5, 6], "rr", 99]) == scheduler
+    # A check is the same without the process.
+    assert parse("CheckMemlock", ["win11", 2**64 - 1]) == {"vm": "win11", "bytes": contract.INFINITY}
+    assert parse("CheckPins", ["a-b_C", pins, [0]]) == {"vm": "a-b_C", "pins": parsed, "others": frozenset({0})}
+    planned = {"vm": "x", "pins": parsed, "policy": "rr", "priority": 99}
+    assert parse("CheckScheduler", ["x", pins, "rr", 99]) == planned
     idle = scheduler | {"tids": (5,), "policy": "idle", "priority": 0}
     assert parse("SetScheduler", [4, "x", [5], "idle", 0]) == idle
     assert parse("Release", [0, "x" * 48]) == {"uid": 0, "vm": "x" * 48}

@@ -40,7 +40,7 @@ def facts(places: Path) -> Iterator[Facts]:
 def record(facts: Facts) -> Record:
     """A settled grant of memory, which has nothing to do with a shield."""
     with target.Target(facts.pid) as process:
-        return Record(1000, "win11", facts.pid, process.start_time, 0, SCOPE, memlock=4096, settled=True)
+        return Record(1000, "win11", facts.pid, process.start_time, SCOPE, memlock=4096, settled=True)
 
 
 def left() -> list[Record]:

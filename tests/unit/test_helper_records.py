@@ -21,7 +21,7 @@ def grants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 FULL = Record(
-    1000, "win11", 4711, 99, 1700000000, "/user.slice/user-1000.slice/qemu-launcher-1000-win11.scope",
+    1000, "win11", 4711, 99, "/user.slice/user-1000.slice/qemu-launcher-1000-win11.scope",
     memlock=25 * GIB, memlock_before=(8 << 20, 8 << 20), rttime_before=(-1, 200000),
     shielded=frozenset({4, 5}), pinned=frozenset({1}), realtime=(4712, 4713),
 )  # fmt: skip

@@ -27,6 +27,7 @@ class Partition:
     """The mechanism, on the cgroup v2 hierarchy mounted at `root`."""
 
     name = "partition"
+    reason = "The kernel has remote cpuset partitions"
 
     def __init__(self, root: Path = CGROUP) -> None:
         self.root = root
