@@ -1,10 +1,11 @@
 """The half of the system tests' transport that runs on the developer's machine: one lab, one pytest inside, its
 results mapped onto the items that were collected out here.
 
-The first system test that comes up builds the package, boots a lab, installs the package and starts pytest inside for
-exactly the selected tests; each item then waits for its own reports, which are passed on unchanged, tracebacks and
-captured output included. No fixture of a system test is set up out here. When the lab dies, the remaining tests fail
-with the tail of its console. A tool that this machine lacks skips them, or fails them when CI=true.
+Before the first test of all (where there is one slot for labs only, before the first system test) the package is built,
+a lab booted, the package installed and pytest started inside for exactly the selected tests: it works there while other
+tests run out here. Each item then waits for its own reports, which are passed on unchanged, tracebacks and captured
+output included. No fixture of a system test is set up out here. When the lab dies, the remaining tests fail with the
+tail of its console. A tool that this machine lacks skips them, or fails them when CI=true.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lab.errors import LabError, MissingTool
 from lab.image import say
 from lab.inside import OUTSIDE_MARKER, OUTSIDE_MARKER_HELP, REPORT_FD, REQUEST_VARIABLE
 from lab.recipe import CACHE, PROJECT, TRIXIE
+from lab.slots import slot_count
 from lab.vm import Vm
 
 SYSTEM = PROJECT / "tests" / "system"
@@ -53,6 +55,21 @@ class SystemRun:
         self.finished: set[str] = set()
         self.skip = False
         self.complaint = ""  # what to say about tests that never reported
+        self._beginning = threading.Thread(target=self._begin_or_complain)
+
+    def begin_soon(self) -> None:
+        """Begin, while others go on; `reports_of` waits for it. Whatever goes wrong, every test says so."""
+        self._beginning.start()
+
+    def _begin_or_complain(self) -> None:
+        try:
+            self.begin()
+        except MissingTool as error:
+            self.complaint = f"{error}"
+            self.skip = os.environ.get("CI") != "true"
+        except Exception as error:  # noqa: BLE001 - every test says so, and the others go on
+            self.complaint = f"the lab could not be set up: {error}"
+            self.stack.close()
 
     def begin(self) -> None:
         """Up to the running pytest inside. LabError when something on the way fails; then nothing is left running."""
@@ -88,6 +105,8 @@ class SystemRun:
 
     def reports_of(self, node_id: str) -> list[pytest.TestReport]:
         """The reports of one test, when it has finished inside; an empty list when it never will: see `complaint`."""
+        if self._beginning.is_alive():
+            self._beginning.join()
         while node_id not in self.finished and not self.complaint:
             try:
                 event = self.events.get(timeout=SILENCE_SECONDS)
@@ -125,6 +144,8 @@ class SystemRun:
 
     def end(self) -> None:
         """Ends pytest inside and the lab (a kept one stays)."""
+        if self._beginning.is_alive():
+            self._beginning.join()
         self.stack.close()
 
 
@@ -161,11 +182,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker(OUTSIDE_MARKER) is not None)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins early where another lab may be booted beside the one that system tests share."""
+    if slot_count() > 1 and not session.config.option.collectonly and any(map(is_system_test, session.items)):
+        _run_of(session)
+
+
 @pytest.fixture
 def free_slot(request: pytest.FixtureRequest) -> None:
-    """Ends the lab that tests share: what follows may boot one of its own."""
+    """Ends the lab that tests share, if what follows could not boot one of its own beside it."""
     run = request.session.stash.get(RUN_KEY, None)
-    if run is not None:
+    if run is not None and slot_count() == 1:
         run.end()
 
 
@@ -202,19 +229,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         run.end()
 
 
-def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
-    run = item.session.stash.get(RUN_KEY, None)
+def _run_of(session: pytest.Session) -> SystemRun:
+    run = session.stash.get(RUN_KEY, None)
     if run is None:
-        run = SystemRun(item.config, [i.nodeid for i in item.session.items if is_system_test(i)])
-        item.session.stash[RUN_KEY] = run
-        try:
-            run.begin()
-        except MissingTool as error:
-            run.complaint = f"{error}"
-            run.skip = os.environ.get("CI") != "true"
-        except Exception as error:  # noqa: BLE001 - whatever it was, every test says so, and the others go on
-            run.complaint = f"the lab could not be set up: {error}"
-            run.end()
+        run = SystemRun(session.config, [item.nodeid for item in session.items if is_system_test(item)])
+        session.stash[RUN_KEY] = run
+        run.begin_soon()
+    return run
+
+
+def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
+    run = _run_of(item.session)
     reports = run.reports_of(item.nodeid)
     if reports:
         yield from reports

@@ -145,7 +145,7 @@ def test_lab_that_cannot_be_had(
 
     monkeypatch.setattr(SystemRun, "begin", begin)
     monkeypatch.setenv("CI", ci)
-    session = SimpleNamespace(stash=pytest.Stash(), items=[])
+    session = SimpleNamespace(stash=pytest.Stash(), items=[], config=request.config)
     item: Any = SimpleNamespace(
         session=session, config=request.config, nodeid="a::b", location=("a", 1, "b"), path=Path("a"), keywords={}
     )
