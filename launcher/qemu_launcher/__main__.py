@@ -101,7 +101,7 @@ def _run(arguments: cli.Run) -> int:
     from . import session  # noqa: PLC0415  after all that can be wrong without it
 
     try:
-        return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet)
+        return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet, debug=arguments.debug)
     except AlreadyRunning as err:
         from . import control  # noqa: PLC0415
 

@@ -112,6 +112,7 @@ class Assistance:
             self._helper = await helper_proxy.Helper.connected(
                 interactive=self._may_ask and agent.somebody_is_there(),
                 agent=self._asking if self._may_ask and agent.is_possible() else None,
+                trace=self._voice.step,
             )
             self._helper.on_request_stop(self._definition.name, self._on_stop)
         self.has_acted = self.has_acted or to_act

@@ -45,6 +45,7 @@ Options:
   -h --help        Show this help
      --version     Show the version
   -q --quiet       run: say nothing as long as all is well
+  -d --debug       run: explain each step, QMP and helper calls included
      --untuned     run: without pinning, scheduling and memory locking
      --json        list, status, command, limits, check: print JSON
      --watch       status: draw it again every two seconds, until Ctrl-C
@@ -88,6 +89,7 @@ class Run(NamedTuple):
     vm: str
     untuned: bool
     quiet: bool
+    debug: bool = False
 
 
 class Command(NamedTuple):
@@ -211,6 +213,8 @@ COMMANDS = (
 OPTIONS = {
     "-q": ("run",),
     "--quiet": ("run",),
+    "-d": ("run",),
+    "--debug": ("run",),
     "--untuned": ("run",),
     "--json": ("list", "status", "command", "limits", "check"),
     "--all-users": ("status",),
@@ -258,6 +262,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         parser.error("the name of a VM is missing")
     if command == "status":
         _check_status(parser, found)
+    if command == "run" and found.quiet and found.debug:
+        parser.error("--quiet and --debug do not go together")
     if command == "monitor":
         return Monitor(found.vm, line)
     if command == "qmp" and found.command is None:
@@ -312,6 +318,7 @@ def _parser(command: str) -> _Parser:
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
     if command == "run":
         parser.add_argument("-q", "--quiet", action="store_true")
+        parser.add_argument("-d", "--debug", action="store_true")
         parser.add_argument("--untuned", action="store_true")
     for option in ("--json", "--all-users", "--watch"):
         if command in OPTIONS[option]:

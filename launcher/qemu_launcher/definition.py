@@ -61,6 +61,7 @@ class VmDefinition(NamedTuple):
     isolation: str | None = None  # one of keys.ISOLATIONS; None when nothing is pinned
     on_tuning_failure: str = "abort"  # or "continue"
     shutdown_timeout: float | None = DEFAULT_SHUTDOWN_TIMEOUT  # seconds; None: wait for ever
+    debug: bool = False
     user: str | int | None = None
     group: str | int | None = None
     warnings: tuple[str, ...] = ()  # each with its place; for stderr when the VM is started

@@ -19,6 +19,7 @@ The contract is dbus/org.qemulauncher.Helper1.xml; METHODS restates it, and a te
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -56,6 +57,7 @@ CHECKS = {
     "CheckScheduler": ("sa(uaub)su", ""),
 }
 
+Trace = Callable[[str], None]
 Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 SYSTEMD = "org.freedesktop.systemd1"
@@ -111,8 +113,9 @@ class _Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
 class Helper:
     """A connection to the helper. Made by `connected`, ended by `close`."""
 
-    def __init__(self, bus: _Bus, *, interactive: bool, agent: Agent | None) -> None:
+    def __init__(self, bus: _Bus, *, interactive: bool, agent: Agent | None, trace: Trace) -> None:
         self._bus = bus
+        self._trace = trace
         self._interactive = interactive
         self._agent = agent
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
@@ -120,10 +123,11 @@ class Helper:
         self._checks: dict[str, asyncio.Task[None]] = {}  # by sender
 
     @classmethod
-    async def connected(cls, *, interactive: bool, agent: Agent | None = None) -> Self:
+    async def connected(cls, *, interactive: bool, agent: Agent | None = None, trace: Trace | None = None) -> Self:
         """Join the system bus. `interactive`: polkit may ask the person in front of this terminal or display.
 
         `agent`: a context in which a polkit agent asks on this terminal; entered only when a question is to be asked.
+        `trace` is told each call and its answer.
         """
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
         try:
@@ -139,7 +143,9 @@ class Helper:
                 f"there is no system bus at {address}: {getattr(err, 'strerror', None) or err or type(err).__name__}",
                 access.HOW_TO_INSTALL,
             ) from err
-        return cls(bus, interactive=interactive, agent=agent)
+        trace = trace or (lambda _: None)
+        trace(f"joined the system bus at {address}")
+        return cls(bus, interactive=interactive, agent=agent, trace=trace)
 
     def wake(self) -> None:
         """Have the helper started while we do something else. Whether that worked, the first call will tell."""
@@ -262,13 +268,18 @@ class Helper:
             body=list(body),
             flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE,
         )
+        self._trace(f"helper > {member}({', '.join(map(repr, body))}){', may ask for a password' * interactive}")
+        began = time.monotonic()
         reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
+        took = f"{(time.monotonic() - began) * 1000:.0f} ms"
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
+            self._trace(f"helper < {reply.error_name}: {text!r}, {took}")
             raise access.explained(reply.error_name or "", text)
         if reply.signature != answered:
             raise _nonsense(member)
         body_out: list[Any] = reply.body
+        self._trace(f"helper < {', '.join(map(repr, body_out)) or 'done'}, {took}")
         return body_out
 
     async def _reply(self, member: str, message: Any, seconds: float) -> Any:

@@ -225,6 +225,7 @@ _KEYS: dict[str, tuple[str, Callable[[Node, str], Any]]] = {
     "isolation": ("isolation", _isolation),
     "on_tuning_failure": ("on_tuning_failure", _on_tuning_failure),
     "shutdown_timeout": ("shutdown_timeout", _shutdown_timeout),
+    "debug": ("debug", yamlnode.boolean),
     "user": ("user", _account),
     "group": ("group", _account),
 }

@@ -31,6 +31,7 @@ from .patience import retrieved
 MAX_LINE = 16 * 1024 * 1024
 
 Event = Mapping[str, Any]
+Trace = Callable[[str], None]
 
 
 class QmpRefused(QmpError):
@@ -53,9 +54,10 @@ class ProtocolError(QmpError):
 class Qmp:
     """One negotiated connection. Made by `Qmp.negotiated`, ended by `close`."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, trace: Trace | None = None) -> None:
         self._reader = reader
         self._writer = writer
+        self._trace = trace
         self._answer: asyncio.Future[Any] | None = None
         self._serial = 0
         self._turn = asyncio.Lock()
@@ -64,13 +66,14 @@ class Qmp:
         self._broken: QmpError | None = None
 
     @classmethod
-    async def negotiated(cls, sock: socket.socket) -> "Qmp":
+    async def negotiated(cls, sock: socket.socket, trace: Trace | None = None) -> "Qmp":
         """Take over a connected socket, wait for the greeting, leave the negotiation mode.
 
+        `trace` is told each line, in both directions: `QMP > {...}`, `QMP < {...}`.
         Waits as long as the other end lives: how long QEMU may take to start is for the caller to say.
         """
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE)
-        self = cls(reader, writer)
+        self = cls(reader, writer, trace)
         try:
             greeting = await self._read_object()
             if "QMP" not in greeting:
@@ -99,7 +102,10 @@ class Qmp:
             # The connection may be found broken while the command is still being sent: then nobody waits for this.
             self._answer.add_done_callback(retrieved)
             try:
-                self._writer.write(json.dumps(request).encode() + b"\n")
+                line = json.dumps(request)
+                if self._trace is not None:
+                    self._trace(f"QMP > {line}")
+                self._writer.write(line.encode() + b"\n")
                 await self._writer.drain()
                 answer = await self._answer
             except OSError as err:
@@ -151,6 +157,8 @@ class Qmp:
             raise ProtocolError(f"a line of more than {MAX_LINE} bytes") from err
         if not line.endswith(b"\n"):
             raise ConnectionLost("QEMU closed its monitor")
+        if self._trace is not None:
+            self._trace(f"QMP < {line.decode(errors='backslashreplace').strip()}")
         try:
             value = json.loads(line)
         except ValueError as err:

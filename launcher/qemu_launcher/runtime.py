@@ -91,6 +91,7 @@ class Claim:
         self.name = name
         self.lock_fd = lock_fd
         self.record = record
+        self.directory = directory
         self._socket = directory / f"{name}.sock"
         self._written = os.fstat(lock_fd).st_size  # of a launcher that was killed, perhaps longer than ours will be
         if self._written > _LARGEST_RECORD:  # this was no launcher, and no reader looks that far

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
+from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
 from .hotplug import Hotplug
@@ -36,22 +37,27 @@ from .tune import Tuning
 from .voice import Voice, format_size
 
 
-def run(definition: VmDefinition, *, untuned: bool, quiet: bool) -> int:
+def run(definition: VmDefinition, *, untuned: bool, quiet: bool, debug: bool = False) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
+    voice = Voice(definition.name, quiet=quiet, explains=debug or definition.debug)
+    voice.step(f"definition {definition.path}{', untuned' * untuned}")
     spelled = locate.spelled(definition.name, definition.path, os.environ)  # as long as that is the user's who reads it
     if not untuned:
-        _validate_tuning(definition, spelled)
+        _validate_tuning(definition, spelled, voice)
     terminal.fill_standard_descriptors()
     manager = Manager.taken(os.environ)
     identity.assume(definition)
-    return asyncio.run(_run(definition, spelled, Voice(definition.name, quiet=quiet), manager, untuned=untuned))
+    voice.step(f"user {os.geteuid()}, group {os.getegid()}, groups {', '.join(map(str, os.getgroups())) or 'none'}")
+    return asyncio.run(_run(definition, spelled, voice, manager, untuned=untuned))
 
 
-def _validate_tuning(definition: VmDefinition, spelled: str) -> None:
+def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> None:
     try:
         validate_tunable(definition)
-        if definition.pinning is not None:
-            host.validate_against_host(definition, host.read_host())
+        if definition.places_threads:
+            here = host.read_host()
+            voice.step(f"host CPUs {format_cpulist(here.online)} are online, {format_cpulist(here.possible)} possible")
+            host.validate_against_host(definition, here)
     except LauncherError as err:
         last = err.problems[:MOST_PROBLEMS][-1] if isinstance(err, DefinitionError) else err
         last.hint = tune.with_way_out(last.hint, spelled)
@@ -67,6 +73,7 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
         # From here on a signal is a wish, not an end; and nobody else starts this VM.
         signals = stack.enter_context(Signals())
         claim, discarded = stack.enter_context(runtime.claimed(definition.name, definition.path))
+        voice.step(f"locked {claim.directory / definition.name}.lock")
         if discarded is not None:
             voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
         stack.enter_context(terminal.kept())
@@ -77,10 +84,16 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
 
         # The child waits at its gate; before it may pass, the lock file says that it exists.
         with monitors.made(claim.listening_socket()) as made:
-            qemu = forked(_command(definition, claim, tuning, made))
+            command = _command(definition, claim, tuning, made)
+            qemu = forked(command)
             stack.callback(made.ours.close)
         await stack.enter_async_context(qemu)
         claim.update(qemu=qemu.process)
+        place = f" in {command.working_directory}" if command.working_directory else ""
+        only = "only " if definition.clear_env else ""
+        env = f", with {only}{', '.join(name for name, _ in definition.env) or 'nothing'} in its environment"
+        env = env if definition.clear_env or definition.env else ""
+        voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
         start = _Start(definition, spelled, voice, manager, claim, tuning, qemu, holds_guest=holds_guest)
@@ -96,6 +109,7 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
         settling = asyncio.ensure_future(start.settle())
         shutdown = Shutdown(qemu, outcome, voice, manager, definition.shutdown_timeout)
         status = await shutdown.until_ended(signals)
+        voice.step(f"QEMU ended {qemu.ended.result()}")
         settling.cancel()
         await asyncio.wait([settling])
         await tuning.after_end()
@@ -135,7 +149,9 @@ class _Start:
             self._claim.update(state=UNHELD)
         await self.qemu.open_gate()
         await self._tuning.while_starting()
-        self.qmp = qmp = await patiently(Qmp.negotiated(made.ours), self._tell_progress)
+        self.qmp = qmp = await patiently(
+            Qmp.negotiated(made.ours, self._voice.step if self._voice.explains else None), self._tell_progress
+        )
         found = await self._threads(qmp)
         self._found = found
         self._claim.update(vcpus=_tids_by_index(found))

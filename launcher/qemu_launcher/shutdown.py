@@ -105,6 +105,7 @@ class Shutdown:
                 task.cancel()
 
     async def _on_signal(self, number: signal.Signals) -> None:
+        self._voice.step(f"heard {number.name}")
         match self._stage, number:
             case _Stage.RUNNING, _:
                 await self._ask(number)

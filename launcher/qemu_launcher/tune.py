@@ -128,6 +128,7 @@ class Tuning:
         names = ", ".join(str(vcpu) for vcpu in new) or "a vCPU"
         try:
             self._plan = wanted = plan.thread_plan(self._definition, threads)
+            self._explain(wanted, threads)
             if wanted.emulator is not None and wanted.policy is None:
                 # QEMU's main thread has made them, and they inherit what is meant for that one.
                 unaided.schedule([vcpu.tid for vcpu in new], Scheduling("other", 0))
@@ -207,6 +208,10 @@ class Tuning:
         hard_limit = procfs.INFINITY if hard == resource.RLIM_INFINITY else hard
         memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._memlock = plan.memlock_need(self._definition, hard_limit, memory_total)
+        if self._memlock is not None:
+            how = "QEMU raises its own soft limit" if self._memlock.unaided else "the helper is asked for it"
+            limits = f"{_limit(self._memlock.wanted)} wanted, hard limit {_limit(hard_limit)}"
+            self._voice.step(f"memory lock: {limits}: {how}")
         if self._memlock is not None and self._memlock.unaided:
             self._granted = min(self._memlock.wanted, hard_limit)
 
@@ -217,6 +222,7 @@ class Tuning:
 
     async def _tune_threads(self, qemu: Qemu, threads: Threads) -> None:
         self._plan = wanted = plan.thread_plan(self._definition, threads)
+        self._explain(wanted, threads)
         await self._give(wanted, qemu)
         if wanted.emulator is not None:
             await self._schedule_emulator(wanted, wanted.emulator, qemu)
@@ -225,24 +231,38 @@ class Tuning:
             differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
         self._check(differences)
         self._scope = cgroups.scope_of(qemu.pid)
+        self._voice.step(f"read back from the kernel: all as defined{f', in {self._scope}' if self._scope else ''}")
+
+    def _explain(self, wanted: ThreadPlan, threads: Threads) -> None:
+        pins = {pin.tid: pin for pin in wanted.pins}
+        named = [(str(vcpu), vcpu.tid) for vcpu in threads.vcpus]
+        named += [(f"iothread {one.id!r}", one.tid) for one in threads.iothreads]
+        for who, tid in named:
+            pin = pins.get(tid)
+            where = "not pinned" if pin is None else f"CPU {format_cpulist(pin.cpus)}{', shielded' * pin.shielded}"
+            self._voice.step(f"{who}: TID {tid} -> {where}")
+        if threads.can_grow:
+            self._voice.step(f"vCPUs that can still be plugged in: {threads.possible - len(threads.vcpus)}")
 
     async def _give(self, wanted: ThreadPlan, qemu: Qemu) -> None:
         """Place all threads, and schedule the vCPUs': pins first, since real time is for pinned threads."""
         if _is_placed_by_helper(wanted):
             await self._helper.pin(wanted, qemu.pid)
         else:
-            unaided.pin(wanted, qemu.pid)
+            unaided.pin(wanted, qemu.pid, self._voice.step)
         if wanted.policy is not None:
             policy = Scheduling(wanted.policy, wanted.priority)
             if policy.priority:
                 # All of them, not only new ones: a shield that grows takes real time from everybody in it.
                 await self._helper.schedule(wanted.scheduled, policy, qemu.pid)
             else:
+                self._voice.step(f"sched_setscheduler: TIDs {', '.join(map(str, wanted.scheduled))} -> {policy}")
                 unaided.schedule(wanted.scheduled, policy)
 
     async def _schedule_emulator(self, wanted: ThreadPlan, policy: Scheduling, qemu: Qemu) -> None:
         """Those there are; what they make later inherits from them, but for real time, which no child is given."""
         if not policy.priority:
+            self._voice.step(f"sched_setscheduler: all emulator threads -> {policy}")
             unaided.schedule_all(wanted, policy, qemu.pid)
             return
         for attempt in range(1, _EMULATOR_ATTEMPTS + 1):
@@ -271,6 +291,10 @@ def with_way_out(hint: str | None, spelled: str) -> str:
 
 def _is_placed_by_helper(wanted: ThreadPlan) -> bool:
     return bool(wanted.pins) and wanted.isolation != "affinity"
+
+
+def _limit(size: int) -> str:
+    return "as much as there is" if size == procfs.INFINITY else format_size(size)
 
 
 def _what_it_got(wanted: ThreadPlan, tid: int) -> str:

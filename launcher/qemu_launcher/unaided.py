@@ -21,12 +21,14 @@ POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_I
 _LOOKS = 100
 
 
-def pin(wanted: ThreadPlan, pid: int) -> None:
-    """Put every thread of `pid` where the plan wants it."""
+def pin(wanted: ThreadPlan, pid: int, trace: Callable[[str], None] = lambda _: None) -> None:
+    """Put every thread of `pid` where the plan wants it. `trace` is told what is done."""
     for one in wanted.pins:
+        trace(f"sched_setaffinity: {one} -> CPU {format_cpulist(one.cpus)}")
         _put(one.tid, str(one), one.cpus)
     pinned = {one.tid for one in wanted.pins}
     if wanted.others:
+        trace(f"sched_setaffinity: all other threads -> CPU {format_cpulist(wanted.others)}")
         _each(pid, pinned, lambda tid: _put(tid, f"the emulator thread {tid}", wanted.others))
 
 

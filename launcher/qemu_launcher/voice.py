@@ -6,6 +6,7 @@ Why it exists: stderr is shared with QEMU, which may have made the terminal non-
 
 import contextlib
 import os
+import time
 
 from .errors import one_line, printable
 
@@ -14,11 +15,18 @@ _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 
 
 class Voice:
-    """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know."""
+    """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know; `explains` (`--debug`): tells it all."""
 
-    def __init__(self, name: str, *, quiet: bool) -> None:
+    def __init__(self, name: str, *, quiet: bool, explains: bool = False) -> None:
         self._name = name
         self._quiet = quiet
+        self._began = time.monotonic()
+        self.explains = explains and not quiet
+
+    def step(self, text: str) -> None:
+        """What is being done, as it happens, for `--debug`; with the seconds since the start."""
+        if self.explains:
+            self.say(f"{time.monotonic() - self._began:.3f} {text}")
 
     def note(self, text: str) -> None:
         """Good to know."""

@@ -17,6 +17,8 @@ from unit.reading import ROOT
         ("-q win11", cli.Run("win11", untuned=False, quiet=True)),
         ("win11 --quiet", cli.Run("win11", untuned=False, quiet=True)),
         ("--untuned run win11 -q", cli.Run("win11", untuned=True, quiet=True)),
+        ("-d win11", cli.Run("win11", untuned=False, quiet=False, debug=True)),
+        ("run win11 --debug --untuned", cli.Run("win11", untuned=True, quiet=False, debug=True)),
         ("./a/win11.yml", cli.Run("./a/win11.yml", untuned=False, quiet=False)),
         ("run status", cli.Run("status", untuned=False, quiet=False)),
         ("-- status", cli.Run("status", untuned=False, quiet=False)),

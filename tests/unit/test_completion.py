@@ -43,7 +43,7 @@ def offered(environ: dict[str, str], line: str) -> list[str]:
         ("-- l", ["list"]),
         ("run win11 ", []),
         ("win11 ", []),
-        ("win11 -", ["-q", "--quiet", "--untuned", *OPTIONS_OF_ALL]),
+        ("win11 -", ["-q", "--quiet", "-d", "--debug", "--untuned", *OPTIONS_OF_ALL]),
         ("win11 -q --u", ["--untuned"]),
         ("run --untuned --u", []),
         ("command w", ["web", "win11"]),
