@@ -84,11 +84,11 @@ def _command(arguments: cli.Command) -> int:
 
 
 def _import(arguments: cli.Import) -> int:
-    from . import importing  # noqa: PLC0415
+    from .importing import command_line  # noqa: PLC0415
 
     if arguments.libvirt is None:
-        return importing.import_argv(arguments.words, arguments.output)
-    from . import libvirt  # noqa: PLC0415
+        return command_line.import_argv(arguments.words, arguments.output)
+    from .importing import libvirt  # noqa: PLC0415
 
     return libvirt.import_domain(arguments.libvirt, arguments.output)
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from qemu_launcher.qemuoptions import FLAGS, TAKE_VALUE
+from qemu_launcher.importing.qemuoptions import FLAGS, TAKE_VALUE
 
 QEMU = "qemu-system-x86_64"
 

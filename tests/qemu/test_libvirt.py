@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qemu_launcher import cmdline, definition, importing, libvirt
+from qemu_launcher import cmdline, definition
 from qemu_launcher.definition import VmDefinition
+from qemu_launcher.importing import command_line, libvirt
 from unit.reading import ROOT
 
 DOMAIN = Path(__file__).with_name("libvirt_domain.xml").read_text(encoding="utf-8")
@@ -169,8 +170,8 @@ def test_the_readable_form_is_the_same_machine(host: Host) -> None:
     printed = host.run("virsh", "domxml-to-native", "qemu-argv", "--xml", without_what_we_replace(host))
     words = shlex.split(printed.stdout)
     start = words.index(vm.binary)
-    options = [option for option in importing.options_of(words[start + 1 :]) if not is_libvirts(option)]
-    theirs = [word for option in options for word in cmdline.option_argv(importing.as_read(option))]
+    options = [option for option in command_line.options_of(words[start + 1 :]) if not is_libvirts(option)]
+    theirs = [word for option in options for word in cmdline.option_argv(command_line.as_read(option))]
     ours = cmdline.qemu_argv(vm)
     ours = ours[: ours.index("-netdev")]
     assert sum(word.startswith("{") for word in theirs) > 10

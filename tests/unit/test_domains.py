@@ -10,9 +10,10 @@ from xml.etree.ElementTree import Element
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qemu_launcher import cmdline, domaindevices, domainkeys, domainxml, drafting, importing, libvirt, virsh
+from qemu_launcher import cmdline
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, LauncherError
+from qemu_launcher.importing import command_line, domaindevices, domainkeys, domainxml, drafting, libvirt, virsh
 from unit.reading import ROOT, read
 
 # What virsh 9.0 of Debian 12 printed, in its order; of its devices only some.
@@ -44,7 +45,7 @@ def domain(inside: str, kind: str = "kvm") -> Element:
 def definition_of(inside: str, line: str = LINE) -> str:
     root = domain(inside)
     draft = libvirt._draft(root, domainxml.tuning(root), line)
-    return importing.written(draft, [w for o in importing.kept(draft) for w in cmdline.option_argv(o)])
+    return command_line.written(draft, [w for o in command_line.kept(draft) for w in cmdline.option_argv(o)])
 
 
 def launcher_keys(inside: str, vcpus: int = 4) -> list[str]:
@@ -236,8 +237,8 @@ def test_command_line_without_libvirt_s_own() -> None:
     ],
 )
 def test_json_in_the_readable_form(option: str, words: str | None) -> None:
-    (read_option,) = importing.options_of(option.split(" ", 1))
-    assert " ".join(cmdline.option_argv(importing.as_read(libvirt._readable(read_option)))) == (words or option)
+    (read_option,) = command_line.options_of(option.split(" ", 1))
+    assert " ".join(cmdline.option_argv(command_line.as_read(libvirt._readable(read_option)))) == (words or option)
 
 
 def test_huge_pages() -> None:
@@ -254,7 +255,7 @@ def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
     options = [option for option in domaindevices.replacements(root) if not option.left_out]
     shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
     assert shown.find("devices/interface") is None
-    return [w for o in options for w in cmdline.option_argv(importing.as_read(o))]
+    return [w for o in options for w in cmdline.option_argv(command_line.as_read(o))]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_odd_domains_give_a_definition_or_a_message(trees: list[Tree]) -> None:
     root.extend(built(tree) for tree in trees)
     try:
         draft = libvirt._draft(root, domainxml.tuning(root), LINE)
-        read(importing.written(draft, [w for o in importing.kept(draft) for w in cmdline.option_argv(o)]))
+        read(command_line.written(draft, [w for o in command_line.kept(draft) for w in cmdline.option_argv(o)]))
         domaindevices.prepared(root)
     except LauncherError:
         pass

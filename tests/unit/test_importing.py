@@ -10,10 +10,11 @@ import pytest
 import yaml
 from hypothesis import example, given, settings, strategies as st
 
-from qemu_launcher import cmdline, drafting, importing, prefixes, yamlnode, yamltext
+from qemu_launcher import cmdline, yamlnode
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
+from qemu_launcher.importing import command_line, drafting, prefixes, yamltext
+from qemu_launcher.importing.qemuoptions import FLAGS, LISTS, TAKE_VALUE
 from qemu_launcher.options import Property
-from qemu_launcher.qemuoptions import FLAGS, LISTS, TAKE_VALUE
 from unit.reading import ROOT, read
 
 QEMU = "qemu-system-x86_64"
@@ -22,8 +23,8 @@ CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-
 
 def imported(*words: str) -> str:
     """The definition for a command line."""
-    draft = importing.draft_of(prefixes.peel(words))
-    return importing.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
+    draft = command_line.draft_of(prefixes.peel(words))
+    return command_line.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
 
 
 def qemu_section(*words: str) -> str:
@@ -72,7 +73,7 @@ def test_definition_comes_back(
     kept = [drafting.Option(name, value) for name, value in options if name.strip("-") not in ("daemonize", "")]
     definition = read(drafting.render(drafting.Draft(QEMU, tuple(kept))))
     argv = cmdline.qemu_argv(definition)
-    assert argv[1:] == [w for o in kept for w in cmdline.option_argv(importing.as_read(o))]
+    assert argv[1:] == [w for o in kept for w in cmdline.option_argv(command_line.as_read(o))]
     assert cmdline.qemu_argv(read(imported(*argv))) == argv
 
 
@@ -387,8 +388,8 @@ def test_output_file(tmp_path: Path) -> None:
 def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, wrong in (
         (drafting, "scalar", lambda text: text + "x"),
-        (importing, "split_value", lambda _name, text: text + "x"),
-        (importing, "split_value", lambda _name, text: (text, "")),
+        (command_line, "split_value", lambda _name, text: text + "x"),
+        (command_line, "split_value", lambda _name, text: (text, "")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, wrong)

@@ -10,8 +10,8 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
+from ..options import Property
 from .drafting import Option
-from .options import Property
 
 # Nothing of this is on a command line, and a libvirt that is not root's refuses some of it.
 _NOT_FOR_VIRSH = ("metadata", "seclabel", "resource", "cputune", "memtune", "blkiotune", "memoryBacking/hugepages")

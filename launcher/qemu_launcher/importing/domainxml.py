@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .cpulist import MAX_CPU
-from .errors import DefinitionError, shortened
-from .keys import POLICIES
-from .pinning import MAX_PINNED
+from ..cpulist import MAX_CPU
+from ..errors import DefinitionError, shortened
+from ..keys import POLICIES
+from ..pinning import MAX_PINNED
 
 MAX_DEPTH = 64  # libvirt's own go about ten levels deep
 NO_LIMIT = 1 << 60  # bytes; libvirt writes 2^53-1 KiB

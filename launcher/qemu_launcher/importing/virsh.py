@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from .errors import LauncherError
+from ..errors import LauncherError
 
 SYSTEM = "qemu:///system"
 _URIS = ("LIBVIRT_DEFAULT_URI", "VIRSH_DEFAULT_CONNECT_URI")

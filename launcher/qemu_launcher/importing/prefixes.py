@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .cpulist import parse_cpulist
-from .errors import UsageError
-from .keys import REALTIME_POLICIES
+from ..cpulist import parse_cpulist
+from ..errors import UsageError
+from ..keys import REALTIME_POLICIES
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cmdline, definition, stdout
-from .definition import VmDefinition
+from .. import cmdline, definition, stdout
+from ..definition import VmDefinition
+from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
+from ..keys import REALTIME_POLICIES
+from ..locate import VM_NAME
+from ..options import QemuOption, has_mem_lock, has_vfio, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
-from .errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
-from .keys import REALTIME_POLICIES
-from .locate import VM_NAME
-from .options import QemuOption, has_mem_lock, has_vfio, vcpu_limit
 from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY

@@ -6,12 +6,12 @@ what cannot be had together with a shield is written as a suggestion, in a comme
 
 from collections.abc import Sequence
 
-from .cpulist import format_cpulist
+from ..cpulist import format_cpulist
+from ..keys import REALTIME_POLICIES
+from ..options import QemuOption, has_mem_lock, has_vfio
+from .command_line import memlock_key, suggested_pinning
 from .domainxml import Tuning
 from .drafting import Key
-from .importing import memlock_key, suggested_pinning
-from .keys import REALTIME_POLICIES
-from .options import QemuOption, has_mem_lock, has_vfio
 
 MOST_ON_A_LINE = 16  # vCPUs whose CPUs are written on one line
 

@@ -7,8 +7,8 @@ checked by who writes it, see `importing`: the layout itself promises only that 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .cmdline import double_commas
-from .options import Property
+from ..cmdline import double_commas
+from ..options import Property
 from .qemuoptions import LISTS
 from .yamltext import LONGEST_KEY, comment, scalar, word
 

@@ -10,7 +10,7 @@ lone surrogate, which no quoting brings through.
 
 import re
 
-from .yamlnode import resolve
+from ..yamlnode import resolve
 
 LONGEST_KEY = 256  # characters; YAML lets a key have 1024, and an escape takes up to ten of them
 COMMENT_WIDTH = 100  # columns

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from . import cmdline, definition, domaindevices, domainkeys, domainxml, virsh
+from .. import cmdline, definition
+from ..errors import DefinitionError, LauncherError
+from ..options import Property
+from . import domaindevices, domainkeys, domainxml, virsh
+from .command_line import as_read, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
-from .errors import DefinitionError, LauncherError
-from .importing import as_read, deliver, headline, kept, options_of, written
-from .options import Property
 from .prefixes import peel
 
 _JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
