@@ -50,13 +50,6 @@ METHODS = {
     "GetLimitsOf": ("u", "a{sv}"),
 }
 
-# What a helper of this version may not have yet: UnknownMethod is an answer to these.
-CHECKS = {
-    "CheckMemlock": ("st", "t"),
-    "CheckPins": ("sa(uaub)au", ""),
-    "CheckScheduler": ("sa(uaub)su", ""),
-}
-
 Trace = Callable[[str], None]
 Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
@@ -258,7 +251,7 @@ class Helper:
             return await self._ask_once(member, body, interactive=True)
 
     async def _ask_once(self, member: str, body: Sequence[Any], *, interactive: bool) -> list[Any]:
-        wanted, answered = METHODS.get(member) or CHECKS[member]
+        wanted, answered = METHODS[member]
         message = Message(
             destination=BUS_NAME,
             path=OBJECT_PATH,

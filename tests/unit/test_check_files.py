@@ -81,6 +81,31 @@ def test_binary(host: OtherHost) -> None:
     assert files.binary(host.tree, "qemu-system-x86_64", env, VMS) is None
 
 
+@pytest.mark.parametrize(
+    ("binary", "options", "name"),
+    [
+        ("/usr/bin/qemu-system-x86_64", "[]", None),
+        ("/usr/bin/qemu-kvm", "[name: win11]", None),
+        ("/usr/bin/qemu-system-x86_64", "[name: 'win11,process=win11']", "win11"),
+        ("/opt/my-qemu-with-a-long-name", "[]", "my-qemu-with-a-"),
+        ("/opt/my-qemu-with-a-long-name", "[name: 'win11,process=qemu-system-x']", None),
+        ("/opt/wrapper", "[]", None),
+        (None, "[]", None),
+    ],
+)
+def test_name_by_which_the_helper_knows_it(host: OtherHost, binary: str | None, options: str, name: str | None) -> None:
+    for path in ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-kvm", "/opt/my-qemu-with-a-long-name"):
+        host.write(path, "\x7fELF and so on")
+    host.write("/opt/wrapper", "#!/bin/sh\nexec qemu-system-x86_64\n")
+    found = list(files.process_name(host.tree, binary, launcher("", options).options))
+    if name is None:
+        assert found == []
+    else:
+        assert the_only(found)[1].endswith(f"this QEMU's process will be called {name!r}")
+        assert "qemu-launcher-helper.toml(5)" in the_only(found)[2]
+        assert found[0].text.startswith("win11.yml:3:") == ("process" in options)
+
+
 # Variables
 
 DESKTOP = {"XDG_RUNTIME_DIR": "/run/user/1000", "WAYLAND_DISPLAY": "wayland-0", "HOME": "/home/alice"}

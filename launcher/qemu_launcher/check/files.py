@@ -6,12 +6,16 @@ and neither are backing files.
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .. import restrictions
+from ..definition import QemuOption
 from .asked import Image
 from .finding import Finding
 from .tree import ENTER, READ, WRITE, Tree
+
+_ELF = b"\x7fELF"
 
 
 def images(tree: Tree, wanted: Iterable[Image], folder: Path, user: str) -> Iterator[Finding]:
@@ -73,3 +77,24 @@ def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str |
         if tree.may(path, ENTER) and not tree.is_directory(path):
             return path
     return None
+
+
+def process_name(tree: Tree, binary: str | None, options: Sequence[QemuOption]) -> Iterator[Finding]:
+    """Whether the helper would know this QEMU by the name of its process: proc(5), comm, at most 15 bytes.
+
+    Of a script nothing is known: it becomes what it executes. And an administrator may allow other names.
+    """
+    renamed = [
+        value
+        for option in options
+        if option.bare_name == "name"
+        for name, value in option.properties()
+        if name == "process" and value
+    ]
+    if not renamed and (binary is None or not tree.begins_with(binary, _ELF)):
+        return
+    name = (renamed[-1] if renamed else os.path.basename(binary or ""))[:15]  # noqa: PTH119
+    mark, hint = restrictions.helper_refused(options, name, is_own=True)
+    if hint is not None:
+        place = f"{mark}: " if mark is not None else ""
+        yield Finding("warning", "name", f"{place}this QEMU's process will be called {name!r}", hint)

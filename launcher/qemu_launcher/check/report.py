@@ -82,6 +82,7 @@ class _Vm:
         self._user = access.user_name()
         self._folder = _where_we_are() / (definition.working_directory or "")
         self._env = {**({} if definition.clear_env else os.environ), **dict(definition.env)}
+        self._path: str | None = None  # of the QEMU program
         self._mechanism: str | None = None
 
     def findings(self) -> list[Finding]:
@@ -115,7 +116,7 @@ class _Vm:
         if not tree.is_directory(folder) or not tree.may(folder, ENTER):
             text = f"QEMU cannot run in {folder} (working_directory)"
             yield Finding("error", "folder", text, "make it, or correct the path")
-        path = files.binary(tree, name, self._env, self._folder)
+        path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
             where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
             fix = "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path"
@@ -153,6 +154,7 @@ class _Vm:
         yield from self._mildly(cpus.realtime(definition, tree, os.uname().release))
         if plan.needs_helper(definition, need):
             yield from self._place()
+            yield from self._mildly(files.process_name(tree, self._path, definition.options))
             if not runs:
                 yield from self._helper(need)
         if definition.places_threads:

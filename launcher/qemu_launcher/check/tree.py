@@ -39,6 +39,16 @@ class Tree:
         except (OSError, ValueError):  # the second for a NUL in the path
             return None
 
+    def begins_with(self, path: str, beginning: bytes) -> bool:
+        """Whether a regular file begins so."""
+        try:
+            if not stat.S_ISREG(self.path(path).stat().st_mode):
+                return False
+            with self.path(path).open("rb") as file:
+                return file.read(len(beginning)) == beginning
+        except (OSError, ValueError):
+            return False
+
     def number(self, path: str) -> int | None:
         """A file that holds one decimal number."""
         try:
