@@ -65,7 +65,7 @@ SYSUSERSDIR := /usr/lib/sysusers.d
 DBUSDIR := /usr/share/dbus-1
 POLKITDIR := /usr/share/polkit-1
 
-MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 \
+MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 build/man/qemu-launcher-migration.7 \
 	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
 
 .PHONY: help setup apt lint unit test attacks fuzz demo shell deb deb-path man install uninstall bench clean
@@ -183,7 +183,7 @@ place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
 	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
-		$(MANDIR)/man1 $(MANDIR)/man5 $(MANDIR)/man8 $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
+		$(addprefix $(MANDIR)/man,1 5 7 8) $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
 	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
 	@ln -srf $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper $(DESTDIR)$(SBINDIR)/qemu-launcher-helper
@@ -201,6 +201,7 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@install -m 644 polkit/50-qemu-launcher.rules $(DESTDIR)$(POLKITDIR)/rules.d/
 	@install -m 644 build/man/*.1 $(DESTDIR)$(MANDIR)/man1/
 	@install -m 644 build/man/*.5 $(DESTDIR)$(MANDIR)/man5/
+	@install -m 644 build/man/*.7 $(DESTDIR)$(MANDIR)/man7/
 	@install -m 644 build/man/*.8 $(DESTDIR)$(MANDIR)/man8/
 	@install -m 644 $(addsuffix /examples/*,launcher helper dbus polkit) $(DESTDIR)$(DOCDIR)/examples/
 	@install -m 644 launcher/completions/qemu-launcher.bash $(DESTDIR)$(BASHDIR)/qemu-launcher
@@ -227,6 +228,7 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 		$(DESTDIR)$(DBUSDIR)/interfaces/org.qemulauncher.Helper1.xml \
 		$(DESTDIR)$(POLKITDIR)/actions/org.qemulauncher.policy $(DESTDIR)$(POLKITDIR)/rules.d/50-qemu-launcher.rules \
 		$(DESTDIR)$(MANDIR)/man1/qemu-launcher.1 $(DESTDIR)$(MANDIR)/man5/qemu-launcher.yml.5 \
+		$(DESTDIR)$(MANDIR)/man7/qemu-launcher-migration.7 \
 		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5 \
 		$(DESTDIR)$(BASHDIR)/qemu-launcher $(DESTDIR)$(ZSHDIR)/_qemu-launcher $(DESTDIR)$(FISHDIR)/qemu-launcher.fish
 	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR)) 2>/dev/null || true

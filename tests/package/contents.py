@@ -20,6 +20,7 @@ FILES = {
     "usr/share/man/man1/qemu-launcher.1": 0o644,
     "usr/share/man/man5/qemu-launcher.yml.5": 0o644,
     "usr/share/man/man5/qemu-launcher-helper.toml.5": 0o644,
+    "usr/share/man/man7/qemu-launcher-migration.7": 0o644,
     "usr/share/man/man8/qemu-launcher-helper.8": 0o644,
     "usr/share/bash-completion/completions/qemu-launcher": 0o644,
     "usr/share/zsh/vendor-completions/_qemu-launcher": 0o644,
