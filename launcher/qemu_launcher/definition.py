@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
-from .keys import KEY_NAMES, REALTIME_POLICIES, Memlock, Scheduling, Section, priority_of, read_launcher
+from .keys import KEY_NAMES, REALTIME_POLICIES, HookCommand, Memlock, Scheduling, Section, priority_of, read_launcher
 from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, vcpu_limit
 from .pinning import CpuSet, Pinning
 from .yamlnode import Map, Node, Scalar, describe, fail
 
 __all__ = [
     "CpuSet",
+    "HookCommand",
     "Memlock",
     "Pinning",
     "QemuOption",
@@ -61,6 +62,8 @@ class VmDefinition(NamedTuple):
     isolation: str | None = None  # one of keys.ISOLATIONS; None when nothing is pinned
     on_tuning_failure: str = "abort"  # or "continue"
     shutdown_timeout: float | None = DEFAULT_SHUTDOWN_TIMEOUT  # seconds; None: wait for ever
+    before_start: tuple[HookCommand, ...] = ()
+    after_stop: tuple[HookCommand, ...] = ()
     debug: bool = False
     user: str | int | None = None
     group: str | int | None = None

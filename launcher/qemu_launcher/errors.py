@@ -7,6 +7,7 @@
     |-- NoGrant                  exit 3   the VM that is to give something back holds nothing
     |-- AlreadyRunning           exit 1   the VM asked for runs already
     |-- QemuFailed               exit 1   QEMU could not be started, or ended before the guest ran
+    |-- HookFailed               exit 1   a command of before_start or after_stop did not do
     |-- QmpError                 exit 1   QEMU's monitor answered with an error, with nonsense, or not at all
     `-- TuningFailed             exit 1   the guest has not run, it cannot be given what its definition asks for
 
@@ -117,6 +118,10 @@ class QemuFailed(LauncherError):
         super().__init__(message, hint)
         self.status = status
         self.argv = tuple(argv)
+
+
+class HookFailed(LauncherError):
+    """A command of the user's own, of before_start or after_stop, could not be started or did not exit 0."""
 
 
 class QmpError(LauncherError):

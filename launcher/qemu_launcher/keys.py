@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 from . import pinning, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
 from .pinning import MAX_UINT32
-from .yamlnode import Map, Node, Scalar, describe, fail
+from .yamlnode import List, Map, Node, Scalar, describe, fail
 
 MAX_ID = MAX_UINT32 - 1  # 2^32-1 means "leave unchanged" in setresuid(2)
 MAX_MEMLOCK = (1 << 63) - 1  # bytes
 LEAST_MEMLOCK = 1 << 20  # bytes; less than a MiB is a size without its unit
+MAX_COMMAND_BYTES = 1 << 20  # of all words of one key; execve(2) takes no more by default for one command alone
 MAX_SHUTDOWN_TIMEOUT = 30 * 24 * 3600  # seconds
 
 REALTIME_POLICIES = ("fifo", "rr")
@@ -34,6 +35,13 @@ class Scheduling(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.policy} {self.priority}" if self.priority else self.policy
+
+
+class HookCommand(NamedTuple):
+    """A command of before_start or after_stop: the program and its arguments, never empty."""
+
+    argv: tuple[str, ...]
+    mark: Mark
 
 
 class Memlock(NamedTuple):
@@ -200,6 +208,30 @@ def _shutdown_timeout(node: Node, what: str) -> float | None:
     return float(yamlnode.integer(node, what, 0, MAX_SHUTDOWN_TIMEOUT))
 
 
+def _commands(node: Node, what: str) -> tuple[HookCommand, ...]:
+    """A list of commands, each a list of words; in the common mistake it is one command's words."""
+    hint = f"write {what}: [[program, argument, ...], [program, ...]], each command a list of its own"
+    commands = []
+    room = MAX_COMMAND_BYTES
+    if not isinstance(node, List):
+        fail(node, f"{what} must be a list of commands, not {describe(node)}", hint)
+    for item in node.items:
+        if not isinstance(item, List):
+            fail(item, f"a command in {what} must be a list of words, not {describe(item)}", hint)
+        if not item.items:
+            fail(item, f"a command in {what} is an empty list", hint)
+        words = []
+        for word in item.items:
+            words.append(yamlnode.verbatim(word, f"a word of a command in {what}"))
+            room -= len(words[-1]) + 1  # aliases make much out of little
+            if room < 0:
+                fail(word, f"up to here {what} comes to more than {MAX_COMMAND_BYTES >> 20} MiB")
+        if not words[0]:
+            fail(item.items[0], f"the program of a command in {what} is empty")
+        commands.append(HookCommand(tuple(words), item.mark))
+    return tuple(commands)
+
+
 def _account(node: Node, what: str) -> str | int:
     """A user or group: its name, or its number where YAML reads a number."""
     if isinstance(node, Scalar) and node.kind == "int":
@@ -225,6 +257,8 @@ _KEYS: dict[str, tuple[str, Callable[[Node, str], Any]]] = {
     "isolation": ("isolation", _isolation),
     "on_tuning_failure": ("on_tuning_failure", _on_tuning_failure),
     "shutdown_timeout": ("shutdown_timeout", _shutdown_timeout),
+    "before_start": ("before_start", _commands),
+    "after_stop": ("after_stop", _commands),
     "debug": ("debug", yamlnode.boolean),
     "user": ("user", _account),
     "group": ("group", _account),

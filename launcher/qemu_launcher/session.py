@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from . import cmdline, host, identity, locate, monitors, procfs, runtime, termin
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
+from .hooks import Hooks
 from .hotplug import Hotplug
 from .monitors import Monitors
 from .notify import Manager
@@ -65,7 +65,6 @@ def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> No
 
 
 async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Manager, *, untuned: bool) -> int:
-    began = time.monotonic()
     manager.status("starting")
     for warning in definition.warnings:
         voice.warn(warning)
@@ -80,6 +79,35 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
         tuning = await stack.enter_async_context(
             Tuning(definition, spelled, voice, lambda: signals.put(signal.SIGTERM), untuned=untuned)
         )
+
+        # What the user has to be there before QEMU, and gone after it.
+        _check_binary(definition)
+        hooks = Hooks(definition, claim.directory, voice, signals)
+        status, well = 0, True
+        try:
+            interrupted = await hooks.before_start()
+            if interrupted is not None:
+                status = 128 + interrupted
+            else:
+                status = await _run_qemu(definition, spelled, voice, manager, signals, claim, tuning)
+        finally:
+            if claim.record.qemu is None or not claim.record.qemu.is_alive():
+                well = await hooks.after_stop()
+        return status if well or status != 0 else 1
+
+
+async def _run_qemu(
+    definition: VmDefinition,
+    spelled: str,
+    voice: Voice,
+    manager: Manager,
+    signals: Signals,
+    claim: Claim,
+    tuning: Tuning,
+) -> int:
+    """QEMU from its fork to its end. Returns its exit status, 128+N if signal N ended it, or ended its start."""
+    began = time.monotonic()
+    async with AsyncExitStack() as stack:
         holds_guest = tuning.wanted
 
         # The child waits at its gate; before it may pass, the lock file says that it exists.
@@ -299,19 +327,22 @@ def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monit
     """QEMU's own options come last: one whose value is missing must not swallow ours."""
     binary, *options = cmdline.qemu_argv(definition)
     hold = ("-S",) if tuning.wanted else ()
-    env = {**({} if definition.clear_env else os.environ), **dict(definition.env)}
-    _check_binary(binary, env)
     return Command(
         argv=(binary, *made.arguments, *hold, *options),
-        env=env,
+        env=_env(definition),
         working_directory=definition.working_directory,
         inherited=(claim.lock_fd, *made.inherited),
         soft_memlock=tuning.soft_memlock,
     )
 
 
-def _check_binary(binary: str, env: Mapping[str, str]) -> None:
+def _env(definition: VmDefinition) -> dict[str, str]:
+    return {**({} if definition.clear_env else os.environ), **dict(definition.env)}
+
+
+def _check_binary(definition: VmDefinition) -> None:
     """A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing."""
+    binary, env = definition.binary, _env(definition)
     if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
         return
     raise QemuFailed(

@@ -55,6 +55,11 @@ class Signals:
         """The next signal."""
         return await self._queue.get()
 
+    def forget(self) -> None:
+        """What has come and was not taken was about something that is over."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
     def put(self, number: signal.Signals) -> None:
         """As if this signal had come: one that was taken and not acted on, or a wish that came another way."""
         self._queue.put_nowait(number)

@@ -26,6 +26,7 @@ FILES = {
     "usr/share/zsh/vendor-completions/_qemu-launcher": 0o644,
     "usr/share/fish/vendor_completions.d/qemu-launcher.fish": 0o644,
     "usr/share/doc/qemu-launcher/examples/first.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/tpm.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/tuned.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/vfio.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/helper.toml": 0o644,

@@ -177,7 +177,7 @@ def test_usr_local_would_come_first_without_the_entry_script() -> None:
     assert local[0] < path.index("/usr/lib/python3/dist-packages")
 
 
-@pytest.mark.parametrize("name", ["first.yml", "tuned.yml", "vfio.yml"])
+@pytest.mark.parametrize("name", ["first.yml", "tpm.yml", "tuned.yml", "vfio.yml"])
 def test_example_definitions_are_accepted(name: str) -> None:
     """What the documentation shows, the program takes: each example gives a command line."""
     run = subprocess.run(

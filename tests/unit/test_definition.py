@@ -142,7 +142,8 @@ def test_scheduler(keys: str, scheduling: tuple[str, int]) -> None:
 
 KNOWN_KEYS = (
     "binary, clear_env, env, working_directory, vcpu_pinning, emulator_pinning, iothread_pinning, scheduler, priority, "
-    "emulator_scheduler, rlimit_memlock, isolation, on_tuning_failure, shutdown_timeout, debug, user, group"
+    "emulator_scheduler, rlimit_memlock, isolation, on_tuning_failure, shutdown_timeout, before_start, "
+    "after_stop, debug, user, group"
 )
 MEMLOCK_HINT = "    write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 MEMLOCK_RANGE = "is out of range (1M-8388607T); a number alone is in bytes"
