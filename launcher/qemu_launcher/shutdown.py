@@ -149,6 +149,9 @@ class Shutdown:
         else:
             limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
             self._voice.say(f"asked the guest to power down{limit}; Ctrl-C again cuts the power")
+            if isinstance(state, dict) and state.get("status") == "paused":  # for a reason that we do not know
+                resume = f"qemu-launcher resume {self._voice.name}"
+                self._voice.say(f"it is paused, and hears that when it goes on: {resume}")
         if number == signal.SIGTERM:
             self._set_deadline(self._timeout)
 

@@ -18,7 +18,7 @@ class Voice:
     """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know; `explains` (`--debug`): tells it all."""
 
     def __init__(self, name: str, *, quiet: bool, explains: bool = False) -> None:
-        self._name = name
+        self.name = name
         self._quiet = quiet
         self._began = time.monotonic()
         self.explains = explains and not quiet
@@ -36,11 +36,11 @@ class Voice:
     def warn(self, text: str, hint: str | None = None) -> None:
         """Not as the definition wants it; `hint` says what to do about it."""
         # One write, as errors.render would show it: QEMU's own lines must not come in between.
-        self._write("\n    ".join([one_line(f"{self._name}: warning: {text}"), *(hint or "").splitlines()]))
+        self._write("\n    ".join([one_line(f"{self.name}: warning: {text}"), *(hint or "").splitlines()]))
 
     def say(self, text: str) -> None:
         """What the user must know, also with `-q`."""
-        self._write(one_line(f"{self._name}: {text}"))
+        self._write(one_line(f"{self.name}: {text}"))
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):

@@ -48,6 +48,19 @@ def test_paused_guest_is_told_to_power_down_when_it_goes_on(home: Home) -> None:
     )
 
 
+def test_launcher_that_is_told_to_end_says_that_its_guest_is_paused(home: Home) -> None:
+    """Nobody lets it go on by himself: it may have been paused so that its disk can be copied."""
+    home.define()
+    run = home.start()
+    run.wait_running()
+    home.ask("pause", VM)
+    run.signal(signal.SIGINT)
+    run.wait_line(f"^{VM}: it is paused, and hears that when it goes on: qemu-launcher resume {VM}$")
+    assert listed(home)[VM]["state"] == "paused"
+    run.signal(signal.SIGINT)
+    assert run.end() == 0
+
+
 def test_not_running(home: Home) -> None:
     home.define()
     for command in ("pause", "resume"):
