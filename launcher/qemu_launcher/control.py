@@ -9,20 +9,24 @@ NotRunning (exit 3) for a VM that does not run; Busy when another program has th
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import runtime
 from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError
 from .qmp import Qmp
+from .record import RUNNING
 from .runtime import Found
 
 # QEMU greets at once when nobody else is connected; who is second in its queue hears nothing.
 GREETING_TIMEOUT = 2.0  # seconds
 # It answers a question as quickly, unless it hangs.
 ANSWER_TIMEOUT = 2.0
+_NEXT_TRY = 0.02
 
 
 class Busy(LauncherError):  # noqa: N818  as in errors.py
@@ -70,14 +74,14 @@ async def linked(vm: Found) -> AsyncIterator[Qmp]:
             f"power the guest down from inside, or cut its power with: qemu-launcher kill {vm.name}",
         )
     try:
-        with runtime.connected(vm.socket) as client:
+        with ExitStack() as stack:
             async with asyncio.timeout(GREETING_TIMEOUT):
-                qmp = await Qmp.negotiated(client)
+                qmp = await Qmp.negotiated(await _turn(stack, vm.socket))
             try:
                 yield qmp
             finally:
                 await qmp.close()
-    except (TimeoutError, BlockingIOError) as err:
+    except TimeoutError as err:
         if vm.is_starting:
             raise still_starting(vm) from err
         raise Busy(
@@ -86,6 +90,15 @@ async def linked(vm: Found) -> AsyncIterator[Qmp]:
         ) from err
     except OSError as err:
         raise LauncherError(f"nobody listens on the control socket of {vm.name}: {err.strerror}") from err
+
+
+async def _turn(stack: ExitStack, path: Path) -> socket.socket:
+    """Connected, as soon as there is a place in QEMU's queue, which holds two: several of us may ask at a time."""
+    while True:
+        try:
+            return stack.enter_context(runtime.connected(path))
+        except BlockingIOError:
+            await asyncio.sleep(_NEXT_TRY)
 
 
 async def ask(vm: Found, *commands: str) -> list[Any]:
@@ -139,7 +152,7 @@ def refuse_held(vm: Found) -> None:
 def with_stillness(error: AlreadyRunning, name: str) -> AlreadyRunning:
     """The error for a second start of a VM that stands still: whoever wants it to run has another command for that."""
     vm = runtime.find(name)
-    if vm is None or vm.is_held:
+    if vm is None or vm.record.state != RUNNING:  # one that only starts would not answer
         return error
     word = asyncio.run(state_of(vm)).word
     if word == "paused":

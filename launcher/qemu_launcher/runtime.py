@@ -168,7 +168,7 @@ def find_all() -> list[Found]:
 
 @contextlib.contextmanager
 def connected(path: Path) -> Iterator[socket.socket]:
-    """A client of the control socket. OSError if nobody listens; BlockingIOError, or no greeting, if it is busy."""
+    """A client of the control socket. OSError if nobody listens; BlockingIOError if the queue before us is full."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)  # with a full queue connect would wait for the client before us, for ever
     with client, places.short_path(path) as short:

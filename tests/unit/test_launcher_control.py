@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,18 @@ class FakeQemu:
                 client, _ = listening.accept()
             except OSError:
                 return
-            with client, client.makefile("rw") as file:
-                self.before_greeting()
-                file.write('{"QMP": {}}\n')
-                file.flush()
-                for line in file:
-                    request = json.loads(line)
-                    self.asked.append(request["execute"])
-                    answer = {"return": self.answers.get(request["execute"], {}), "id": request["id"]}
-                    file.write(json.dumps(answer) + "\n")
-                    file.flush()
+            with client, suppress(OSError):  # it may have left again
+                self._speak(client)
+
+    def _speak(self, client: socket.socket) -> None:
+        self.before_greeting()
+        client.sendall(b'{"QMP": {}}\n')
+        with client.makefile("r") as file:
+            for line in file:
+                request = json.loads(line)
+                self.asked.append(request["execute"])
+                answer = {"return": self.answers.get(request["execute"], {}), "id": request["id"]}
+                client.sendall(json.dumps(answer).encode() + b"\n")
 
 
 @contextmanager
@@ -56,13 +58,32 @@ def served(place: Path, name: str, qemu: FakeQemu) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(1)
-        thread = threading.Thread(target=qemu.serve, args=(listening,))
-        thread.start()
-        try:
+        with serving(listening, qemu):
             yield path
-        finally:
-            listening.shutdown(socket.SHUT_RDWR)
-            thread.join()
+
+
+@contextmanager
+def serving(listening: socket.socket, qemu: FakeQemu) -> Iterator[None]:
+    thread = threading.Thread(target=qemu.serve, args=(listening,))
+    thread.start()
+    try:
+        yield
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@contextmanager
+def full_queue(place: Path) -> Iterator[tuple[Path, socket.socket, ExitStack]]:
+    """A control socket on which nobody is served yet, with as many clients as find a place."""
+    path = place / "x.sock"
+    with socket.socket(socket.AF_UNIX) as listening, ExitStack() as clients:
+        listening.bind(str(path))
+        listening.listen(1)
+        with suppress(BlockingIOError):
+            while True:
+                clients.enter_context(runtime.connected(path))
+        yield path, listening, clients
 
 
 @pytest.fixture
@@ -100,6 +121,29 @@ def test_who_does_not_greet_is_busy(place: Path, monkeypatch: pytest.MonkeyPatch
         assert asyncio.run(control.state_of(found)) == State("running", "control socket busy", "busy")
         with pytest.raises(Busy, match=r"^the control socket of x is busy"):
             asyncio.run(control.ask(found, "query-status"))
+
+
+def test_full_queue_is_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several commands at a time: who finds no place in QEMU's queue tries again, and does not say that it is busy."""
+    qemu = FakeQemu({"query-status": {"status": "running"}})
+    waited: list[float] = []
+    with full_queue(place) as (path, listening, clients), ExitStack() as server:
+
+        async def wait(seconds: float) -> None:
+            if not waited:
+                clients.close()
+                server.enter_context(serving(listening, qemu))
+            waited.append(seconds)
+
+        monkeypatch.setattr(asyncio, "sleep", wait)
+        assert asyncio.run(control.state_of(vm("x", path))) == State("running", control_socket="ok")
+    assert waited
+
+
+def test_queue_that_stays_full_is_busy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "GREETING_TIMEOUT", 0.1)
+    with full_queue(place) as (path, _, _):
+        assert asyncio.run(control.state_of(vm("x", path))).control_socket == "busy"
 
 
 def test_nobody_listens(place: Path) -> None:
