@@ -14,6 +14,7 @@ import signal
 from . import control, procfs, runtime, stdout
 from .errors import LauncherError
 from .process import QUIT_GRACE
+from .qmp import QmpRefused
 from .runtime import Found
 from .shutdown import NOT_STARTED
 
@@ -101,7 +102,14 @@ async def _resume(vm: Found) -> str:
             before = control.run_state(await qmp.execute("query-status"))
         if before == "running":
             return "it is running already"
-        await qmp.execute("cont")
+        try:
+            await qmp.execute("cont")
+        except QmpRefused as err:  # it has powered down, or crashed
+            err.hint = (
+                f"it stands still ({before}); reset it with: qemu-launcher qmp {vm.name} system_reset\n"
+                f"or end it with: qemu-launcher kill {vm.name}"
+            )
+            raise
         async with asyncio.timeout(control.ANSWER_TIMEOUT):
             after = control.run_state(await qmp.execute("query-status"))
     if after == "running":

@@ -122,6 +122,8 @@ def test_guest_that_is_down_is_neither_paused_nor_resumed(home: Home) -> None:
     done = home.ask("resume", VM)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("qemu-launcher: QEMU refused cont: ")
+    assert f"it stands still (shutdown); reset it with: qemu-launcher qmp {VM} system_reset\n" in done.stderr
+    assert home.ask("qmp", VM, "system_reset").returncode == 0
     assert listed(home)[VM]["state"] == "shutdown"
 
 
