@@ -1,7 +1,7 @@
 """Why the helper said no, in words for the person who has to do something about it.
 
-Why it exists: the three ways of not having access look alike on the bus (AccessDenied, NotAuthorized, ServiceUnknown),
-and each wants another remedy. The bus daemon looks at the groups of our process, polkit at the user database; a user
+Why it exists: the ways of not having access (the bus's AccessDenied, the helper's NotAuthorized, ServiceUnknown) want
+a remedy each. The bus daemon looks at the groups of our process, polkit at the user database; a user
 who was put into the group after he logged in is a member for one and not for the other.
 Reads the user database; changes nothing.
 """
@@ -10,6 +10,7 @@ import grp
 import os
 import pwd
 
+from . import absence
 from .errors import TuningFailed
 
 GROUP = "qemu-launcher"
@@ -19,12 +20,9 @@ TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process 
 # In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
 _FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
 LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
-HOW_TO_INSTALL = (
-    "qemu-launcher-helper, dbus and polkit must be installed and running on this host: on Debian, sudo apt install "
-    "qemu-launcher; otherwise sudo make install in its sources, then sudo systemctl reload dbus"
-)
+NO_BUS = "org.freedesktop.DBus.Error.NoServer"  # nobody listens there; our own use of the name, as libdbus does
 
-_DENIED = {"org.freedesktop.DBus.Error.AccessDenied", NOT_AUTHORIZED}
+_DENIED = "org.freedesktop.DBus.Error.AccessDenied"  # by the bus itself
 _MISSING = {"org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner"}
 _FAILED_TO_START = "org.freedesktop.DBus.Error.Spawn."
 _HINTS = {
@@ -36,11 +34,12 @@ _HINTS = {
 
 def explained(error_name: str, text: str) -> TuningFailed:
     """The error for the user, from the D-Bus error name and the text of the answer."""
-    if error_name in _DENIED:
-        message, hint = denied(text)
-        return TuningFailed(message, hint, wire_name=error_name)
+    if error_name == _DENIED:
+        return TuningFailed(*not_let_in(), wire_name=error_name)
+    if error_name == NOT_AUTHORIZED:
+        return TuningFailed(*not_authorised(text), wire_name=error_name)
     if error_name in _MISSING:
-        return TuningFailed("qemu-launcher-helper is not installed", HOW_TO_INSTALL, wire_name=error_name)
+        return TuningFailed("qemu-launcher-helper is not installed", absence.remedy(), wire_name=error_name)
     if error_name.startswith(_FAILED_TO_START):
         return TuningFailed(f"qemu-launcher-helper cannot be started: {text}", LOOK_AT_JOURNAL, wire_name=error_name)
     if error_name == "org.freedesktop.DBus.Error.NoReply":
@@ -50,14 +49,32 @@ def explained(error_name: str, text: str) -> TuningFailed:
     )
 
 
-def denied(text: str) -> tuple[str, str]:
-    """Message and hint for a caller who was not let in."""
+def is_absent(err: TuningFailed) -> bool:
+    """Whether there is no helper to ask, or no bus to ask it over."""
+    return err.wire_name in {*_MISSING, NO_BUS}
+
+
+def not_let_in() -> tuple[str, str]:
+    """Message and hint for a caller whose call the bus has not passed on."""
+    return not_a_member() or (
+        f"the system bus lets {user_name()} send nothing to qemu-launcher-helper",
+        "if it has just been installed: sudo systemctl reload dbus\n"
+        "otherwise a file of the administrator's in /etc/dbus-1/system.d decides this",
+    )
+
+
+def not_authorised(text: str) -> tuple[str, str]:
+    """Message and hint for a caller whom the bus has let through, and polkit has not: membership is not the reason.
+
+    That he is no member is still worth telling: members are not asked for a password where the package's rule holds.
+    """
     if wants_password(text):
         return text, "start it in a terminal or on a desktop, where polkit can ask"
-    return not_a_member() or (
-        text or f"{user_name()} is not authorised",
-        "an administrator's polkit rule decides this, or the question for a password was dismissed",
-    )
+    hint = "an administrator's polkit rule decides this, or the question for a password was dismissed"
+    gid = _group_gid()
+    if gid is not None and not _is_member(gid):
+        hint += f"\nmembers of the group {GROUP} are usually not asked: sudo usermod -aG {GROUP} {user_name()}"
+    return text or f"{user_name()} is not authorised", hint
 
 
 def wants_password(text: str) -> bool:
@@ -70,7 +87,10 @@ def not_a_member() -> tuple[str, str] | None:
     user = user_name()
     gid = _group_gid()
     if gid is None:
-        return f"there is no group {GROUP} on this host, so nobody may use qemu-launcher-helper", HOW_TO_INSTALL
+        return (
+            f"there is no group {GROUP} on this host, so nobody may use qemu-launcher-helper",
+            f"sudo systemd-sysusers makes it; then sudo usermod -aG {GROUP} {user}\nthen log out and in again",
+        )
     if not _is_member(gid):
         return (
             f"{user} is not a member of the group {GROUP}",

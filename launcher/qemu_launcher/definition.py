@@ -91,6 +91,11 @@ class VmDefinition(NamedTuple):
         return self.isolation in ("shield", "cpuset") or self.is_realtime or emulator_priority > 0
 
     @property
+    def could_pin_unaided(self) -> bool:
+        """Whether the helper is needed only since threads are to have their CPUs for themselves."""
+        return self.isolation in ("shield", "cpuset") and not self._replace(isolation="affinity").threads_by_helper
+
+    @property
     def schedules_threads(self) -> bool:
         """Whether any thread has a policy of its own."""
         return self.scheduler is not None or self.emulator_scheduler is not None

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 from dbus_next import BusType, Message, MessageFlag, MessageType
 from dbus_next.aio import MessageBus
 
-from . import access
+from . import absence, access
 from .errors import TuningFailed
 from .limits import Limits
 from .patience import retrieved
@@ -134,7 +134,8 @@ class Helper:
         except Exception as err:  # the library raises anything from OSError to bare Exception
             raise TuningFailed(
                 f"there is no system bus at {address}: {getattr(err, 'strerror', None) or err or type(err).__name__}",
-                access.HOW_TO_INSTALL,
+                absence.remedy(),
+                wire_name=access.NO_BUS,
             ) from err
         trace = trace or (lambda _: None)
         trace(f"joined the system bus at {address}")

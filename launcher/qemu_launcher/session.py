@@ -36,6 +36,9 @@ from .threads import Threads
 from .tune import Tuning
 from .voice import Voice, format_size
 
+# The original tool made its cpusets as its caller said here. The helper does not let itself be told where.
+_OF_THE_ORIGINAL = ("QEMU_LAUNCHER_CPUSET_MOUNT_PATH", "QEMU_LAUNCHER_CPUSET_PREFIX")
+
 
 def run(definition: VmDefinition, *, untuned: bool, quiet: bool, debug: bool = False) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
@@ -68,6 +71,9 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
     manager.status("starting")
     for warning in definition.warnings:
         voice.warn(warning)
+    if not_read := [name for name in _OF_THE_ORIGINAL if name in os.environ]:
+        which = f"{' and '.join(not_read)} {'are' if len(not_read) > 1 else 'is'} not read"
+        voice.note(f"{which}: shielding is set up by root, see qemu-launcher-helper.toml(5)")
     async with AsyncExitStack() as stack:
         # From here on a signal is a wish, not an end; and nobody else starts this VM.
         signals = stack.enter_context(Signals())

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from . import access, cgroups, plan, procfs, readback, unaided
+from . import absence, access, cgroups, plan, procfs, readback, unaided
 from .assistance import Assistance
 from .cpulist import format_cpulist
 from .definition import Scheduling, VmDefinition
@@ -183,6 +183,9 @@ class Tuning:
         try:
             await step
         except TuningFailed as err:
+            by_helper = self._memlock is not None and not self._memlock.unaided
+            if access.is_absent(err) and self._definition.could_pin_unaided and not by_helper:
+                err.hint = f"{err.hint}\n{absence.WITHOUT_HELPER}"
             if self._definition.on_tuning_failure != "continue":
                 err.hint = with_way_out(err.hint, self._spelled)
                 raise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import access
+from qemu_launcher import absence
 from qemu_launcher.check import dryrun, finding, installation, report, versions
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import thread_plan
@@ -164,7 +164,7 @@ def test_installed(tmp_path: Path) -> None:
         severity, text, fix = the_only(list(installation.installed(host.tree)))
         assert severity == "error"
         assert path.rpartition("/")[2] in text
-        assert fix == access.HOW_TO_INSTALL
+        assert fix == absence.HOW_TO_INSTALL
         host.write(path)
 
 

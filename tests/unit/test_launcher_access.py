@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import access, identity
+from qemu_launcher import absence, access, identity
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import LauncherError
 
@@ -38,21 +38,40 @@ def alice(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return world
 
 
-@pytest.mark.parametrize("name", [DENIED, NOT_AUTHORISED])
-def test_not_a_member(alice: SimpleNamespace, name: str) -> None:
-    error = access.explained(name, "some text of the bus")
+def test_not_a_member(alice: SimpleNamespace) -> None:
+    error = access.explained(DENIED, "some text of the bus")
     assert str(error) == "alice is not a member of the group qemu-launcher"
     assert error.hint == "sudo usermod -aG qemu-launcher alice\nthen log out and in again"
-    assert error.wire_name == name
+    assert error.wire_name == DENIED
 
 
-@pytest.mark.parametrize("name", [DENIED, NOT_AUTHORISED])
-def test_member_but_not_in_this_login(alice: SimpleNamespace, name: str) -> None:
+def test_member_but_not_in_this_login(alice: SimpleNamespace) -> None:
     alice.database = [1000, 990]
-    error = access.explained(name, "")
+    error = access.explained(DENIED, "")
     assert "but not yet in this login" in str(error)
     assert error.hint is not None
     assert error.hint.startswith("log out and in again")
+
+
+@pytest.mark.parametrize(("database", "is_told"), [([1000], True), ([1000, 990], False)])
+def test_bus_that_is_open_to_everybody(alice: SimpleNamespace, database: list[int], is_told: bool) -> None:
+    """The bus has let the call through, so it was polkit: neither membership nor this login is the reason."""
+    alice.database = database
+    error = access.explained(NOT_AUTHORISED, "polkit does not allow it")
+    assert str(error) == "polkit does not allow it"
+    assert error.hint is not None
+    first, *more = error.hint.splitlines()
+    assert first.startswith("an administrator's polkit rule decides this, or the question for a password was")
+    assert bool(more) == is_told
+    assert "log out" not in error.hint
+
+
+def test_member_whom_the_bus_lets_send_nothing(alice: SimpleNamespace) -> None:
+    alice.database = alice.process = [1000, 990]
+    error = access.explained(DENIED, "Rejected send message, 1 matched rules; type=...")
+    assert str(error) == "the system bus lets alice send nothing to qemu-launcher-helper"
+    assert error.hint is not None
+    assert error.hint.startswith("if it has just been installed: sudo systemctl reload dbus\n")
 
 
 def test_member_whom_a_rule_refuses(alice: SimpleNamespace) -> None:
@@ -76,14 +95,15 @@ def test_group_that_does_not_exist(alice: SimpleNamespace) -> None:
     alice.group = False
     error = access.explained(DENIED, "")
     assert "there is no group qemu-launcher" in str(error)
-    assert error.hint == access.HOW_TO_INSTALL
+    assert error.hint is not None
+    assert error.hint.startswith("sudo systemd-sysusers makes it; then sudo usermod -aG qemu-launcher alice\n")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message", "hint"),
     [
-        (f"{BUS}ServiceUnknown", "x", "qemu-launcher-helper is not installed", access.HOW_TO_INSTALL),
-        (f"{BUS}NameHasNoOwner", "x", "qemu-launcher-helper is not installed", access.HOW_TO_INSTALL),
+        (f"{BUS}ServiceUnknown", "x", "qemu-launcher-helper is not installed", absence.remedy()),
+        (f"{BUS}NameHasNoOwner", "x", "qemu-launcher-helper is not installed", absence.remedy()),
         (f"{BUS}Spawn.ChildExited", "Process exited", "cannot be started: Process exited", access.LOOK_AT_JOURNAL),
         (f"{BUS}NoReply", "x", "ended without an answer", access.LOOK_AT_JOURNAL),
         ("org.qemulauncher.Error.Failed", "it broke", "it broke", access.LOOK_AT_JOURNAL),
@@ -95,6 +115,57 @@ def test_other_refusals(name: str, text: str, message: str, hint: str | None) ->
     error = access.explained(name, text)
     assert message in str(error)
     assert error.hint == hint
+
+
+# Where there is no helper
+
+
+def host(root: Path, **files: str) -> Path:
+    """Another host's file system with these files, __ for / in their names."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_host_without_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("container", raising=False)
+    assert absence.remedy(host(tmp_path)) == absence.HOW_TO_INSTALL
+    for words in ("sudo apt install qemu-launcher", "on other distributions: sudo make install", "systemd"):
+        assert words in absence.HOW_TO_INSTALL
+
+
+@pytest.mark.parametrize(
+    ("files", "variable", "kind"),
+    [
+        ({"run__systemd__container": "lxc\n"}, None, "lxc"),
+        ({"run__.containerenv": ""}, None, "podman"),
+        ({".dockerenv": ""}, None, "docker"),
+        ({".flatpak-info": ""}, None, "flatpak"),
+        ({".dockerenv": "", "run__systemd__container": "systemd-nspawn"}, None, "systemd-nspawn"),
+        ({}, "oci", "oci"),
+    ],
+)
+def test_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], variable: str | None, kind: str
+) -> None:
+    monkeypatch.delenv("container", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("container", variable)
+    assert absence.remedy(host(tmp_path, **files)) == (
+        f"this is a container ({kind}): install it on the host, and start the VM there, in no container\n"
+        f"{absence.HOW_TO_INSTALL}"
+    )
+
+
+@pytest.mark.parametrize("folder", ["usr__share", "usr__local__share", "run"])
+def test_installed_while_the_bus_was_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.delenv("container", raising=False)
+    where = {f"{folder}__dbus-1__system-services__org.qemulauncher.Helper1.service": ""}
+    hint = absence.remedy(host(tmp_path, **where))
+    assert hint.startswith("it is installed, but not to the running system's knowledge: sudo systemctl reload dbus\n")
+    assert "make install" not in hint
 
 
 # identity

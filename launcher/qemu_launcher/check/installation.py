@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import access, agent, definition, locate
+from .. import absence, access, agent, definition, locate
 from ..errors import DefinitionError, LauncherError
 from ..patience import patiently
 from ..voice import Voice
@@ -70,7 +70,7 @@ def installed(tree: Tree) -> Iterator[Finding]:
         missing.append(f"{_UNIT} (for systemd)")
     if missing:
         text = f"qemu-launcher-helper is not installed, or not all of it: there is no {', no '.join(missing)}"
-        yield Finding("error", "helper", text, access.HOW_TO_INSTALL)
+        yield Finding("error", "helper", text, absence.HOW_TO_INSTALL)
     else:
         yield Finding("ok", "helper", "qemu-launcher-helper is installed, for the bus, polkit and systemd")
 

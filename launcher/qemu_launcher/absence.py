@@ -1,0 +1,48 @@
+"""How to get the helper where there is none, or none that the bus knows of: in a container, elsewhere than on Debian.
+
+Why it exists: "not installed" is the first thing that many will read, and what helps is different in each of these.
+Looks at a few files; starts nothing, changes nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+HOW_TO_INSTALL = (
+    "on Debian: sudo apt install qemu-launcher, or the .deb that make deb builds in its sources\n"
+    "on other distributions: sudo make install in its sources, then sudo systemctl daemon-reload\n"
+    "it needs a host with systemd, a system bus (dbus) and polkit"
+)
+WITHOUT_HELPER = "to pin without the helper, with your own rights: isolation: affinity; nothing is shielded then"
+
+# systemd's name for it, else what docker, podman (with toolbox, distrobox) and flatpak leave: systemd-detect-virt(1).
+_CONTAINER_NAME = "run/systemd/container"
+_CONTAINER_MARKS = {".dockerenv": "docker", "run/.containerenv": "podman", ".flatpak-info": "flatpak"}
+_ACTIVATION = "dbus-1/system-services/org.qemulauncher.Helper1.service"
+_SHARED = ("usr/share", "usr/local/share", "run", "etc")  # dbus-daemon(1), <standard_system_servicedirs/>
+
+
+def remedy(root: Path = Path("/")) -> str:
+    """What to do where the bus knows no helper, or where there is no bus; the lines of a hint."""
+    return "\n".join(_remedies(root))
+
+
+def _remedies(root: Path) -> Iterator[str]:
+    if (container := container_of(root)) is not None:
+        yield f"this is a container ({container}): install it on the host, and start the VM there, in no container"
+    elif any((root / folder / _ACTIVATION).exists() for folder in _SHARED):
+        yield "it is installed, but not to the running system's knowledge: sudo systemctl reload dbus"
+        yield "if that does not help, install it again: on Debian, sudo apt install --reinstall qemu-launcher"
+        return
+    yield HOW_TO_INSTALL
+
+
+def container_of(root: Path = Path("/")) -> str | None:
+    """What kind of container we are in, None if in none that is known."""
+    try:
+        if name := (root / _CONTAINER_NAME).read_text("utf-8", "replace").strip():
+            return name
+    except OSError:
+        pass
+    marked = (kind for mark, kind in _CONTAINER_MARKS.items() if (root / mark).exists())
+    return next(marked, os.environ.get("container") or None)  # noqa: SIM112 (so is it called)
