@@ -48,15 +48,15 @@ class State:
         return self.word if self.remark is None else f"{self.word} ({self.remark})"
 
 
-def running(name: str, command: str) -> Found:
-    """The running VM of this name. NotRunning if there is none; `command` is what was to be done with it."""
+def running(name: str, words: str) -> Found:
+    """The running VM of this name. NotRunning if there is none; `words` are those that asked for it: `stop win11`."""
     vm = runtime.find(name)
     if vm is not None:
         return vm
     message, hint = f"{name} is not running", "see what runs with: qemu-launcher status"
     if os.geteuid() == 0:  # who became another user to start it (`user:`) has to become him to see it too
         message = f"{name} is not running among the VMs of root"
-        hint += f"\na VM with user: in its definition is that user's: sudo -u USER qemu-launcher {command} {name}"
+        hint += f"\na VM with user: in its definition is that user's: sudo -u USER qemu-launcher {words}"
     raise NotRunning(message, hint)
 
 

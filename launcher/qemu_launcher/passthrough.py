@@ -35,14 +35,14 @@ def qmp(name: str, command: str, arguments: str | None) -> int:
     """Run one QMP command and print what it returns. Returns the exit status. UsageError for bad arguments."""
     _validate_text("the command", command)
     members = {} if arguments is None else read_arguments(arguments)
-    vm = control.running(name, f"qmp {command}")
+    vm = control.running(name, f"qmp {name} {command}")
     _say_answer(asyncio.run(_execute(vm, command, members)))
     return 0
 
 
 def monitor(name: str, line: str | None) -> int:
     """Run one line of HMP, or those that come from stdin, and print the answers. Returns the exit status."""
-    vm = control.running(name, "monitor")
+    vm = control.running(name, f"monitor {name}")
     if line is not None:
         _validate_text("the command", line)
         _say_text(asyncio.run(_execute_hmp(vm, line)))
@@ -57,7 +57,7 @@ def monitor(name: str, line: str | None) -> int:
             if words == "exit":
                 break
             if words:
-                _say_text(asyncio.run(_execute_hmp(control.running(name, "monitor"), words)))
+                _say_text(asyncio.run(_execute_hmp(control.running(name, f"monitor {name}"), words)))
     return 0
 
 
@@ -160,7 +160,7 @@ def _prompt(name: str) -> None:
             continue
         asked_twice = False
         try:
-            _say_text(asyncio.run(_execute_hmp(control.running(name, "monitor"), line)))
+            _say_text(asyncio.run(_execute_hmp(control.running(name, f"monitor {name}"), line)))
         except NotRunning:
             stdout.say(f"{name} has ended\n")
             return

@@ -24,7 +24,7 @@ _MOVES = ("running", "suspended")
 
 def stop(name: str) -> int:
     """Ask the guest to power down; returns when QEMU has pressed its power button. Returns the exit status."""
-    vm = control.running(name, "stop")
+    vm = control.running(name, f"stop {name}")
     if vm.never_started:
         raise control.never_started(vm)
     state = asyncio.run(_power_down(vm))
@@ -38,7 +38,7 @@ def stop(name: str) -> int:
 
 def kill(name: str) -> int:
     """Cut the power: SIGTERM, on which QEMU closes its images, then SIGKILL. Returns when QEMU is gone."""
-    vm = control.running(name, "kill")
+    vm = control.running(name, f"kill {name}")
     if vm.qemu is not None:
         procfs.end(vm.qemu, grace=QUIT_GRACE)
     elif vm.launcher is not None:  # between its lock and its QEMU: it ends in order
@@ -52,7 +52,7 @@ def kill(name: str) -> int:
 
 def pause(name: str) -> int:
     """Let the guest stand still. Returns the exit status: 0 also if it does already."""
-    vm = control.running(name, "pause")
+    vm = control.running(name, f"pause {name}")
     control.refuse_held(vm)
     stdout.confirm(f"{name}: {asyncio.run(_pause(vm))}\n")
     return 0
@@ -60,7 +60,7 @@ def pause(name: str) -> int:
 
 def resume(name: str) -> int:
     """Let the guest go on. Returns the exit status: 0 also if it runs already."""
-    vm = control.running(name, "resume")
+    vm = control.running(name, f"resume {name}")
     control.refuse_held(vm)
     stdout.confirm(f"{name}: {asyncio.run(_resume(vm))}\n")
     return 0

@@ -139,7 +139,7 @@ def show(name: str | None, *, as_json: bool = False) -> int:
 
 async def pictures_of(name: str | None) -> list[Picture]:
     """One VM, or all of this user, taken at the same time. NotRunning for a named one that does not run."""
-    found = runtime.find_all() if name is None else [control.running(name, "status")]
+    found = runtime.find_all() if name is None else [control.running(name, f"status {name}")]
     return list(await asyncio.gather(*map(_picture, found)))
 
 
