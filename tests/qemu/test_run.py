@@ -430,12 +430,3 @@ def test_root_starts_it_as_another_user(home: Home) -> None:
         assert run.end() == 0
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody else")
-def test_user_who_does_not_exist(home: Home) -> None:
-    home.define(user="no-such-user")
-    run = home.start()
-    assert run.end() == 1
-    assert "there is no user 'no-such-user' on this host" in run.output
-    assert not (home.runtime / "qemu-launcher").exists()

@@ -31,6 +31,7 @@ def alice(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "getegid", lambda: 1000)
+    monkeypatch.setattr(os, "getgroups", lambda: [1000])
     monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="alice", pw_gid=1000))
     monkeypatch.setattr(grp, "getgrnam", getgrnam)
     monkeypatch.setattr(os, "getgrouplist", lambda _name, _gid: world.database)
@@ -180,7 +181,7 @@ def test_oneself_is_accepted_by_name_and_by_number() -> None:
     mine = grp.getgrgid(os.getegid())
     for user in (None, me.pw_name, me.pw_uid):
         for group in (None, mine.gr_name, mine.gr_gid):
-            account = identity.wanted_account(user, group)
+            account = identity.wanted_account(vm(user, group))
             assert (account.uid, account.gid) == (os.geteuid(), os.getegid())
 
 
@@ -194,11 +195,11 @@ def test_oneself_is_accepted_by_name_and_by_number() -> None:
 )
 def test_nobody_of_that_name(user: str | int | None, group: str | None, message: str) -> None:
     with pytest.raises(LauncherError, match=message):
-        identity.wanted_account(user, group)
+        identity.wanted_account(vm(user, group))
 
 
 def test_uid_without_an_entry_needs_a_group() -> None:
-    assert identity.wanted_account(4000000, 12)[:3] == (4000000, 12, None)
+    assert identity.wanted_account(vm(4000000, 12))[:3] == (4000000, 12, None)
 
 
 def test_another_user_without_being_root(monkeypatch: pytest.MonkeyPatch) -> None:
