@@ -235,6 +235,18 @@ def test_running_already(home: Home, bus: PrivateBus) -> None:
     assert home.ask("status", VM).returncode == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody")
+def test_for_another_user_it_is_his_access_that_counts(home: Home, bus: PrivateBus) -> None:
+    image = home.configuration / "mine.img"
+    image.touch(0o600)
+    home.configuration.chmod(0o755)
+    home.define(user="nobody", qemu=({"hda": str(image)},))
+    status, lines = check(home, bus)
+    assert status == 2
+    assert any(line.startswith("user        nobody (") for line in lines)
+    assert any(line.startswith("error ") and "mine.img" in line for line in lines)
+
+
 def test_as_json(home: Home, bus: PrivateBus) -> None:
     home.define(vcpu_pinning=[CPU])
     bus.plan(CheckPins={"error": [f"{ERROR}.Conflict", "CPUs 1 are held by VM x of bob"]})

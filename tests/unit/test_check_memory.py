@@ -73,7 +73,7 @@ def test_a_size_that_the_host_does_not_have(host: OtherHost) -> None:
     severity, text, fix = the_only(huge(host, f"object: {MEMFD},hugetlbsize=16M"))
     assert severity == "error"
     assert text == "256 huge pages of 16 MiB are wanted, and this host has none of that size"
-    assert fix.startswith("it has 2 MiB, 1 GiB")
+    assert fix == "it has 2 MiB, 1 GiB: write hugetlbsize: to match"
 
 
 def test_a_kernel_without_huge_pages(host: OtherHost) -> None:

@@ -115,12 +115,12 @@ def _enough(tree: Tree, page: int, pages: int) -> Finding:
         sizes = [
             int(match[1]) << 10 for name in tree.names(POOLS) if (match := re.fullmatch(r"hugepages-([0-9]+)kB", name))
         ]
-        has = f"it has {', '.join(map(format_size, sorted(sizes)))}" if sizes else "it has none"
+        has = ", ".join(map(format_size, sorted(sizes)))
         return Finding(
             "error",
             "huge pages",
             f"{size} are wanted, and this host has none of that size",
-            f"{has}; write hugetlbsize: to match",
+            f"it has {has}: write hugetlbsize: to match" if has else "it has none at all: leave out hugetlb",
         )
     available = max(0, found.free) + found.more
     if available >= pages:
