@@ -19,8 +19,8 @@ from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
 from .keys import KEY_NAMES, REALTIME_POLICIES, HookCommand, Memlock, Scheduling, Section, priority_of, read_launcher
-from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, vcpu_limit
-from .pinning import CpuSet, Pinning
+from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, smp_numbers, vcpu_limit
+from .pinning import CpuSet, Pinning, out_of_range
 from .yamlnode import Map, Node, Scalar, describe, fail
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
 
 MAX_FILE_BYTES = 1 << 20  # a long definition has 10 KiB; this bounds time and memory for a file that is none
 DEFAULT_SHUTDOWN_TIMEOUT = 60.0  # seconds
+PC_BINARIES = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm")  # the latter is Red Hat's name for the first
 SECTIONS = ("launcher", "qemu")
 
 
@@ -197,6 +198,8 @@ def _check_together(
         _check_shared_cpus(pinning, keys.get("scheduler"), problems, warnings)
     if pinning is not None and all_options:
         _check_vcpu_count(pinning, vcpu_limit(options), problems)
+        if os.path.basename(keys.get("binary", "")) in PC_BINARIES:  # noqa: PTH119  a Path costs more
+            _check_places(pinning, smp_numbers(options) or {}, problems)
     if not unsure & {"isolation", "pinning", "iothread_pinning", "emulator_pinning"}:
         _check_isolation(keys, marks, problems)
     if all_options:
@@ -258,6 +261,13 @@ def _check_vcpu_count(pinning: Pinning, limit: int | None, problems: list[Defini
     if limit is not None and len(pinning.sets) > limit:
         message = f"vcpu_pinning names {len(pinning.sets)} vCPUs, but -smp gives the guest {limit}"
         problems.append(DefinitionError(message, mark=pinning.sets[limit].mark))
+
+
+def _check_places(pinning: Pinning, smp: Mapping[str, int], problems: list[DefinitionError]) -> None:
+    for place, cpus in (pinning.topology or {}).items() if smp else ():
+        wrong = out_of_range(place, smp)
+        if wrong is not None:
+            problems.append(DefinitionError(f"vcpu_pinning names {wrong}", mark=cpus.mark))
 
 
 def _check_shared_cpus(

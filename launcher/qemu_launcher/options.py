@@ -112,11 +112,8 @@ def iothread_ids(options: Sequence[QemuOption]) -> tuple[str, ...] | None:
     return tuple(ids)
 
 
-def vcpu_limit(options: Sequence[QemuOption]) -> int | None:
-    """How many vCPUs the guest can ever have, hot-added ones included; None where the options do not tell.
-
-    As hw/core/machine-smp.c: maxcpus, else cpus, else the product of the topology. Repeated -smp add up, the last wins.
-    """
+def smp_numbers(options: Sequence[QemuOption]) -> dict[str, int] | None:
+    """What all -smp say, as QEMU reads them: repeated ones add up, the last wins. None where they do not tell."""
     numbers: dict[str, int] = {}
     for option in options:
         if option.bare_name == "readconfig":
@@ -128,7 +125,15 @@ def vcpu_limit(options: Sequence[QemuOption]) -> int | None:
             if not (number.isascii() and number.isdigit()) or len(number) > 9 or (value is None and position > 0):
                 return None
             numbers["cpus" if value is None else name] = int(number)
-    given = {name: number for name, number in numbers.items() if number > 0}  # QEMU takes 0 for not given
+    return {name: number for name, number in numbers.items() if number > 0}  # QEMU takes 0 for not given
+
+
+def vcpu_limit(options: Sequence[QemuOption]) -> int | None:
+    """How many vCPUs the guest can ever have, hot-added ones included; None where the options do not tell.
+
+    As hw/core/machine-smp.c: maxcpus, else cpus, else the product of the topology.
+    """
+    given = smp_numbers(options) or {}
     return given.get("maxcpus") or given.get("cpus") or (prod(given.values()) if given else None)
 
 

@@ -9,6 +9,7 @@ definition can mean (aliases make much out of little).
 
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import NamedTuple, NoReturn
 
 from . import yamlnode
@@ -24,6 +25,7 @@ LEVELS = ("drawer", "book", "socket", "die", "cluster", "module", "core", "threa
 _REQUIRED = ("socket", "core", "thread")  # and what a number without a word before it stands for, in this order
 CPUS_HINT = "write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
 
+_INNER = {"die": "dies", "cluster": "clusters", "module": "modules"}  # and their names in -smp
 _ORDER = ", ".join(LEVELS)
 _PART = "(?:0|[1-9][0-9]{0,9})"  # no leading zeros: 010 is eight to some
 _LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
@@ -116,6 +118,24 @@ def iothread_pinning(node: Node, what: str) -> Mapping[str, CpuSet] | None:
 def spelled(place: Place) -> str:
     """`socket 0, die 1, core 0, thread 0`."""
     return ", ".join(f"{level} {number}" for level, number in place)
+
+
+def out_of_range(place: Place, smp: Mapping[str, int]) -> str | None:
+    """What is wrong with `place` in a PC of these `-smp` numbers; None if nothing is, or they do not tell.
+
+    Only a PC numbers each level from 0 on: spapr, for one, counts cores in steps of their threads.
+    """
+    inner = {level: smp.get(plural, 1) for level, plural in _INNER.items()}
+    cores = smp.get("cores")
+    named = {level for level, _ in place}
+    limits = {"drawer": 1, "book": 1, "socket": smp.get("sockets"), **inner, "thread": smp.get("threads")}
+    limits["core"] = cores and cores * prod(number for level, number in inner.items() if level not in named)
+    for position, (level, number) in enumerate(place):
+        limit = limits[level]
+        if limit is not None and number >= limit:
+            where = spelled(place[:position]) or "the guest"
+            return f"{level} {number}, but -smp gives {where} only {level} {format_cpulist(range(limit))}"
+    return None
 
 
 def _by_topology(

@@ -98,7 +98,8 @@ def test_vcpu_that_no_key_names_inherits_nothing_of_the_emulator(home: Home) -> 
 
 
 def test_vcpu_that_cannot_come_is_an_error_at_the_start(home: Home) -> None:
-    path = home.define(qemu=GROWING, vcpu_pinning={0: {3: {0: FIRST}}}, isolation="affinity")
+    growing = ({"smp": "1,maxcpus=3"},)
+    path = home.define(qemu=growing, vcpu_pinning={0: {3: {0: FIRST}}}, isolation="affinity")
     run = home.start()
     assert run.end() == 1
     assert f"{path}:" in run.output

@@ -162,19 +162,25 @@ def test_dies_of_a_real_machine(home: Home, form: str) -> None:
         assert os.sched_getaffinity(vcpu["thread-id"]) == {LAST if last else FIRST}
 
 
-def test_die_that_the_machine_does_not_have(home: Home) -> None:
+def test_place_that_the_machine_does_not_have(home: Home) -> None:
+    """Not to be known from -smp, which does not say how many cores there are."""
     path = home.define(
-        qemu=({"cpu": "qemu64"}, {"smp": "2,sockets=1,dies=2,cores=1,threads=1"}),
-        vcpu_pinning={0: {"die 2": {0: {0: FIRST}}}},
+        qemu=({"cpu": "qemu64"}, {"smp": "2,dies=2"}),
+        vcpu_pinning={0: {2: {0: FIRST}}},
         isolation="affinity",
     )
     run = home.start()
     assert_never_ran(run, message=f"qemu-launcher: {path}:")
-    assert (
-        "QEMU has no vCPU socket 0, die 2, core 0, thread 0\n    it has vCPU 0 (socket 0, core 0, thread 0)"
-        in run.output
-    )
-    assert "; vCPU 1 (socket 0, core 1, thread 0; core 0, die 1)" in run.output
+    what = "QEMU has no vCPU socket 0, core 2, thread 0\n    it has vCPU 0 (socket 0, core 0, thread 0)"
+    assert f"{what}; vCPU 1 (socket 0, core 1, thread 0; core 0, die 1)" in run.output
+
+
+def test_die_that_the_options_do_not_give(home: Home) -> None:
+    path = home.define(qemu=({"smp": "2,dies=2"},), vcpu_pinning={0: {"die 2": {0: {0: FIRST}}}}, isolation="affinity")
+    run = home.start()
+    assert run.end() == 2
+    assert f"qemu-launcher: {path}:" in run.output
+    assert "vcpu_pinning names die 2, but -smp gives socket 0 only die 0-1" in run.output
 
 
 @pytest.mark.parametrize("machine", ["microvm", "isapc"])

@@ -4,7 +4,7 @@ import pytest
 
 from qemu_launcher.definition import Scheduling
 from qemu_launcher.pinning import LEVELS, MAX_NAMED, spelled
-from unit.reading import launcher, launcher_refusal, refusal
+from unit.reading import launcher, launcher_refusal, read, refusal
 
 HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
 IOTHREAD = "[object: [iothread, id: io0]]"
@@ -206,3 +206,31 @@ def test_levels_by_name_and_by_order() -> None:
 )  # fmt: skip
 def test_refused_places(value: str, message: str) -> None:
     assert launcher_refusal(f"vcpu_pinning: {value}") == message
+
+
+@pytest.mark.parametrize(
+    ("place", "smp", "wrong"),
+    [
+        ("{1: {0: {0: 4}}}", "2,sockets=1,cores=2,threads=1", "socket 1, but -smp gives the guest only socket 0"),
+        ("{0: {2: {0: 4}}}", "2,sockets=1,cores=2,threads=1", "core 2, but -smp gives socket 0 only core 0-1"),
+        ("{0: {0: {1: 4}}}", "2,sockets=1,cores=2,threads=1",
+         "thread 1, but -smp gives socket 0, core 0 only thread 0"),
+        ("{0: {3: {0: 4}}}", "4,sockets=1,dies=2,cores=2,threads=1", None),
+        ("{0: {4: {0: 4}}}", "4,sockets=1,dies=2,cores=2,threads=1", "core 4, but -smp gives socket 0 only core 0-3"),
+        ("{0: {die 1: {2: {0: 4}}}}", "4,sockets=1,dies=2,cores=2,threads=1",
+         "core 2, but -smp gives socket 0, die 1 only core 0-1"),
+        ("{0: {die 2: {0: {0: 4}}}}", "4,sockets=1,dies=2,cores=2", "die 2, but -smp gives socket 0 only die 0-1"),
+        ("{0: {die 1: {0: {0: 4}}}}", "4,sockets=1,cores=4", "die 1, but -smp gives socket 0 only die 0"),
+        ("{drawer 1: {0: {0: {0: 4}}}}", "4", "drawer 1, but -smp gives the guest only drawer 0"),
+        ("{1: {7: {1: 4}}}", "4,maxcpus=64", None),
+        ("{1: {0: {0: 4}}}", "2,sockets=0x1", None),
+    ],
+)  # fmt: skip
+def test_place_that_a_pc_cannot_have_is_known_before_it_is_started(place: str, smp: str, wrong: str | None) -> None:
+    text = "launcher:\n  binary: {}\n  vcpu_pinning: {}\nqemu: [smp: '{}']\n"
+    assert read(text.format("qemu-system-ppc64", place, smp)).pinning is not None, "QEMU is asked"
+    pc = text.format("/usr/bin/qemu-system-x86_64", place, smp)
+    if wrong is None:
+        assert read(pc).pinning is not None
+    else:
+        assert refusal(pc) == f"3:{place.index('4}') + 17}: vcpu_pinning names {wrong}"
