@@ -211,7 +211,7 @@ class Home:
 
     def leftovers(self) -> list[int]:
         """Processes that run with this home's environment."""
-        mark = f"XDG_RUNTIME_DIR={self.runtime}".encode()
+        mark = b"XDG_RUNTIME_DIR=" + os.fsencode(self.runtime)
         found = []
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and int(process.name) != os.getpid():
