@@ -37,6 +37,13 @@ def _remedies(root: Path) -> Iterator[str]:
     yield HOW_TO_INSTALL
 
 
+def in_container() -> str | None:
+    """A hint where the host's helper answers in a container, and cannot know our processes by our numbers for them."""
+    if (kind := container_of()) is None:
+        return None
+    return f"this is a container ({kind}): the helper tunes processes of the host, start it there"
+
+
 def container_of(root: Path = Path("/")) -> str | None:
     """What kind of container we are in, None if in none that is known."""
     try:

@@ -12,7 +12,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import access, agent, procfs, restrictions, terminal
+from . import absence, access, agent, procfs, restrictions, terminal
 from .definition import Scheduling, VmDefinition
 from .errors import TuningFailed
 from .patience import patiently
@@ -128,7 +128,7 @@ class Assistance:
                 is_own = procfs.owner(pid) in (os.geteuid(), None)
                 mark, hint = restrictions.helper_refused(self._definition.options, procfs.comm(pid), is_own=is_own)
                 err.message = err.message if mark is None else f"{mark}: {err.message}"
-                err.hint = err.hint or hint
+                err.hint = err.hint or hint or absence.in_container()
             raise
 
     @contextlib.asynccontextmanager

@@ -150,11 +150,22 @@ def test_name_that_comes_from_elsewhere_is_explained(home: Home, bus: PrivateBus
 
 
 @needs_two_cpus
-def test_refusal_of_an_ordinary_qemu_is_not_explained_away(home: Home, bus: PrivateBus) -> None:
+@pytest.mark.parametrize(
+    ("container", "hint"),
+    [
+        (None, ""),
+        ("podman", "    this is a container (podman): the helper tunes processes of the host, start it there\n"),
+    ],
+)
+def test_refusal_of_an_ordinary_qemu_is_not_explained_away(
+    home: Home, bus: PrivateBus, container: str | None, hint: str
+) -> None:
     bus.plan(PinThreads={"error": [REFUSED, "Process 1 is in no session or service of yours"]})
     home.define(qemu=({"name": ["foo", {"process": "qemu-system-foo"}]},), **SHIELDED)
-    run = home.start(env=bus.environment)
-    assert_never_ran(run, message="qemu-launcher: Process 1 is in no session or service of yours\n    start it without")
+    change = f"from qemu_launcher import absence; absence.container_of = lambda: {container!r}"
+    run = home.start(argv=home.with_changed(change), env=bus.environment)
+    what = "qemu-launcher: Process 1 is in no session or service of yours\n"
+    assert_never_ran(run, message=f"{what}{hint}    start it without")
 
 
 # Options that hold the guest back
