@@ -7,9 +7,14 @@ the rest. Whatever happens to the terminal or the pipe behind stdout ends in an 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import cli, stdout
 from .errors import PROGRAM, AlreadyRunning, LauncherError, render
+
+if TYPE_CHECKING:
+    from .definition import VmDefinition
+    from .starter import Starter
 
 SIGNAL_BASE = 128  # of the exit status, as shells report death by a signal: signal(7), bash(1) "EXIT STATUS"
 SIGINT, SIGPIPE = 2, 13  # signal(7); the module signal costs more to import than these are worth
@@ -48,8 +53,8 @@ def _act(arguments: cli.Arguments) -> int:
             return completion.answer(arguments.words, os.environ)
         case cli.Command():
             return _command(arguments)
-        case cli.Run():
-            return _run(arguments)
+        case cli.Run() | cli.Start():
+            return _run(arguments) if isinstance(arguments, cli.Run) else _start(arguments)
         case cli.Check():
             return _check(arguments)
         case cli.Status(all_users=True) | cli.Limits() | cli.Release():
@@ -94,18 +99,38 @@ def _import(arguments: cli.Import) -> int:
 
 
 def _run(arguments: cli.Run) -> int:
-    from . import definition, locate  # noqa: PLC0415
+    from . import definition, locate, starter  # noqa: PLC0415
 
-    name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
-    vm = definition.load(path, name)
+    waiting = starter.Starter.taken(os.environ)
+    try:
+        name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+        vm = definition.load(path, name)
+        status = _session(vm, waiting, arguments)
+    except LauncherError as err:
+        waiting.say(render(err))
+        waiting.ended(err.exit_status)
+        raise
+    waiting.ended(status)
+    return status
+
+
+def _session(vm: "VmDefinition", waiting: "Starter", arguments: cli.Run) -> int:
     from . import session  # noqa: PLC0415  after all that can be wrong without it
 
     try:
-        return session.run(vm, untuned=arguments.untuned, quiet=arguments.quiet, debug=arguments.debug)
+        return session.run(vm, waiting, untuned=arguments.untuned, quiet=arguments.quiet, debug=arguments.debug)
     except AlreadyRunning as err:
         from . import control  # noqa: PLC0415
 
-        raise control.with_stillness(err, name) from err.__cause__
+        raise control.with_stillness(err, vm.name) from err.__cause__
+
+
+def _start(arguments: cli.Start) -> int:
+    from . import background  # noqa: PLC0415
+
+    options = [word for word, is_on in (("--untuned", arguments.untuned), ("--quiet", arguments.quiet)) if is_on]
+    options += ["--debug"] * arguments.debug
+    return background.start(arguments.vm, options, cli.COMMANDS, quiet=arguments.quiet)
 
 
 def _check(arguments: cli.Check) -> int:

@@ -21,6 +21,7 @@ Run QEMU virtual machines pinned, shielded and real-time, without being root.
 
 Start and end:
   run NAME         Start a VM in the foreground; the word run may be left out
+  start NAME       Start it in the background; back when its guest runs
   stop NAME        Ask the guest to power down
   kill NAME        Cut the power
   pause NAME       Let the guest stand still
@@ -44,9 +45,9 @@ What you may have:
 Options:
   -h --help        Show this help
      --version     Show the version
-  -q --quiet       run: say nothing as long as all is well
-  -d --debug       run: explain each step, QMP and helper calls included
-     --untuned     run: without pinning, scheduling and memory locking
+  -q --quiet       run, start: say nothing as long as all is well
+  -d --debug       run, start: explain each step, QMP and helper calls included
+     --untuned     run, start: without pinning, scheduling and memory locking
      --json        list, status, command, limits, check: print JSON
      --watch       status: draw it again every two seconds, until Ctrl-C
      --all-users   status: everybody's tuned VMs, instead of yours
@@ -86,6 +87,13 @@ See qemu-launcher(1) and qemu-launcher.yml(5).
 class Run(NamedTuple):
     """Start a VM. `vm`, here and below, is a name or a path, not checked yet."""
 
+    vm: str
+    untuned: bool
+    quiet: bool
+    debug: bool = False
+
+
+class Start(NamedTuple):
     vm: str
     untuned: bool
     quiet: bool
@@ -185,6 +193,7 @@ class Version(NamedTuple):
 
 Arguments = (
     Run
+    | Start
     | Command
     | Status
     | Stop
@@ -205,17 +214,17 @@ Arguments = (
 
 COMPLETE = "__complete"  # for shells; no VM can be called so
 COMMANDS = (
-    *("run", "stop", "kill", "pause", "resume"),
+    *("run", "start", "stop", "kill", "pause", "resume"),
     *("list", "status", "check", "command", "import"),
     *("monitor", "qmp"),
     *("limits", "release"),
 )
 OPTIONS = {
-    "-q": ("run",),
-    "--quiet": ("run",),
-    "-d": ("run",),
-    "--debug": ("run",),
-    "--untuned": ("run",),
+    "-q": ("run", "start"),
+    "--quiet": ("run", "start"),
+    "-d": ("run", "start"),
+    "--debug": ("run", "start"),
+    "--untuned": ("run", "start"),
     "--json": ("list", "status", "command", "limits", "check"),
     "--all-users": ("status",),
     "--watch": ("status",),
@@ -300,6 +309,7 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
 _WITHOUT_NAME = ("list", "status", "check", "limits")
 _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "run": Run,
+    "start": Start,
     "command": Command,
     "status": Status,
     "stop": Stop,
@@ -316,7 +326,7 @@ _MEANINGS: dict[str, Callable[..., Arguments]] = {
 
 def _parser(command: str) -> _Parser:
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False, formatter_class=_formatter)
-    if command == "run":
+    if command in OPTIONS["--untuned"]:
         parser.add_argument("-q", "--quiet", action="store_true")
         parser.add_argument("-d", "--debug", action="store_true")
         parser.add_argument("--untuned", action="store_true")

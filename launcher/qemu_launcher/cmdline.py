@@ -9,10 +9,20 @@ from string import hexdigits
 from .definition import VmDefinition
 from .options import Property, QemuOption, has_mem_lock, has_vfio
 
-__all__ = ["double_commas", "guest_ram", "has_mem_lock", "has_option", "has_vfio", "option_argv", "qemu_argv"]
+__all__ = [
+    "double_commas",
+    "guest_ram",
+    "has_mem_lock",
+    "has_option",
+    "has_vfio",
+    "option_argv",
+    "qemu_argv",
+    "terminal_option",
+]
 
 DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
 MOST_RAM = 1 << 63
+CHARACTER_DEVICES = ("serial", "monitor", "qmp", "qmp-pretty", "parallel", "debugcon", "chardev")  # that may be stdio
 SIZE_SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}  # util/cutils.c, qemu_strtosz
 
 
@@ -42,6 +52,17 @@ def double_commas(value: str) -> str:
 def has_option(definition: VmDefinition, name: str) -> bool:
     """Whether the option `-name` (given without its dash) is there, in either of QEMU's spellings, `-x` and `--x`."""
     return any(option.bare_name == name for option in definition.options)
+
+
+def terminal_option(definition: VmDefinition) -> QemuOption | None:
+    """An option by which QEMU uses the terminal that it is started in; None if there is none."""
+    for option in definition.options:
+        if option.bare_name == "nographic" and not has_option(definition, "nodefaults"):
+            return option
+        backend = option_argv(option)[-1].removeprefix("mon:").partition(",")[0]
+        if option.bare_name in CHARACTER_DEVICES and backend == "stdio":
+            return option
+    return None
 
 
 def guest_ram(definition: VmDefinition) -> int | None:

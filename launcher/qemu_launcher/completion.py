@@ -22,6 +22,7 @@ FILES, USERS, COMMANDS = ":files", ":users", ":commands"
 DEFINITION, RUNNING, ANYTHING = "definition", "running", "anything"
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "run": (DEFINITION,),
+    "start": (DEFINITION,),
     "stop": (RUNNING,),
     "kill": (RUNNING,),
     "pause": (RUNNING,),

@@ -6,6 +6,7 @@ what somebody else has put in its place is neither followed nor waited for nor r
 
 import contextlib
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,23 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def listening(name: str) -> Iterator[tuple[socket.socket, Path]]:
+    """A socket of that file name among the runtime files, and its path; both are gone when the context ends."""
+    path = made(candidates()) / name
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            with short_path(path) as short:
+                listener.bind(short)
+            listener.listen(1)
+        except OSError as err:
+            raise not_made("socket", path, err.strerror, wanted=stat.S_IFSOCK) from err
+        try:
+            yield listener, path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def opened_lock(lock: Path) -> int:

@@ -40,6 +40,7 @@ _ONLY_FOR_THE_LAUNCHER = frozenset({signal.SIGINT, signal.SIGHUP})
 # Python ignores these from its start (PyOS_Restore in CPython); an ignored signal stays ignored across exec.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
+_STDERR = 2
 _GO = b"g"
 _STAGES = {b"c": "enter its working directory", b"l": "raise its own memory lock limit", b"x": "execute it"}
 
@@ -53,6 +54,7 @@ class Command:
     working_directory: Path | None
     inherited: Sequence[int]
     soft_memlock: int | None  # bytes; raised by the child itself, within its hard limit (setrlimit(2))
+    stderr: int | None = None  # None: our own
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,8 @@ def _child(command: Command, gate: int, report: int, mask: set[int | signal.Sign
             stage = b"c"
             os.chdir(command.working_directory)
         stage = b"x"
+        if command.stderr is not None:
+            os.dup2(command.stderr, _STDERR)
         for fd in command.inherited:
             os.set_inheritable(fd, True)
         os.execvpe(command.argv[0], list(command.argv), dict(command.env))  # noqa: S606 (this is what we are for)

@@ -22,7 +22,7 @@ def never(options: Sequence[QemuOption]) -> Iterator[DefinitionError]:
         if option.bare_name == "daemonize":
             yield DefinitionError(
                 "-daemonize takes QEMU out of the launcher's hands, which waits for it and ends it in order",
-                "remove it; to have a shell back, run the launcher itself in the background",
+                "remove it; to have it in the background: qemu-launcher start NAME",
                 mark=option.mark,
             )
 

@@ -239,17 +239,26 @@ def _discard_or_refuse(vm: Found | None) -> Process | None:
     if qemu is not None and vm.never_started:
         procfs.end(qemu, grace=NEVER_STARTED_GRACE)
         return qemu
-    launcher = vm.launcher
+    if (refusal := refused(vm)) is not None:
+        raise refusal
+    return None
+
+
+def refused(vm: Found) -> AlreadyRunning | None:
+    """Why this VM cannot be started now; None if it has ended since, or its QEMU never ran and would be ended first."""
+    qemu, launcher = vm.qemu, vm.launcher
     if launcher is not None and vm.is_starting:
-        raise _being_started(vm.name, launcher.pid)
+        return _being_started(vm.name, launcher.pid)
     if qemu is None:
-        if launcher is None:  # it has ended since
+        if launcher is None:
             return None
-        raise AlreadyRunning(
+        return AlreadyRunning(
             f"{vm.name} has just ended, and its launcher (PID {launcher.pid}) is about to end too",
             "try again in a moment",
         )
-    raise AlreadyRunning(
+    if vm.never_started:
+        return None
+    return AlreadyRunning(
         f"{vm.name} is already running (PID {qemu.pid})",
         f"see it with: qemu-launcher status {vm.name}\n"
         f"power it down with: qemu-launcher stop {vm.name}\n"

@@ -30,8 +30,10 @@ from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
 from .record import RUNNING, UNHELD
+from .relay import Relay
 from .runtime import Claim
 from .shutdown import Shutdown, Signals, quit_qemu
+from .starter import Starter
 from .threads import Threads
 from .tune import Tuning
 from .voice import Voice, format_size
@@ -40,9 +42,9 @@ from .voice import Voice, format_size
 _OF_THE_ORIGINAL = ("QEMU_LAUNCHER_CPUSET_MOUNT_PATH", "QEMU_LAUNCHER_CPUSET_PREFIX")
 
 
-def run(definition: VmDefinition, *, untuned: bool, quiet: bool, debug: bool = False) -> int:
+def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: bool, debug: bool = False) -> int:
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
-    voice = Voice(definition.name, quiet=quiet, explains=debug or definition.debug)
+    voice = Voice(definition.name, quiet=quiet, explains=debug or definition.debug, hear=starter.say)
     voice.step(f"definition {definition.path}{', untuned' * untuned}")
     spelled = locate.spelled(definition.name, definition.path, os.environ)  # as long as that is the user's who reads it
     if not untuned:
@@ -51,7 +53,7 @@ def run(definition: VmDefinition, *, untuned: bool, quiet: bool, debug: bool = F
     manager = Manager.taken(os.environ)
     identity.assume(definition)
     voice.step(f"user {os.geteuid()}, group {os.getegid()}, groups {', '.join(map(str, os.getgroups())) or 'none'}")
-    return asyncio.run(_run(definition, spelled, voice, manager, untuned=untuned))
+    return asyncio.run(_run(definition, spelled, voice, manager, starter, untuned=untuned))
 
 
 def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> None:
@@ -67,7 +69,9 @@ def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> No
         raise
 
 
-async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Manager, *, untuned: bool) -> int:
+async def _run(
+    definition: VmDefinition, spelled: str, voice: Voice, manager: Manager, starter: Starter, *, untuned: bool
+) -> int:
     manager.status("starting")
     for warning in definition.warnings:
         voice.warn(warning)
@@ -91,11 +95,12 @@ async def _run(definition: VmDefinition, spelled: str, voice: Voice, manager: Ma
         hooks = Hooks(definition, claim.directory, voice, signals)
         status, well = 0, True
         try:
-            interrupted = await hooks.before_start()
+            with starter.wanted(asyncio.get_running_loop(), lambda: signals.put(signal.SIGINT)):
+                interrupted = await hooks.before_start()
             if interrupted is not None:
                 status = 128 + interrupted
             else:
-                status = await _run_qemu(definition, spelled, voice, manager, signals, claim, tuning)
+                status = await _run_qemu(definition, spelled, voice, manager, starter, signals, claim, tuning)
         finally:
             if claim.record.qemu is None or not claim.record.qemu.is_alive():
                 well = await hooks.after_stop()
@@ -107,6 +112,7 @@ async def _run_qemu(
     spelled: str,
     voice: Voice,
     manager: Manager,
+    starter: Starter,
     signals: Signals,
     claim: Claim,
     tuning: Tuning,
@@ -117,10 +123,13 @@ async def _run_qemu(
         holds_guest = tuning.wanted
 
         # The child waits at its gate; before it may pass, the lock file says that it exists.
+        relay = stack.enter_context(Relay(starter.say)) if starter.is_there else None
         with monitors.made(claim.listening_socket()) as made:
-            command = _command(definition, claim, tuning, made)
+            command = _command(definition, claim, tuning, made, relay)
             qemu = forked(command)
             stack.callback(made.ours.close)
+        if relay is not None:
+            relay.handed_over()
         await stack.enter_async_context(qemu)
         claim.update(qemu=qemu.process)
         place = f" in {command.working_directory}" if command.working_directory else ""
@@ -132,12 +141,14 @@ async def _run_qemu(
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
         start = _Start(definition, spelled, voice, manager, claim, tuning, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
-        outcome = await _started(start, made, signals)
+        with starter.wanted(asyncio.get_running_loop(), lambda: signals.put(signal.SIGINT)):
+            outcome = await _started(start, made, signals)
         if isinstance(outcome, int):
             return outcome
         outlook = f"{_stillness(definition) or 'running'}, {tuning.summary()}"
         manager.ready(outlook)
         voice.note(f"{outlook}, {time.monotonic() - began:.1f} s")
+        starter.running()
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(start.settle())
@@ -329,7 +340,7 @@ def _early_end(start: _Start) -> int:
     raise error
 
 
-def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monitors) -> Command:
+def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monitors, relay: Relay | None) -> Command:
     """QEMU's own options come last: one whose value is missing must not swallow ours."""
     binary, *options = cmdline.qemu_argv(definition)
     hold = ("-S",) if tuning.wanted else ()
@@ -339,6 +350,7 @@ def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monit
         working_directory=definition.working_directory,
         inherited=(claim.lock_fd, *made.inherited),
         soft_memlock=tuning.soft_memlock,
+        stderr=None if relay is None else relay.writing,
     )
 
 

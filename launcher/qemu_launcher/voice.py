@@ -7,6 +7,7 @@ Why it exists: stderr is shared with QEMU, which may have made the terminal non-
 import contextlib
 import os
 import time
+from collections.abc import Callable
 
 from .errors import one_line, printable
 
@@ -15,11 +16,17 @@ _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 
 
 class Voice:
-    """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know; `explains` (`--debug`): tells it all."""
+    """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know; `explains` (`--debug`): tells it all.
 
-    def __init__(self, name: str, *, quiet: bool, explains: bool = False) -> None:
+    `hear`: who else is told each line.
+    """
+
+    def __init__(
+        self, name: str, *, quiet: bool, explains: bool = False, hear: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.name = name
         self._quiet = quiet
+        self._hear = hear
         self._began = time.monotonic()
         self.explains = explains and not quiet
 
@@ -43,8 +50,10 @@ class Voice:
         self._write(one_line(f"{self.name}: {text}"))
 
     def _write(self, text: str) -> None:
+        lines = printable(f"{text}\n")
         with contextlib.suppress(OSError):
-            os.write(_STDERR, printable(f"{text}\n").encode(errors="backslashreplace"))
+            os.write(_STDERR, lines.encode(errors="backslashreplace"))
+        self._hear(lines)
 
 
 def format_size(size: int) -> str:

@@ -229,3 +229,24 @@ def test_has_mem_lock(items: str, expected: bool) -> None:
 )
 def test_vcpu_limit(items: str, expected: int | None) -> None:
     assert options.vcpu_limit(vm(items).options) == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "name"),
+    [
+        ("[nographic]", "nographic"),
+        ("[nographic, nodefaults]", None),
+        ("[{serial: stdio}]", "serial"),
+        ("[{-serial: 'mon:stdio'}]", "serial"),
+        ("[{display: none}, {monitor: stdio}]", "monitor"),
+        ("[{chardev: [stdio, id: c, mux: on]}]", "chardev"),
+        ("[{chardev: 'stdio,id=c'}]", "chardev"),
+        ("[{chardev: [file, id: stdio, path: stdio]}]", None),
+        ("[{serial: 'file:stdio'}]", None),
+        ("[{name: stdio}]", None),
+        ("[]", None),
+    ],
+)
+def test_option_that_uses_the_terminal(items: str, name: str | None) -> None:
+    found = cmdline.terminal_option(read(f"launcher: {{binary: q}}\nqemu: {items}\n"))
+    assert (None if found is None else found.bare_name) == name

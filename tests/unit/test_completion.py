@@ -34,7 +34,7 @@ def offered(environ: dict[str, str], line: str) -> list[str]:
     [
         ("", [*cli.COMMANDS, "list", "web", "win11"]),
         ("w", ["web", "win11"]),
-        ("st", ["stop", "status"]),
+        ("st", ["start", "stop", "status"]),
         ("no-such", [":files"]),
         ("./w", [":files"]),
         ("-q w", ["web", "win11"]),

@@ -256,7 +256,7 @@ def test_more_pins_than_vcpus() -> None:
 def test_daemonize(item: str) -> None:
     assert launcher_refusal("", f"[{item}]") == (
         "3:8: -daemonize takes QEMU out of the launcher's hands, which waits for it and ends it in order\n"
-        "    remove it; to have a shell back, run the launcher itself in the background"
+        "    remove it; to have it in the background: qemu-launcher start NAME"
     )
 
 
