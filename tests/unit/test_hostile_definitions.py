@@ -27,6 +27,8 @@ launcher:
   priority: 1
   rlimit_memlock: 16G
   shutdown_timeout: infinity
+  before_start: [[swtpm, socket, --port, 2321], [a]]
+  after_stop: []
 qemu:
 - name: &n my machine
 - machine: [ pc, accel: kvm ]
@@ -45,6 +47,9 @@ FRAGMENTS = [
         "emulator_pinning:",
         "iothread_pinning:",
         "emulator_scheduler:",
+        "before_start:",
+        "socket 0: ",
+        "die 1: ",
         "scheduler:",
         "priority:",
         "rlimit_memlock:",
