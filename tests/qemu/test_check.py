@@ -235,6 +235,14 @@ def test_running_already(home: Home, bus: PrivateBus) -> None:
     assert home.ask("status", VM).returncode == 0
 
 
+def test_what_is_made_before_the_start_may_be_missing(home: Home, bus: PrivateBus, tmp_path: Path) -> None:
+    home.define(qemu=({"hda": "gone.img"},), before_start=[["touch", str(tmp_path / "made")]])
+    status, lines = check(home, bus)
+    assert status == 0
+    assert any(line.startswith("note     there is no ") and "gone.img" in line for line in lines)
+    assert not (tmp_path / "made").exists(), "it is not executed"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="optional: only root can become somebody")
 def test_for_another_user_it_is_his_access_that_counts(home: Home, bus: PrivateBus) -> None:
     image = home.configuration / "mine.img"

@@ -155,3 +155,21 @@ def test_displays_and_audio() -> None:
     definition = launcher("", "[display: 'gtk,gl=on', audiodev: [pipewire, id: snd0], audio: 'driver=pa']")
     assert asked.displays(definition) == ["gtk"]
     assert [one["driver"] for one in asked.audio(definition)] == ["pipewire", "pa"]
+
+
+@pytest.mark.parametrize(
+    ("chardev", "found"),
+    [
+        ("[socket, id: tpm, path: tpm/sock]", ["tpm/sock"]),
+        ("'socket,id=tpm,path=/run/tpm'", ["/run/tpm"]),
+        ("[socket, id: x, path: /run/x, server: on, wait: off]", []),
+        ("'socket,id=x,path=/run/x,server,nowait'", []),
+        ("'socket,id=x,path=/run/x,reconnect=2'", []),
+        ("'socket,id=x,path=x,abstract=on'", []),
+        ("'socket,id=x,host=::1,port=1'", []),
+        ("'file,id=x,path=/tmp/x'", []),
+        ("stdio", []),
+    ],
+)
+def test_sockets_of_others(chardev: str, found: list[str]) -> None:
+    assert asked.sockets(vm(f"[chardev: {chardev}]")) == found

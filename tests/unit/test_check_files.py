@@ -68,6 +68,40 @@ def test_directory(host: OtherHost) -> None:
     assert "is a directory" in the_only(images(host, Image("/srv/iso", "drive", writable=True)))[1]
 
 
+def test_firmware_that_is_not_installed(host: OtherHost) -> None:
+    code = Image("/usr/share/OVMF/OVMF_CODE_4M.fd", "drive", writable=False)
+    assert the_only(images(host, code))[2].startswith("on Debian: sudo apt install ovmf")
+
+
+def test_sockets(host: OtherHost) -> None:
+    assert list(files.sockets(host.tree, [], VMS)) == []
+    severity, text, fix = the_only(list(files.sockets(host.tree, ["tpm/sock"], VMS)))
+    assert (severity, text) == ("error", "there is no socket /var/lib/vms/tpm/sock (-chardev)")
+    assert "swtpm" in fix
+    host.write("/var/lib/vms/tpm/sock")
+    assert list(files.sockets(host.tree, ["tpm/sock"], VMS)) == []
+    host.forbid("/var/lib/vms/tpm/sock")
+    assert "is not yours to connect to" in the_only(list(files.sockets(host.tree, ["tpm/sock"], VMS)))[1]
+
+
+def test_commands(host: OtherHost) -> None:
+    host.write("/usr/bin/swtpm")
+    env = {"PATH": "/usr/bin"}
+
+    def commands(keys: str) -> list[str]:
+        return told(list(files.commands(host.tree, launcher(keys), env, VMS)))
+
+    note = "note: what before_start makes is not there yet: it is not executed for a check"
+    assert commands("") == []
+    assert commands("before_start: [[swtpm, socket], [swtpm]]\nafter_stop: [[swtpm]]") == [note]
+    lost = "cannot start 'virtiofsd': it is in no folder of PATH, or not yours to execute"
+    assert commands("before_start: [[virtiofsd], [virtiofsd, -x]]")[0].endswith(f"before_start {lost}")
+    assert commands("before_start: [[virtiofsd], [virtiofsd, -x]]")[1:] == [note]
+    [warning] = commands("after_stop: [[virtiofsd]]")
+    assert warning.startswith("warning: win11.yml:3:")
+    assert warning.endswith(f"after_stop {lost}")
+
+
 def test_binary(host: OtherHost) -> None:
     host.write("/usr/bin/qemu-system-x86_64")
     host.write("/var/lib/vms/build/qemu")

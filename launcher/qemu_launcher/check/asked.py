@@ -19,7 +19,8 @@ Settings = Mapping[str, str]
 # The name that the first element has where it is written without one: qemu_*_opts.implied_opt_name of QEMU.
 _IMPLIED = {
     "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
-    "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model", "smp": "cpus", "netdev": "type",
+    "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
+    "smp": "cpus", "netdev": "type",
 }  # fmt: skip
 _ON = "on"
 
@@ -198,6 +199,20 @@ def _files(option: QemuOption) -> Iterator[tuple[str, bool]]:
         for key in ("filename", "file.filename"):
             if key in given:
                 yield given[key], not is_on(given.get("read-only", "off"))
+
+
+def sockets(definition: VmDefinition) -> list[str]:
+    """Sockets in the file system on which another program must listen already: swtpm, virtiofsd, ..."""
+    found = [
+        one["path"]
+        for one in each(definition, "chardev")
+        if one.get("backend") == "socket"
+        and "path" in one
+        and not is_on(one.get("server", "off"))
+        and not is_on(one.get("abstract", "off"))
+        and not any(one.get(name, "0") != "0" for name in ("reconnect", "reconnect-ms"))  # QEMU waits for it by itself
+    ]
+    return list(dict.fromkeys(found))
 
 
 def displays(definition: VmDefinition) -> list[str]:

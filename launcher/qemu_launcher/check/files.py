@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .. import restrictions
-from ..definition import QemuOption
+from ..definition import QemuOption, VmDefinition
 from .asked import Image
 from .finding import Finding
 from .tree import ENTER, READ, WRITE, Tree
@@ -49,6 +49,37 @@ def images(tree: Tree, wanted: Iterable[Image], folder: Path, user: str) -> Iter
         yield Finding("ok", "files", f"{good} image{'s' * (good != 1)} and boot files can be opened as wanted")
 
 
+def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folder: Path) -> Iterator[Finding]:
+    """Whether the programs of before_start and after_stop are there. They are not executed."""
+    for key, wanted, severity in (
+        ("before_start", definition.before_start, "error"),
+        ("after_stop", definition.after_stop, "warning"),
+    ):
+        for program in dict.fromkeys(command.argv[0] for command in wanted):
+            if binary(tree, program, env, folder) is None:
+                mark = next(command.mark for command in wanted if command.argv[0] == program)
+                text = f"{mark}: {key} cannot start {program!r}: it is in no folder of PATH, or not yours to execute"
+                yield Finding(
+                    "error" if severity == "error" else "warning", key, text, "install it, or correct its path"
+                )
+    if definition.before_start:
+        yield Finding(
+            "note", "before_start", "what before_start makes is not there yet: it is not executed for a check"
+        )
+
+
+def sockets(tree: Tree, wanted: Iterable[str], folder: Path) -> Iterator[Finding]:
+    """Whether a socket is there to connect to; whether anybody listens on it only a connection would tell."""
+    for name in wanted:
+        path = str(folder / name)
+        if not tree.exists(path):
+            fix = "start the program that listens there (swtpm, virtiofsd) before the VM"
+            yield Finding("error", f"socket {name}", f"there is no socket {path} (-chardev)", fix)
+        elif not tree.may(path, WRITE):
+            fix = "have that program started by the same user"
+            yield Finding("error", f"socket {name}", f"the socket {path} (-chardev) is not yours to connect to", fix)
+
+
 def _closed_folder(tree: Tree, path: str) -> str | None:
     """The first folder on the way that may not be entered."""
     for parent in reversed(Path(path).parents):
@@ -59,6 +90,8 @@ def _closed_folder(tree: Tree, path: str) -> str | None:
 
 def _near(tree: Tree, path: str, image: Image) -> str:
     folder = next(str(parent) for parent in Path(path).parents if tree.exists(str(parent)))
+    if "OVMF" in image.path:
+        return "on Debian: sudo apt install ovmf (its files are in /usr/share/OVMF)"
     if folder != os.path.dirname(path):  # noqa: PTH120
         return f"there is {folder}, and nothing below it on this way"
     disks = [name for name in tree.names(folder) if name.endswith((".qcow2", ".img", ".raw", ".iso", ".fd"))]
