@@ -303,3 +303,11 @@ def test_files_of_the_tree_that_readme_links_to_are_there() -> None:
 def test_readme_s_first_definition_is_the_example() -> None:
     [first] = [block for block in BLOCKS if block.path == README and "256M" in block.text]
     assert yaml.safe_load(first.text) == yaml.safe_load((ROOT / "launcher/examples/first.yml").read_text())
+
+
+def test_swtpm_is_always_given_a_whole_path() -> None:
+    """As a daemon it leaves its directory: it would look for a relative one in /, and its TPM does not begin."""
+    texts = [block.text for block in BLOCKS] + [path.read_text() for path in (ROOT / "launcher/examples").glob("*.yml")]
+    states = [word for text in texts for word in re.findall(r"--tpmstate,?\s+(?:- )?dir=([^\s,]+)", text)]
+    assert len(states) == 3
+    assert [state for state in states if not state.startswith("/")] == []

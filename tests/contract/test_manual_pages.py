@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import yaml
 
 from qemu_launcher import cli, keys
 from qemu_launcher.definition import VmDefinition
-from unit.manual import PAGES, README, ROOT, bold, page, section, terms
+from unit.manual import PAGES, README, ROOT, blocks, bold, page, section, terms
 
 COMMANDS = page("qemu-launcher.1")
 KEYS = section(page("qemu-launcher.yml.5"), "THE LAUNCHER SECTION")
@@ -46,8 +47,8 @@ def synopsis() -> dict[str, str]:
 
 def test_every_command() -> None:
     told = [bold(term)[0].split()[0] for term, _ in terms(section(COMMANDS, "COMMANDS"))]
-    assert sorted(told) == sorted(cli.COMMANDS)
-    assert sorted(synopsis()) == sorted(cli.COMMANDS)
+    assert tuple(told) == cli.COMMANDS, "in the order of --help"
+    assert tuple(synopsis()) == cli.COMMANDS, "in the order of --help"
 
 
 def test_every_option() -> None:
@@ -77,9 +78,18 @@ def test_no_other_option_is_written_anywhere() -> None:
 
 
 def test_readme_has_every_command() -> None:
-    told = set(re.findall(r"^\| `qemu-launcher ([a-z]+)", README.read_text(), re.MULTILINE))
-    told |= {"run"} if "| `qemu-launcher NAME`" in README.read_text() else set()
-    assert told == set(cli.COMMANDS)
+    told = re.findall(r"^\| `qemu-launcher ([a-z]+|NAME)\b", section(README.read_text(), "Everyday"), re.MULTILINE)
+    assert ["run" if name == "NAME" else name for name in told] == list(cli.COMMANDS)
+
+
+def test_every_example_definition_is_told_of() -> None:
+    pages = README.read_text() + page("qemu-launcher.yml.5")
+    names = [path.name for path in (ROOT / "launcher/examples").glob("*.yml")]
+    assert len(names) > 2
+    assert [name for name in names if f"{name}" not in pages and name != "tuned.yml"] == []
+    assert yaml.safe_load((ROOT / "launcher/examples/tuned.yml").read_text())["launcher"] == next(
+        yaml.safe_load(block.text)["launcher"] for block in blocks() if block.path == README and "fifo" in block.text
+    ), "README shows it"
 
 
 def test_pages_refer_to_each_other_and_exist() -> None:
