@@ -30,7 +30,8 @@ def test_defaults() -> None:
     }
     assert told == shown
     simple = {key for key, (field, _) in keys._KEYS.items() if isinstance(fields.get(field), bool | str)}
-    assert simple <= told.keys()
+    conditional = {bold(term)[0] for term, _ in terms(KEYS) if re.search(r"\(\*\w+\* w\w+ .*\)", term)}
+    assert simple <= told.keys() | conditional
 
 
 def synopsis() -> dict[str, str]:
