@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(VENV):$(PATH):/usr/sbin:/sbin
 # What the tools, the tests and the lab need, by its Debian name. The package's own dependencies are in debian/control.
 APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbus polkitd qemu-system-x86
 APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
-APT_TEST := python3-venv ca-certificates git strace procps util-linux swtpm
+APT_TEST := python3-venv ca-certificates git strace procps util-linux swtpm desktop-file-utils
 # The shells in which completion is tried.
 APT_TEST += bash-completion fish zsh
 # virsh, and what it needs to tell QEMU's command line without a daemon (4 MB): `qemu-launcher import --libvirt`.

@@ -107,11 +107,19 @@ def _run(arguments: cli.Run) -> int:
         vm = definition.load(path, name)
         status = _session(vm, waiting, arguments)
     except LauncherError as err:
+        if not waiting.is_there:
+            _show(arguments.vm, err)
         waiting.say(render(err))
         waiting.ended(err.exit_status)
         raise
     waiting.ended(status)
     return status
+
+
+def _show(vm: str, err: LauncherError) -> None:
+    from . import unseen  # noqa: PLC0415
+
+    unseen.show(vm, render(err), os.environ)
 
 
 def _session(vm: "VmDefinition", waiting: "Starter", arguments: cli.Run) -> int:
@@ -130,7 +138,11 @@ def _start(arguments: cli.Start) -> int:
 
     options = [word for word, is_on in (("--untuned", arguments.untuned), ("--quiet", arguments.quiet)) if is_on]
     options += ["--debug"] * arguments.debug
-    return background.start(arguments.vm, options, cli.COMMANDS, quiet=arguments.quiet)
+    try:
+        return background.start(arguments.vm, options, cli.COMMANDS, quiet=arguments.quiet)
+    except LauncherError as err:
+        _show(arguments.vm, err)
+        raise
 
 
 def _check(arguments: cli.Check) -> int:

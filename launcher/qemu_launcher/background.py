@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, places, runtime, starter
+from . import access, cmdline, control, definition, locate, places, runtime, starter, unseen
 from .definition import VmDefinition
 from .errors import LauncherError
 from .voice import Voice
@@ -234,6 +234,7 @@ class _Talk:
 
         The first Ctrl-C asks it to give up, the second ends us. LauncherError if it ends without its last word.
         """
+        said: list[str] = []
         with self._connection, self._giving_up():
             greeting = {"environment": dict(child.environ), "directory": str(Path.cwd())}
             with contextlib.suppress(BrokenPipeError):
@@ -241,9 +242,14 @@ class _Talk:
             for line in self._lines():
                 message = json.loads(line)
                 if "say" in message:
+                    said.append(message["say"])
                     _tell(message["say"])
+                elif "running" in message:
+                    return None
                 else:
-                    return None if "running" in message else int(message["status"])
+                    if not self._interrupted and message["status"] != 0:
+                        unseen.show(child.name, "".join(said), child.environ)
+                    return int(message["status"])
         if self._interrupted:
             return _INTERRUPTED
         raise LauncherError(

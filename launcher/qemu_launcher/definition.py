@@ -65,6 +65,7 @@ class VmDefinition(NamedTuple):
     shutdown_timeout: float | None = DEFAULT_SHUTDOWN_TIMEOUT  # seconds; None: wait for ever
     before_start: tuple[HookCommand, ...] = ()
     after_stop: tuple[HookCommand, ...] = ()
+    inhibit_sleep: bool = False
     debug: bool = False
     user: str | int | None = None
     group: str | int | None = None
@@ -204,6 +205,7 @@ def _check_together(
         _check_isolation(keys, marks, problems)
     if all_options:
         _check_iothreads(keys.get("iothread_pinning"), options, problems)
+    keys.setdefault("inhibit_sleep", has_vfio(options))
     if "memlock" not in keys and (has_vfio(options) or has_mem_lock(options)):
         keys["memlock"] = Memlock("auto")
     problems.extend(restrictions.never(options))

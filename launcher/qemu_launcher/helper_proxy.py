@@ -1,4 +1,4 @@
-"""The helper, as typed methods, and systemd's wish to end a VM. The launcher's only importer of dbus_next.
+"""The helper, as typed methods, and systemd's wish to end a VM. With `desktop` the only importer of dbus_next.
 
 Why it exists: D-Bus, its library and its error names end here; what leaves this module are values and TuningFailed.
 It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start.
@@ -78,7 +78,7 @@ class GrantedVm(NamedTuple):
     mechanism: str
 
 
-class _Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
+class Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
     """The library's connection, with an end: it closes what it has opened, and a bus that hangs up is noticed."""
 
     async def _auth_readline(self) -> str:
@@ -106,7 +106,7 @@ class _Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
 class Helper:
     """A connection to the helper. Made by `connected`, ended by `close`."""
 
-    def __init__(self, bus: _Bus, *, interactive: bool, agent: Agent | None, trace: Trace) -> None:
+    def __init__(self, bus: Bus, *, interactive: bool, agent: Agent | None, trace: Trace) -> None:
         self._bus = bus
         self._trace = trace
         self._interactive = interactive
@@ -124,7 +124,7 @@ class Helper:
         """
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
         try:
-            bus = _Bus(bus_address=address, bus_type=BusType.SYSTEM)
+            bus = Bus(bus_address=address, bus_type=BusType.SYSTEM)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
                     await bus.connect()

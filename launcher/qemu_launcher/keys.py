@@ -259,6 +259,7 @@ _KEYS: dict[str, tuple[str, Callable[[Node, str], Any]]] = {
     "shutdown_timeout": ("shutdown_timeout", _shutdown_timeout),
     "before_start": ("before_start", _commands),
     "after_stop": ("after_stop", _commands),
+    "inhibit_sleep": ("inhibit_sleep", yamlnode.boolean),
     "debug": ("debug", yamlnode.boolean),
     "user": ("user", _account),
     "group": ("group", _account),

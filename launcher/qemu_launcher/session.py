@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
+from .awake import Awake
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
 from .errors import MOST_PROBLEMS, DefinitionError, LauncherError, QemuFailed, QmpError
@@ -139,7 +140,8 @@ async def _run_qemu(
         voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
-        start = _Start(definition, spelled, voice, manager, claim, tuning, qemu, holds_guest=holds_guest)
+        awake = stack.enter_context(Awake(definition, voice))
+        start = _Start(definition, spelled, voice, manager, claim, tuning, awake, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
         with starter.wanted(asyncio.get_running_loop(), lambda: signals.put(signal.SIGINT)):
             outcome = await _started(start, made, signals)
@@ -172,6 +174,7 @@ class _Start:
         manager: Manager,
         claim: Claim,
         tuning: Tuning,
+        awake: Awake,
         qemu: Qemu,
         *,
         holds_guest: bool,
@@ -186,6 +189,7 @@ class _Start:
         self._manager = manager
         self._claim = claim
         self._tuning = tuning
+        self._awake = awake
 
     async def run(self, made: Monitors) -> Qmp:
         """Returns the monitor when the guest runs; or when it stands still because its user wants it to."""
@@ -193,6 +197,7 @@ class _Start:
         if not self.holds_guest:
             self._claim.update(state=UNHELD)
         await self.qemu.open_gate()
+        self._awake.begin()
         await self._tuning.while_starting()
         self.qmp = qmp = await patiently(
             Qmp.negotiated(made.ours, self._voice.step if self._voice.explains else None), self._tell_progress
@@ -201,6 +206,7 @@ class _Start:
         self._found = found
         self._claim.update(vcpus=_tids_by_index(found))
         await self._tuning.before_cont(self.qemu, found)
+        await self._awake.settle()
         # Written first: a guest that ran must never be taken for one that did not.
         isolation, cpus = self._tuning.placement
         self._claim.update(state=RUNNING, isolation=isolation, cpus=cpus)

@@ -29,6 +29,7 @@ FILES = {
     "usr/share/doc/qemu-launcher/examples/tpm.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/tuned.yml": 0o644,
     "usr/share/doc/qemu-launcher/examples/vfio.yml": 0o644,
+    "usr/share/doc/qemu-launcher/examples/win11.desktop": 0o644,
     "usr/share/doc/qemu-launcher/examples/helper.toml": 0o644,
     "usr/share/doc/qemu-launcher/examples/30-qemu-launcher-students.rules": 0o644,
     "usr/share/doc/qemu-launcher/examples/40-qemu-launcher-ask.rules": 0o644,

@@ -116,6 +116,15 @@ def _said_by_systemd(unit: str, place: Path) -> list[str]:
     return [line for line in run.stderr.splitlines() if instance.name in line]
 
 
+def test_desktop_entry(tree: Path) -> None:
+    """The example of a menu entry is one, by the desktop's own checker."""
+    if shutil.which("desktop-file-validate") is None:
+        pytest.skip("desktop-file-validate is not installed: make setup")
+    path = tree / "usr/share/doc/qemu-launcher/examples/win11.desktop"
+    run = subprocess.run(["desktop-file-validate", str(path)], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, ""), run.stdout
+
+
 def test_the_group_of_the_policy_is_the_group_that_is_made(tree: Path) -> None:
     """An unknown group voids its rule in the bus policy, so the two names must be one."""
     policy = (tree / "usr/share/dbus-1/system.d/org.qemulauncher.Helper1.conf").read_text()

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+DESKTOP = ("DISPLAY", "WAYLAND_DISPLAY", "DBUS_SESSION_BUS_ADDRESS")  # of whoever runs the tests
 PATIENCE = 60.0  # seconds; two slow cores shared with other work
 MACHINE = ("nodefaults", {"display": "none"}, {"machine": "q35"}, {"accel": "tcg,thread=multi"}, {"m": "64"})
 
@@ -131,7 +132,7 @@ class Home:
         self.configuration.mkdir()
         self.runtime.mkdir(mode=0o700)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")},
+            **{name: value for name, value in os.environ.items() if name not in DESKTOP},
             "PYTHONPATH": str(ROOT / "launcher"),
             "QEMU_LAUNCHER_CONFIG_DIR": str(self.configuration),
             "XDG_RUNTIME_DIR": str(self.runtime),

@@ -143,7 +143,7 @@ def test_scheduler(keys: str, scheduling: tuple[str, int]) -> None:
 KNOWN_KEYS = (
     "binary, clear_env, env, working_directory, vcpu_pinning, emulator_pinning, iothread_pinning, scheduler, priority, "
     "emulator_scheduler, rlimit_memlock, isolation, on_tuning_failure, shutdown_timeout, before_start, "
-    "after_stop, debug, user, group"
+    "after_stop, inhibit_sleep, debug, user, group"
 )
 MEMLOCK_HINT = "    write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 MEMLOCK_RANGE = "is out of range (1M-8388607T); a number alone is in bytes"
@@ -431,3 +431,16 @@ def test_key_that_stands_a_level_too_high() -> None:
         "3:1: unknown section 'vcpu_pinning'\n"
         "    vcpu_pinning is a key of the section launcher: put it there, two spaces further in"
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "qemu", "wanted"),
+    [
+        ("", "[]", False),
+        ("", "[{device: [vfio-pci, host: 01:00.0]}]", True),
+        ("inhibit_sleep: false", "[{device: [vfio-pci, host: 01:00.0]}]", False),
+        ("inhibit_sleep: true", "[]", True),
+    ],
+)
+def test_host_stays_awake_for_a_device_of_its_own(keys: str, qemu: str, wanted: bool) -> None:
+    assert launcher(keys, qemu).inhibit_sleep is wanted
