@@ -133,3 +133,11 @@ def test_no_page_was_forgotten() -> None:
     }
     assert files == {f"{name}.md" for name in PAGES}
     assert len(files) == 5
+
+
+def test_environment_variables() -> None:
+    """Those of ours that a document names are known to the launcher; fields of the journal are in the helper's page."""
+    source = "".join(path.read_text() for path in (ROOT / "launcher/qemu_launcher").rglob("*.py"))
+    for text in (README.read_text(), *(page(name) for name in PAGES if "helper" not in name)):
+        for name in set(re.findall(r"\bQEMU_LAUNCHER_[A-Z_]*[A-Z]\b", text)):
+            assert f'"{name}"' in source, name

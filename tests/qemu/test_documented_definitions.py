@@ -1,7 +1,7 @@
 """The definitions in README, in the manual pages and in the smaller examples: the real QEMU takes each.
 
 As they stand, but for what depends on the host: KVM, sizes, the disk's path, whose it is, tuning, a screen.
-examples/vfio.yml has a test of its own; tpm.yml needs virtiofsd, which few machines have.
+examples/vfio.yml has a test of its own.
 """
 
 import re
@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from qemu.launched import ROOT, Home
+from qemu.launched import ROOT, Home, wait_gone
 from qemu_launcher import definition
 from qemu_launcher.options import vcpu_limit
 from unit.manual import blocks
@@ -59,3 +60,36 @@ def test_qemu_takes_it(text: str, home: Home, tmp_path: Path) -> None:
     qmp.close()
     assert home.ask("kill", "documented").returncode == 0
     assert run.end() == 0, run.output
+
+
+def test_tpm_example(home: Home, tmp_path: Path) -> None:
+    """Without the shared folder: swtpm keeps the guest's TPM in the folder of the example, and ends with QEMU."""
+    for tool in ("qemu-img", "swtpm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    place = tmp_path / "tpm"
+    place.mkdir()
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", place / "disk.qcow2", "64M"], check=True)
+    text = (ROOT / "launcher/examples/tpm.yml").read_text()
+    assert text.count("/home/alice/vms/tpm") == 2
+    for pattern, replacement in [*REPLACED[:3], ("size: 4G", "size: 64M")]:
+        text = re.sub(pattern, replacement, text)
+    given = yaml.load(text.replace("/home/alice/vms/tpm", str(place)), yaml.BaseLoader)
+    swtpm, virtiofsd = given["launcher"]["before_start"]
+    assert "virtiofsd" in virtiofsd[-1]
+    given["launcher"]["before_start"] = [[*swtpm, "--pid", f"file={place}/pid"]]
+    shared = [option for option in given["qemu"] if "shared" in str(option)]
+    assert len(shared) == 2
+    given["qemu"] = [option for option in given["qemu"] if option not in shared] + [{"display": "none"}, "S"]
+    (home.configuration / "tpm.yml").write_text(yaml.safe_dump(given, sort_keys=False))
+    run = home.start("tpm", "--untuned")
+    run.name = "tpm"
+    run.wait_line("^tpm: paused, as you asked, untuned")
+    qmp = run.qmp()
+    assert [tpm["model"] for tpm in qmp("query-tpm")] == ["tpm-crb"]
+    qmp.close()
+    pid = int((place / "pid").read_text())
+    assert [path.name for path in place.glob("tpm2-*.permall")] == ["tpm2-00.permall"]
+    assert home.ask("kill", "tpm").returncode == 0
+    run.end()  # with 1: after_stop has no virtiofsd to end
+    wait_gone(pid)
