@@ -4,6 +4,7 @@ Everything waits for something that happens: a line on stderr, an event on QMP, 
 timeouts only bound a broken run.
 """
 
+import errno
 import json
 import os
 import re
@@ -222,6 +223,30 @@ class Home:
                 except OSError:
                     continue
         return found
+
+
+def hear(fifo: Path) -> bytes:
+    """What is said through a FIFO, until its writer closes it. Nobody who dies before keeps us waiting for ever."""
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        assert select.select([file], [], [], PATIENCE)[0], f"nothing came through {fifo}"
+        os.set_blocking(fd, True)
+        return file.read()
+
+
+def tell(fifo: Path, text: str) -> None:
+    """Say something through a FIFO to the one who reads it, or is about to."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError as err:
+            if err.errno != errno.ENXIO or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
 
 
 def wait_gone(pid: int) -> None:

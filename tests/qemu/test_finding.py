@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import Home, Run, is_alive, wait_gone
+from qemu.launched import Home, Run, hear, is_alive, tell, wait_gone
 
 TUNED: dict[str, Any] = {"scheduler": "batch"}  # tuned without a helper
 
@@ -35,7 +35,7 @@ def start_held(home: Home, *, argv: list[str] | None = None, **launcher: Any) ->
     here, go = held_binary(home)
     home.define(binary=str(home.configuration / "held-qemu"), **launcher)
     run = home.start(argv=argv)
-    here.read_bytes()
+    hear(here)
     return run, go
 
 
@@ -45,7 +45,7 @@ def never_started(home: Home) -> int:
     pid = run.qemu_pid
     run.process.kill()
     run.process.wait()
-    go.write_text("go\n")
+    tell(go, "go\n")
     return pid
 
 
@@ -167,7 +167,7 @@ def test_word_about_a_start_that_takes_long(home: Home, tuning: dict[str, Any], 
     impatient = home.with_changed("from qemu_launcher import patience; patience.FIRST_WORD = 0.0")
     run, go = start_held(home, argv=impatient, **tuning)
     run.wait_line(f"^vm-under-test: {words}$")
-    go.write_text("go\n")
+    tell(go, "go\n")
     run.wait_running()
 
 
@@ -177,7 +177,7 @@ def test_untuned_vm_that_is_starting(home: Home) -> None:
     stopped = home.ask("stop", "vm-under-test")
     assert stopped.returncode == 1
     assert "vm-under-test is still starting, and QEMU does not answer yet\n" in stopped.stderr
-    go.write_text("go\n")
+    tell(go, "go\n")
     run.wait_running()
     assert "vm-under-test: running, PID" in home.ask("status").stdout
 
@@ -192,7 +192,7 @@ def test_untuned_vm_whose_launcher_died_while_it_started_may_run(home: Home) -> 
     again = home.start()
     assert again.end() == 1
     assert f"vm-under-test is already running (PID {pid})" in again.output
-    go.write_text("go\n")
+    tell(go, "go\n")
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "running"
     qmp.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qemu import launched
 from qemu.launched import PATIENCE, Home, is_alive, wait_gone
 
 QUICK = ("version",)  # QEMU says what it is and ends
@@ -194,7 +195,7 @@ def test_sigterm_does_not_cut_after_stop_short(home: Home, tmp_path: Path, numbe
     wait_line(begun)
     run.signal(number)
     if number == signal.SIGTERM:
-        go.write_text("went on\n")
+        launched.tell(go, "went on\n")
     assert run.end() == (0 if number == signal.SIGTERM else 1)
     assert lines(log) == ["went on"] * (number == signal.SIGTERM) + ["end"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import Home
+from qemu.launched import Home, tell
 from qemu.test_finding import TUNED, never_started, start_held
 
 VM = "vm-under-test"
@@ -78,7 +78,7 @@ def test_nobody_but_its_launcher_lets_a_guest_run_for_the_first_time(home: Home)
         assert (done.returncode, done.stdout) == (1, "")
         assert f"{VM} is still starting: its launcher lets the guest run when it is tuned" in done.stderr
     assert listed(home)[VM]["state"] == "starting"
-    go.write_text("go\n")
+    tell(go, "go\n")
     run.wait_running()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import PATIENCE, ROOT, Home, is_alive, wait_gone
+from qemu.launched import PATIENCE, ROOT, Home, hear, is_alive, wait_gone
 from qemu.test_finding import held_binary
 
 VM = "vm-under-test"
@@ -270,7 +270,7 @@ def test_end_of_a_start_that_waits_is_the_end_of_the_vm(world: World, end: signa
     here, _go = held_binary(world.home)
     world.home.define(binary=str(world.home.configuration / "held-qemu"))
     begun = world.begin()
-    here.read_bytes()
+    hear(here)
     launcher, qemu = world.launcher(), world.qemu()
     if end == signal.SIGINT:
         os.killpg(begun.pid, end)
@@ -287,7 +287,7 @@ def test_launcher_that_is_killed_while_it_starts(world: World) -> None:
     here, _go = held_binary(world.home)
     world.home.define(binary=str(world.home.configuration / "held-qemu"))
     begun = world.begin()
-    here.read_bytes()
+    hear(here)
     os.kill(world.launcher(), signal.SIGKILL)
     _, said = begun.communicate(timeout=PATIENCE)
     assert begun.returncode == 1
