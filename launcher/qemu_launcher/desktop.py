@@ -18,7 +18,9 @@ from dbus_next import BusType, Message, MessageType, Variant
 from .errors import LauncherError
 from .helper_proxy import DEFAULT_ADDRESS, Bus
 
-_LOCK_TIMEOUT = 5.0  # seconds, for logind, which may have to be started, and asks polkit
+# For logind, which asks polkit, which may have to be started first: D-Bus's own limit for an answer. It is waited for
+# while QEMU starts, so that only a logind that hangs costs time.
+_LOCK_TIMEOUT = 25.0  # seconds
 _NOTICE_TIMEOUT = 2.0  # seconds; for an error that can also be read elsewhere
 _CRITICAL = 2  # urgency: Desktop Notifications Specification, "Urgency Levels"; shown until it is closed
 
