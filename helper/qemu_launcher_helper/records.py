@@ -86,8 +86,7 @@ def reconcile(release: str | None = None) -> list[Record]:
     """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
     live: list[Record] = []
     for record in list(read_all()):
-        released = record.key == release
-        left = record if not released and _holds(record) else _withdraw(record, stray=not released)
+        left = record if record.key != release and _holds(record) else _withdraw(record, stray=record.key != release)
         live += [left] if left else []
     for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
         logging.warning("withdrawing a shield without a record: %a", scope)
@@ -109,23 +108,25 @@ def settle(live: Iterable[Record]) -> None:
 def _withdraw(record: Record, *, stray: bool) -> Record | None:
     """Take every grant of the VM back; return what is left of its record, None when its process has ended.
 
-    Never raises: what fails is logged.
+    Never raises: what fails is logged, and keeps the record from being settled.
     """
     left = None
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
-        left = record._replace(memlock_before=None, rttime_before=None, realtime=(), settled=True, stray=stray)
-        left = left if stray else left._replace(shielded=frozenset(), pinned=frozenset())
+        left = record._replace(settled=False, stray=stray)  # and stays so if a step fails: it is tried again next time
         with _logged("taking real time and limits back"):
             if record.realtime:
                 process.take_realtime()
             for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
                 if before:
                     process.rlimit(which, before)
+            left = left._replace(memlock_before=None, rttime_before=None, realtime=())
     with _logged("withdrawing a shield"):
         if not left:
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             MECHANISM.kill(record.scope)
         MECHANISM.withdraw(record.scope)
+        left = left and left._replace(settled=not (left.realtime or left.memlock_before or left.rttime_before))
+        left = left if stray or not left else left._replace(shielded=frozenset(), pinned=frozenset())
     with _logged("keeping the record"):
         if left:
             left.write()
@@ -142,11 +143,10 @@ def _holds(record: Record) -> bool:
     """Tell whether the VM lives and is still where its grants put it; a stray need only live."""
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
         # A first thread that has ended says nothing of where the others are: it names its old cgroup for ever.
-        alive = process.status()["State"][0] != "Z"
-        inside = record.settled and alive and f"{process.cgroup()}/".startswith(f"{record.scope}/")
+        inside = process.status()["State"][0] != "Z" and f"{process.cgroup()}/".startswith(f"{record.scope}/")
         # realtime = "anywhere" may be outside a shield: only a lost shield makes such a VM a stray
         whole = not record.shielded or MECHANISM.shielded_threads(record.scope) is not None
-        return record.stray or record.key in PENDING or (inside and whole)
+        return record.key in PENDING or (record.settled and (record.stray or (inside and whole)))
     return False
 
 

@@ -88,6 +88,40 @@ def test_what_nobody_lived_to_finish_is_taken_back(record: Record, monkeypatch: 
     assert [one.stray for one in left()] == [True]
 
 
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("step", ["take_realtime", "rlimit", "withdraw"])
+def test_what_could_not_be_taken_back_is_tried_again(
+    record: Record, facts: Facts, monkeypatch: pytest.MonkeyPatch, step: str, *, release: bool
+) -> None:
+    """Nothing is forgotten over it: neither the limit that was, nor that there may be a shield."""
+    held = record._replace(shielded=frozenset({4, 5}), realtime=(facts.pid,), memlock_before=(4096, 4096))
+    held.write()
+    facts.write("cgroup", "0::/elsewhere\n")
+    failing = [True]
+    taken: dict[str, list[object]] = {"take_realtime": [], "rlimit": [], "withdraw": []}
+
+    def acting(name: str) -> Callable[..., None]:
+        def act(*arguments: object) -> None:
+            if name == step and failing:
+                raise OSError(16, "busy")
+            taken[name].append(arguments[1:])
+
+        return act
+
+    monkeypatch.setattr(Partition, "withdraw", acting("withdraw"))
+    monkeypatch.setattr(target.Target, "take_realtime", acting("take_realtime"))
+    monkeypatch.setattr(target.Target, "rlimit", acting("rlimit"))
+    [left] = reconcile(release=held.key if release else None)
+    assert not left.settled
+    assert taken[step] == []
+    failing.clear()
+    [left] = reconcile()
+    assert taken[step]
+    assert left == held._replace(realtime=(), memlock_before=None, stray=True, shielded=left.shielded)
+    [again] = reconcile()
+    assert again == left
+
+
 def test_a_process_that_ended_leaves_nothing(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "PENDING", {record.key})
     record._replace(start_time=record.start_time - 1).write()
