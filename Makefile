@@ -68,11 +68,11 @@ POLKITDIR := /usr/share/polkit-1
 MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 build/man/qemu-launcher-migration.7 \
 	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
 
-.PHONY: help setup apt lint unit test attacks fuzz demo shell deb deb-path man install uninstall bench clean
+.PHONY: help setup apt lint unit test test-exhaustive attacks fuzz demo shell deb deb-path man install uninstall bench clean
 
 help: ## show this list
 	@echo "qemu-launcher $(VERSION): make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r t d; do printf '  %-10s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r t d; do printf '  %-15s %s\n' "$$t" "$$d"; done
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
@@ -122,6 +122,10 @@ attacks: setup deb ## every attack on the helper that was thought of (tests/atta
 # Two labs at once, each of which keeps one CPU busy: system tests go on in theirs while the others run.
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-2} $(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
+
+# `make test` tries some points of each kind, by chance; QEMU_LAUNCHER_SEED=N, which each run prints, those of that run.
+test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; takes hours
+	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.

@@ -35,7 +35,7 @@ SYSTEM = PROJECT / "tests" / "system"
 DEB_VARIABLE = "QEMU_LAUNCHER_DEB"  # a package that is built already
 KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of a fresh one, while writing tests
 # Variables of ours that count inside as well.
-PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS")
+PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
 SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many

@@ -15,6 +15,8 @@ one JSON object a line, does it, answers with one:
     {"do": "manager", "member": M, "signature": S, "body": [...]}   systemd's system manager
                                              -> {"error": NAME or null, "body": [...]}
     {"do": "end", "pid": P}                  kills and reaps a child -> {}
+    {"do": "apprentice"}                     a child that is such a program too, with a connection of its own, and is
+                                             told the same orders -> {"pid": P}; one that died over an order answers {}
     {"do": "disown"}                         children that end are reaped at once, by nobody -> {}
 """
 
@@ -27,6 +29,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 from client import Client  # type: ignore[import-not-found]  # tests/bus/client.py, copied beside this file
 from dbus_next.signature import Variant
@@ -58,6 +61,8 @@ class Puppet:
 
 
 PUPPETS: dict[int, Puppet] = {}
+# An apprentice's own ends. What plays QEMU must not have them: its maker's death would not be seen through it.
+ENDS: list[int] = []
 
 
 def spawn(threads: int, *, spin: bool) -> dict[str, object]:
@@ -66,8 +71,8 @@ def spawn(threads: int, *, spin: bool) -> dict[str, object]:
     pid = os.fork()
     if pid == 0:
         Path("/proc/self/comm").write_text("qemu-system-x86")
-        os.close(giving)
-        os.close(taking)
+        for end in (giving, taking, *ENDS):
+            os.close(end)
         try:
             live(orders, answers, threads, spin=spin)
         finally:
@@ -76,6 +81,25 @@ def spawn(threads: int, *, spin: bool) -> dict[str, object]:
     os.close(answers)
     PUPPETS[pid] = Puppet(pid, giving, taking)
     return {"pid": pid, **PUPPETS[pid].answer()}
+
+
+def apprentice() -> dict[str, object]:
+    """A child that does what this program does."""
+    (orders, giving), (taking, answers) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(giving)
+        os.close(taking)
+        ENDS[:] = orders, answers
+        try:
+            with os.fdopen(orders) as lines, os.fdopen(answers, "w") as out:
+                serve(lines, out)
+        finally:
+            os._exit(0)
+    os.close(orders)
+    os.close(answers)
+    PUPPETS[pid] = Puppet(pid, giving, taking)
+    return {"pid": pid}
 
 
 def live(orders: int, answers: int, threads: int, *, spin: bool) -> None:
@@ -99,6 +123,8 @@ def live(orders: int, answers: int, threads: int, *, spin: bool) -> None:
                 case "exit_thread":
                     say({})
                     ctypes.CDLL(None).syscall(60, 0)  # exit(2), of this thread alone: x86-64's number
+    while ENDS:  # an apprentice's outlives it, as QEMU outlives a launcher that is killed
+        signal.pause()
 
 
 def more_threads(count: int, *, spin: bool) -> list[int]:
@@ -147,10 +173,10 @@ def plain(value: object) -> object:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def main() -> None:
+def serve(orders: TextIO, answers: TextIO) -> None:
     """Serve until the end of input."""
     client = Client(SOCKET)
-    for line in sys.stdin:
+    for line in orders:
         order = json.loads(line)
         answer: dict[str, object] = {}
         match order.pop("do"):
@@ -158,6 +184,8 @@ def main() -> None:
                 answer = spawn(**order)
             case "tell":
                 answer = PUPPETS[order["pid"]].tell(order["order"])
+            case "apprentice":
+                answer = apprentice()
             case "end":
                 PUPPETS.pop(order["pid"], None)
                 with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -169,9 +197,9 @@ def main() -> None:
                 more = SYSTEMD if whom == "manager" else {}
                 reply = client.call(order["member"], order["signature"], order["body"], **more)
                 answer = {"error": reply.error, "body": plain(reply.body)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(sys.stdin, sys.stdout)

@@ -55,13 +55,16 @@ class Claimant:
 
         `patient`: whether a refusal for the number of calls is waited out.
         """
-        self.user = user
-        self._patient = patient
+        self._become(user, patient=patient)
         self._process = subprocess.Popen(
             start(user.name, *inside, "/usr/bin/python3", str(_copied_script())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def _become(self, user: User, *, patient: bool) -> None:
+        self.user = user
+        self._patient = patient
         self._children: set[int] = set()
         self._grandchildren: set[int] = set()
 
@@ -133,22 +136,72 @@ class Claimant:
         """Call systemd."""
         return self._reply(do="manager", member=member, signature=signature, body=body)
 
+    def begin(self, member: str, signature: str, *body: Any) -> None:
+        """Call the helper, and do not wait for the answer; `finish` does."""
+        self._tell(do="call", member=member, signature=signature, body=body)
+
+    def finish(self) -> Answer:
+        """The answer to what was begun; "died" when the caller has."""
+        answer = self._hear()
+        return _answer(answer) if answer else Answer("died", [])
+
+    @property
+    def descriptor(self) -> int:
+        """For select(2): readable when there is an answer."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
     def _reply(self, **order: Any) -> Answer:
-        answer = self._ask(**order)
-        return Answer(answer["error"].rpartition(".")[2] if answer["error"] else "ok", answer["body"])
+        return _answer(self._ask(**order))
 
     def _ask(self, **order: Any) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
+        self._tell(**order)
+        return self._hear()
+
+    def _tell(self, **order: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        stdout = self._process.stdout
         assert stdout is not None
-        stdin.write(json.dumps(order).encode() + b"\n")
-        stdin.flush()
         ready, _, _ = select.select([stdout], [], [], host.PATIENCE)
-        assert ready, f"no answer to {order}"
+        assert ready, f"no answer to the claimant of {self.user.name}"
         line = stdout.readline()
-        assert line, f"the claimant of {self.user.name} died over {order}"
+        assert line, f"the claimant of {self.user.name} died"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+class Apprentice(Claimant):
+    """A claimant that another has made, seconds cheaper than a login of its own; for who is to be killed."""
+
+    def __init__(self, master: Claimant) -> None:
+        self._become(master.user, patient=False)
+        self._process = master._process
+        self.pid: int = master._ask(do="apprentice")["pid"]
+        self._master = master
+
+    def __exit__(self, *_: object) -> None:
+        self.end_all()
+        self._master.end(self.pid)
+
+    def end(self, pid: int) -> None:
+        """Kill a child, which is nobody's when this program is gone."""
+        self._children.discard(pid)
+        if host.is_alive(self.pid):
+            self._ask(do="end", pid=pid)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _tell(self, **order: Any) -> None:
+        super()._tell(do="tell", pid=self.pid, order=order)
+
+
+def _answer(answer: dict[str, Any]) -> Answer:
+    return Answer(answer["error"].rpartition(".")[2] if answer["error"] else "ok", answer["body"])
 
 
 def copied(*names: str) -> Path:

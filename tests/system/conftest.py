@@ -19,11 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the half of the transport that belongs on this side."""
     if Path("/etc/qemu-launcher-lab").exists():
         from lab import inside
-        from system import fixtures, stepping
+        from system import faults, fixtures, stepping
 
         side: ModuleType = inside
         config.pluginmanager.register(fixtures, "system-fixtures")
         config.pluginmanager.register(stepping, "system-stepping")
+        config.pluginmanager.register(faults, "system-faults")
     else:
         from lab import outside
 

@@ -1,0 +1,146 @@
+"""A helper in which any step can fail, kill it or wait, in place of the installed one: faulty_helper.py says how."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from system import host
+from system.claims import copied
+from system.fixtures import stop_helper
+from system.vms import HELPER_UNIT
+
+FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
+DROP_IN = Path(f"/run/systemd/system/{HELPER_UNIT}.d/faults.conf")
+
+# How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
+ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
+SEED = int(os.environ.get("QEMU_LAUNCHER_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+
+
+def say(line: str) -> None:
+    """Write a line into what pytest keeps of the test."""
+    sys.stdout.write(f"{line}\n")
+
+
+class Point(NamedTuple):
+    """One step of the helper's, and what happens there."""
+
+    at: int
+    name: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.do} at step {self.at}, {self.name}"
+
+
+class Faults:
+    """The helper's other end."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._buffer = b""
+
+    def order(self, during: str = "nothing", *kinds: str, at: int = -1, do: str = "count") -> bool:
+        """Have a helper started anew, the last one being killed; whether it serves, or has ended before it did."""
+        self.close()
+        self._socket, self._buffer = socket.socket(socket.AF_UNIX), b""
+        host.wait_for("the faulty helper takes orders", self._connected)
+        order = {"during": during, "kinds": kinds, "at": at, "do": do}
+        self._socket.sendall(json.dumps(order).encode() + b"\n")
+        return self._heard() == b"ready"
+
+    def reached(self) -> bool:
+        """Wait until the helper stands at its step; False when it has ended without."""
+        return self._heard() == b"reached"
+
+    def go(self) -> None:
+        """Let it go on."""
+        assert self._socket is not None
+        self._socket.sendall(b"go")
+
+    def steps(self) -> list[str]:
+        """What it has come by so far."""
+        return (FOLDER / "steps").read_text().splitlines()
+
+    def close(self) -> None:
+        """Hang up; that helper goes on."""
+        if self._socket is not None:
+            self._socket.close()
+
+    @property
+    def descriptor(self) -> int:
+        """For select(2), beside others."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def _connected(self) -> bool:
+        assert self._socket is not None
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            self._socket.connect(str(FOLDER / "orders"))
+            return True
+        return False
+
+    def _heard(self) -> bytes:
+        assert self._socket is not None
+        while b"\n" not in self._buffer:
+            assert select.select([self._socket], [], [], host.PATIENCE)[0], "the faulty helper says nothing"
+            data = self._socket.recv(64)
+            if not data:
+                return b""
+            self._buffer += data
+        word, _, self._buffer = self._buffer.partition(b"\n")
+        return word
+
+
+def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Point]:
+    """As many of them as this run is to try, chosen by the seed; and a line on standard output that says so."""
+    chosen = sorted(random.Random(f"{SEED} {what}").sample(points, min(rounds, len(points))))
+    say(f"{what}: {len(chosen)} of {len(points)} points, 1 mechanism (partition), QEMU_LAUNCHER_SEED={SEED}")
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def faulty_unit() -> Iterator[None]:
+    """The unit with the other program in it. Not Type=dbus: systemd would end it when one of its helpers is killed."""
+    script = copied("system/faulty_helper.py") / "faulty_helper.py"
+    FOLDER.mkdir(exist_ok=True)
+    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
+    DROP_IN.write_text(f"[Service]\nType=exec\nExecStart=\nExecStart=/usr/bin/python3 -IS {script} --serve\n")
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    subprocess.run(["systemctl", "restart", HELPER_UNIT], check=True)
+    yield
+    DROP_IN.unlink()
+    stop_helper()
+    for name in ("orders", "steps"):
+        (FOLDER / name).unlink(missing_ok=True)
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+
+
+@pytest.fixture
+def faults(faulty_unit: None) -> Iterator[Faults]:
+    """A helper in which something goes wrong. It is sound again afterwards, for what the fixtures ask of it."""
+    subprocess.run(["systemctl", "start", HELPER_UNIT], check=True)  # host_as_before may have stopped it
+    helper = Faults()
+    helper.order()
+    yield helper
+    helper.order()
+    helper.close()
+
+
+def answer_or_halt(program: Any, faults: Faults) -> bool:
+    """Wait for what comes first: True when the helper stands at its step, False when the call was answered."""
+    ready = select.select([faults.descriptor, program.descriptor], [], [], host.PATIENCE)[0]
+    assert ready, "neither an answer nor a halt"
+    return faults.descriptor in ready and faults.reached()

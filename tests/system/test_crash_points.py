@@ -1,0 +1,328 @@
+"""Whatever fails, or ends, at whichever step of the helper's: after its next start the host is sound.
+
+The steps are counted by the helper as it comes to them (faulty_helper.py); no list of them is kept anywhere. At each,
+one thing happens: an error of the kernel's or systemd's, or the death of the helper, of the VM or of its caller. Then:
+
+- the guest is not half tuned: what the helper says is granted holds, or nothing does (test_crash_only.expect_sound);
+- with the VM gone no shield, scope or record is left, and each task of the host may use all the CPUs it could before;
+- the next VM of the same name is pinned and shielded, and gets its memory.
+
+`QEMU_LAUNCHER_ROUNDS=N` tries N points of each kind instead of a few, `make test-exhaustive` all; QEMU_LAUNCHER_SEED
+chooses the same ones again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from system import host
+from system.claims import Answer, Apprentice, Child, Claimant
+from system.faults import Faults, Point, answer_or_halt, sampled, say
+from system.test_crash_only import expect_sound, leave_scope, limits_of
+
+VM = "vm"
+ERRORS = ("EINVAL", "EIO", "ENOSPC", "EBUSY")
+Call = tuple[Any, ...]
+ENUMERATED: dict[tuple[str, ...], list[str]] = {}
+
+
+def calls(program: Claimant, child: Child) -> list[Call]:
+    """A VM's life: each operation once for the first time, once more with something else, and the end of all."""
+    first, second, third = child.tids
+
+    def pins(*cpus: int) -> list[Any]:
+        shielded = [[tid, [cpu], True] for tid, cpu in zip((first, second), cpus, strict=True)]
+        return [*shielded, [third, [2], False]]
+
+    return [
+        ("SetMemlock", "ust", child.pid, VM, 64 << 20),
+        ("PinThreads", "usa(uaub)au", child.pid, VM, pins(4, 5), [1]),
+        ("SetScheduler", "usausu", child.pid, VM, [first, second], "fifo", 1),
+        ("PinThreads", "usa(uaub)au", child.pid, VM, pins(5, 4), [1]),
+        ("SetScheduler", "usausu", child.pid, VM, [first, second], "rr", 2),
+        ("SetMemlock", "ust", child.pid, VM, 32 << 20),
+        ("Release", "us", program.user.uid, VM),
+    ]
+
+
+def live(program: Claimant, child: Child, until: int = 7) -> Answer:
+    """Live so, up to the first call that is refused; the last answer."""
+    answer = Answer("ok", [])
+    for call in calls(program, child)[:until]:
+        answer = program.call(*call)
+        if answer.error != "ok":
+            break
+    return answer
+
+
+class Affinities:
+    """Where each task of the host may run, while there is no VM."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def expect_back(self) -> None:
+        """No task has fewer CPUs than before, nor has a new one. (The kernel lets some of its own have more.)"""
+        lost = {key: sorted(cpus) for key, cpus in self._now().items() if not cpus >= self._before.get(key, cpus)}
+        assert lost == {}, "tasks that have lost CPUs"
+        assert host.born_of_us() == host.online()
+
+    @staticmethod
+    def _now() -> dict[tuple[int, int, int], frozenset[int]]:
+        return {(thread.pid, thread.tid, thread.born): thread.cpus for thread in host.threads()}
+
+
+@pytest.fixture
+def affinities() -> Affinities:
+    """Taken before the test."""
+    return Affinities()
+
+
+def steps(faults: Faults, during: str, least: int, *kinds: str) -> list[str]:
+    """What was counted; and nothing went past the count, nor has it become less than it was when this was written."""
+    found = faults.steps()
+    assert [name for name in found if name.startswith("missed:")] == []
+    assert len(found) >= least, f"only {len(found)} steps of {kinds} during {during}: {found}"
+    return found
+
+
+def enumerate_calls(program: Claimant, faults: Faults, least: int, *kinds: str) -> list[str]:
+    """All steps of a life in which nothing goes wrong."""
+    if kinds not in ENUMERATED:
+        faults.order("calls", *kinds)
+        child = program.spawn(3)
+        assert live(program, child).error == "ok"
+        ENUMERATED[kinds] = steps(faults, "calls", least, *kinds)
+        expect_gone(program, child, faults)
+    return ENUMERATED[kinds]
+
+
+def expect_gone(program: Claimant, child: Child, faults: Faults) -> None:
+    """The VM ends, the helper starts: nothing is left."""
+    program.end(child.pid)  # one that was killed is still to be reaped
+    assert faults.order()
+    host.wait_until_as_before()
+
+
+def expect_next_start(program: Claimant, faults: Faults) -> None:
+    """Another process, the same name: it gets its memory and its CPUs."""
+    child = program.spawn(3)
+    answer = live(program, child, 2)
+    assert answer.error == "ok", answer
+    assert host.isolated() == {4, 5}
+    assert host.limit(child.pid, "Max locked memory") == (64 << 20, 64 << 20)
+    assert [host.cpus_of(child.pid, tid) for tid in child.tids] == [{4}, {5}, {2}]
+    program.end(child.pid)  # the next point, or the test's end, waits until nothing is left of it
+    faults.order()
+
+
+def expect_whole(child: Child, before: dict[str, tuple[int, int]], last: Answer) -> None:
+    """A VM that still lives, after the helper has been started again, is tuned as granted or not at all."""
+    expect_sound(child, before)
+    claimed = host.exclusive()
+    assert bool(claimed) == bool(host.isolated()), claimed
+    if last.error == "ok":
+        return
+    for tid in host.realtime_threads():
+        assert host.cpus_of(child.pid, tid) <= host.isolated()
+
+
+class NotComeBy(Exception):  # noqa: N818  that is what happened
+    """The step was not reached this time: how often systemd is asked, or a list read again, is not always the same."""
+
+
+def try_all(points: list[Point], what: str, tried: Callable[[Point], None]) -> None:
+    """Try those that are this run's; all that is wrong is told, not only the first."""
+    wrong, passed_by = list[str](), 0
+    began = time.monotonic()
+    chosen = sampled(points, what)
+    for point in chosen:
+        try:
+            tried(point)
+        except NotComeBy:
+            passed_by += 1
+        except (AssertionError, OSError) as err:
+            wrong.append(f"{point}: {str(err)[:1500]}")
+            if len(wrong) == 5:
+                break
+    seconds = (time.monotonic() - began) / max(1, len(chosen))
+    say(f"{what}: {len(chosen) - len(wrong) - passed_by} passed, {passed_by} not come by, {seconds:.1f} s each")
+    assert not wrong, "\n".join(wrong)
+    assert passed_by <= len(chosen) // 4
+
+
+def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    names = enumerate_calls(program, faults, 130, "act", "ask")
+    points = [
+        Point(at, name, do)
+        for at, name in enumerate(names)
+        if not name.endswith(" answered")
+        for do in ((*ERRORS, "lose") if name.startswith("ask:") else ERRORS)
+        if not (name.startswith("ask:") and do in ERRORS[1:])  # whatever systemd says, a refusal is a refusal
+    ]
+
+    def one(point: Point) -> None:
+        faults.order("calls", "act", "ask", at=point.at, do=point.do)
+        child = program.spawn(3)
+        before = limits_of(child)
+        try:
+            last = live(program, child)
+            if len(faults.steps()) <= point.at:
+                raise NotComeBy
+            assert faults.order()
+            expect_whole(child, before, last)
+        finally:
+            expect_gone(program, child, faults)
+        affinities.expect_back()
+        expect_next_start(program, faults)
+
+    try_all(points, "an error at a step of a call", one)
+
+
+def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    names = enumerate_calls(program, faults, 140, "act", "ask", "end")
+
+    def one(point: Point) -> None:
+        faults.order("calls", "act", "ask", "end", at=point.at, do="kill")
+        child = program.spawn(3)
+        before = limits_of(child)
+        try:
+            last = live(program, child)
+            if last.error == "ok":
+                raise NotComeBy
+            assert last.error == "NoReply", last
+            assert faults.order()
+            expect_whole(child, before, last)
+        finally:
+            expect_gone(program, child, faults)
+        affinities.expect_back()
+        expect_next_start(program, faults)
+
+    points = [Point(at, name, "SIGKILL of the helper") for at, name in enumerate(names)]
+    try_all(points, "death of the helper at a step of a call", one)
+
+
+def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[], object]) -> Answer:
+    """Live, and have `act` happen while the helper stands at its step; the last answer."""
+    halted, answer = False, Answer("ok", [])
+    for call in calls(program, child):
+        program.begin(*call)
+        if not halted and answer_or_halt(program, faults):
+            halted = True
+            act()
+            faults.go()
+        answer = program.finish()
+        if answer.error != "ok":
+            break
+    if not halted:
+        raise NotComeBy
+    return answer
+
+
+def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    names = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
+
+    program.disown()  # it is reaped at once, as by a launcher, although its parent waits for the helper
+
+    def one(point: Point) -> None:
+        faults.order("calls", "act", "ask", "end", "look", at=point.at, do="wait")
+        child = program.spawn(3)
+        try:
+            until_halt(program, child, faults, lambda: program_end(child))
+        finally:
+            expect_gone(program, child, faults)
+        affinities.expect_back()
+        expect_next_start(program, faults)
+
+    def program_end(child: Child) -> None:
+        os.kill(child.pid, signal.SIGKILL)
+        host.wait_for("the VM has ended", lambda: not host.is_alive(child.pid))
+
+    points = [Point(at, name, "SIGKILL of the VM") for at, name in enumerate(names)]
+    try_all(points, "death of the VM at a step of a call", one)
+
+
+def test_a17_the_caller_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    names = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
+
+    def one(point: Point) -> None:
+        faults.order("calls", "act", "ask", "end", "look", at=point.at, do="wait")
+        with Apprentice(program) as caller:
+            child = caller.spawn(3)
+            before = limits_of(child)
+
+            def end() -> None:
+                os.kill(caller.pid, signal.SIGKILL)
+                host.wait_for("the caller has ended", lambda: not host.is_alive(caller.pid))
+
+            last = until_halt(caller, child, faults, end)
+            assert last.error == "died"
+            assert faults.order()
+            expect_whole(child, before, last)
+        expect_gone(program, child, faults)
+        affinities.expect_back()
+        expect_next_start(program, faults)
+
+    points = [Point(at, name, "SIGKILL of the caller") for at, name in enumerate(names)]
+    try_all(points, "death of the caller at a step of a call", one)
+
+
+def leave(program: Claimant, child: Child) -> None:
+    leave_scope(program, child.pid)
+
+
+def end(program: Claimant, child: Child) -> None:
+    program.end(child.pid)
+
+
+def granted(program: Claimant, faults: Faults) -> tuple[Child, dict[str, tuple[int, int]]]:
+    """A VM that has everything, and its limits before."""
+    assert faults.order()
+    child = program.spawn(3)
+    before = limits_of(child)
+    assert live(program, child, 3).error == "ok"
+    return child, before
+
+
+@pytest.mark.parametrize(("how", "least"), [(end, 4), (leave, 11)])
+def test_a17_each_step_of_the_clean_up(
+    program: Claimant,
+    faults: Faults,
+    affinities: Affinities,
+    how: Callable[[Claimant, Child], None],
+    least: int,
+) -> None:
+    """The helper starts because a VM has ended or left its scope. That start fails, or dies; the next is sound."""
+    kinds = ("act",)
+    child, _ = granted(program, faults)
+    how(program, child)
+    faults.order("start", *kinds)
+    names = steps(faults, "start", least, *kinds)
+    expect_gone(program, child, faults)
+
+    def one(point: Point) -> None:
+        child, before = granted(program, faults)
+        try:
+            how(program, child)
+            faults.order("start", *kinds, at=point.at, do=point.do)
+            if len(faults.steps()) <= point.at:
+                raise NotComeBy
+            faults.order()
+            if how is leave:
+                expect_whole(child, before, Answer("stray", []))
+                assert limits_of(child) == before
+                assert host.realtime_threads() == set()
+                assert host.isolated() == frozenset()
+        finally:
+            expect_gone(program, child, faults)
+        affinities.expect_back()
+        expect_next_start(program, faults)
+
+    points = [Point(at, name, do) for at, name in enumerate(names) for do in (*ERRORS, "kill")]
+    try_all(points, f"an error or death at a step of the clean-up ({how.__name__})", one)
