@@ -39,7 +39,10 @@ APT_LAB := mmdebstrap debian-archive-keyring e2fsprogs qemu-utils openssh-client
 # has SPICE in a package of its own; Debian 12 in qemu-system-common.
 APT_SCREEN := xvfb x11-apps qemu-system-gui spice-client-gtk
 APT_SCREEN += $(if $(filter 12,$(shell . /etc/os-release && echo "$$VERSION_ID")),,qemu-system-modules-spice)
-APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB) $(if $(filter setup test,$(MAKECMDGOALS)),$(APT_SCREEN))
+# What builds and checks the packages of other distributions: `make rpm`, `make arch`.
+APT_OTHERS := rpm rpmlint makepkg pacman-package-manager libarchive-tools shellcheck
+APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB) \
+	$(if $(filter setup test,$(MAKECMDGOALS)),$(APT_SCREEN) $(APT_OTHERS))
 
 DEB := build/qemu-launcher_$(VERSION)_all.deb
 DEB_SOURCES := $(shell find launcher helper dbus polkit debian -type f -not -path '*/__pycache__/*') \
@@ -68,7 +71,7 @@ POLKITDIR := /usr/share/polkit-1
 MAN_PAGES := build/man/qemu-launcher.1 build/man/qemu-launcher.yml.5 build/man/qemu-launcher-migration.7 \
 	build/man/qemu-launcher-helper.8 build/man/qemu-launcher-helper.toml.5
 
-.PHONY: help setup apt lint unit test test-exhaustive attacks fuzz demo shell deb deb-path man install uninstall bench clean
+.PHONY: help setup apt lint unit test test-exhaustive attacks fuzz demo shell deb deb-path dist rpm arch man install uninstall bench clean
 
 help: ## show this list
 	@echo "qemu-launcher $(VERSION): make TARGET"
@@ -167,6 +170,33 @@ $(DEB): $(DEB_SOURCES) | apt
 	@mv build/deb/*.deb build/ && rm -rf build/deb/qemu-launcher-$(VERSION)
 	@ln -sf $(notdir $@) build/qemu-launcher.deb
 	@test -f $@ && touch $@
+
+# What other distributions build from: the same bytes from the same sources, whoever writes it and when.
+DIST := build/qemu-launcher-$(VERSION).tar.gz
+DATE = $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' debian/changelog | head -n 1)" +%s)
+
+dist: $(DIST) ## write the source archive into build/
+
+$(DIST): $(DEB_SOURCES) $(wildcard packaging/*/* packaging/README.md)
+	@mkdir -p build
+	@tar -c --sort=name --format=ustar --mtime=@$(DATE) --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+		--exclude=__pycache__ --exclude=.mypy_cache --exclude=.ruff_cache --transform='s|^|qemu-launcher-$(VERSION)/|' \
+		launcher helper dbus polkit debian packaging Makefile pyproject.toml LICENSE README.md CHANGELOG.md | gzip -9n > $@
+
+# With nothing of Debian's: these two run on the distribution that they are for. The tests run them here, with RPMBUILD and
+# MAKEPKG told to look for no other distribution's packages.
+RPMBUILD ?= rpmbuild
+MAKEPKG ?= makepkg
+
+rpm: $(DIST) ## build the package for Fedora into build/rpm (packaging/README.md)
+	@command -v rpmbuild >/dev/null || { echo 'make rpm needs rpmbuild: dnf install rpm-build' >&2; exit 1; }
+	@rm -rf build/rpm && mkdir -p build/rpm/SOURCES && cp $(DIST) build/rpm/SOURCES/
+	$(RPMBUILD) -bb --define '_topdir $(CURDIR)/build/rpm' packaging/rpm/qemu-launcher.spec
+
+arch: $(DIST) ## build the package for Arch Linux into build/arch (packaging/README.md)
+	@command -v makepkg >/dev/null || { echo 'make arch needs makepkg: pacman -S base-devel' >&2; exit 1; }
+	@rm -rf build/arch && mkdir -p build/arch && cp packaging/arch/* $(DIST) build/arch/
+	cd build/arch && SOURCE_DATE_EPOCH=$(DATE) $(MAKEPKG)
 
 man: $(MAN_PAGES) ## build the manual pages
 
