@@ -55,21 +55,26 @@ class SystemRun:
         self.finished: set[str] = set()
         self.skip = False
         self.complaint = ""  # what to say about tests that never reported
-        self._beginning = threading.Thread(target=self._begin_or_complain)
+        self._begun, self._over = threading.Event(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
 
     def begin_soon(self) -> None:
         """Begin, while others go on; `reports_of` waits for it. Whatever goes wrong, every test says so."""
-        self._beginning.start()
+        self._keeper.start()
 
-    def _begin_or_complain(self) -> None:
-        try:
-            self.begin()
-        except MissingTool as error:
-            self.complaint = f"{error}"
-            self.skip = os.environ.get("CI") != "true"
-        except Exception as error:  # noqa: BLE001 - every test says so, and the others go on
-            self.complaint = f"the lab could not be set up: {error}"
-            self.stack.close()
+    def _keep(self) -> None:
+        """The lab's QEMU ends with the thread that has started it (PR_SET_PDEATHSIG of prctl(2)): so this one stays."""
+        with self.stack:
+            try:
+                self.begin()
+            except MissingTool as error:
+                self.complaint = f"{error}"
+                self.skip = os.environ.get("CI") != "true"
+            except Exception as error:  # noqa: BLE001 - every test says so, and the others go on
+                self.complaint = f"the lab could not be set up: {error}"
+                self.stack.close()
+            self._begun.set()
+            self._over.wait()
 
     def begin(self) -> None:
         """Up to the running pytest inside. LabError when something on the way fails; then nothing is left running."""
@@ -105,8 +110,8 @@ class SystemRun:
 
     def reports_of(self, node_id: str) -> list[pytest.TestReport]:
         """The reports of one test, when it has finished inside; an empty list when it never will: see `complaint`."""
-        if self._beginning.is_alive():
-            self._beginning.join()
+        if self._keeper.is_alive():
+            self._begun.wait()
         while node_id not in self.finished and not self.complaint:
             try:
                 event = self.events.get(timeout=SILENCE_SECONDS)
@@ -144,9 +149,9 @@ class SystemRun:
 
     def end(self) -> None:
         """Ends pytest inside and the lab (a kept one stays)."""
-        if self._beginning.is_alive():
-            self._beginning.join()
-        self.stack.close()
+        self._over.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
 
 
 def package() -> Path:
