@@ -102,7 +102,7 @@ def _user_manager(environ: Mapping[str, str]) -> Path | None:
         return None
     place = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     # Only looked at: systemd complains in the journal about who connects and says nothing.
-    return place if (place / "systemd/private").is_socket() else None
+    return place if os.access(place / "systemd/private", os.W_OK) else None
 
 
 def _as_service(child: _Child, place: Path, voice: Voice) -> int:

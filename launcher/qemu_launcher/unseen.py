@@ -29,4 +29,5 @@ def _session_bus(environ: Mapping[str, str]) -> str | None:
     if given := environ.get("DBUS_SESSION_BUS_ADDRESS"):
         return None if given.startswith("disabled:") else given
     bus = Path(environ.get("XDG_RUNTIME_DIR") or "/nowhere") / "bus"
-    return f"unix:path={bus}" if bus.is_socket() else None
+    # After `su` without a dash it is another user's, and not to be looked into.
+    return f"unix:path={bus}" if os.access(bus, os.W_OK) else None

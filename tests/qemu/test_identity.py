@@ -144,7 +144,7 @@ def test_others_are_refused_before_anything_starts(
 ) -> None:
     path = define(home, place, **keys, before_start=[["touch", f"{place}/started"]])
     run = started(home, place, *prefix)
-    assert run.end() == 2
+    assert run.end() == 2, run.output
     assert f"qemu-launcher: {path}:{message}" in run.output
     assert not (place / "started").exists()
     assert not (home.runtime / "qemu-launcher").exists()
