@@ -122,9 +122,9 @@ unit: setup ## the tests that take seconds and touch nothing
 attacks: setup deb ## every attack on the helper that was thought of (tests/attacks/README.md)
 	$(PYTEST) -m attack tests/unit tests/fuzz tests/bus tests/qemu tests/system
 
-# Two labs at once, each of which keeps one CPU busy: system tests go on in theirs while the others run.
+# Three labs at once, each of which keeps one CPU busy: system tests go on in two while the others run.
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
-	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-2} $(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
+	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
 
 # `make test` tries some points of each kind, by chance; QEMU_LAUNCHER_SEED=N, which each run prints, those of that run.
 test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; takes hours

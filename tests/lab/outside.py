@@ -1,5 +1,5 @@
-"""The half of the system tests' transport that runs on the developer's machine: one lab, one pytest inside, its
-results mapped onto the items that were collected out here.
+"""The half of the system tests' transport that runs on the developer's machine: a lab or several, a pytest inside each,
+their results mapped onto the items that were collected out here.
 
 Before the first test of all (where there is one slot for labs only, before the first system test) the package is built,
 a lab booted, the package installed and pytest started inside for exactly the selected tests: it works there while other
@@ -17,7 +17,8 @@ import queue
 import shlex
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
 SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many
-RUN_KEY = pytest.StashKey["SystemRun"]()
+RUNS_KEY = pytest.StashKey[dict[Path, "SystemRun"]]()  # by file
 
 
 class SystemRun:
@@ -188,17 +189,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins early where another lab may be booted beside the one that system tests share."""
+    """Begins early where another lab may be booted beside those that system tests share."""
     if slot_count() > 1 and not session.config.option.collectonly and any(map(is_system_test, session.items)):
-        _run_of(session)
+        _runs_of(session)
 
 
 @pytest.fixture
 def free_slot(request: pytest.FixtureRequest) -> None:
     """Ends the lab that tests share, if what follows could not boot one of its own beside it."""
-    run = request.session.stash.get(RUN_KEY, None)
-    if run is not None and slot_count() == 1:
-        run.end()
+    if slot_count() == 1:
+        _end_all(request.session)
 
 
 @pytest.fixture
@@ -228,23 +228,39 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends the lab with the session, however that ends."""
-    run = session.stash.get(RUN_KEY, None)
-    if run is not None:
+    """Ends the labs with the session, however that ends."""
+    _end_all(session)
+
+
+def _end_all(session: pytest.Session) -> None:
+    for run in session.stash.get(RUNS_KEY, {}).values():
         run.end()
 
 
-def _run_of(session: pytest.Session) -> SystemRun:
-    run = session.stash.get(RUN_KEY, None)
-    if run is None:
-        run = SystemRun(session.config, [item.nodeid for item in session.items if is_system_test(item)])
-        session.stash[RUN_KEY] = run
-        run.begin_soon()
-    return run
+def _runs_of(session: pytest.Session) -> dict[Path, SystemRun]:
+    runs = session.stash.get(RUNS_KEY, None)
+    if runs is None:
+        wanted = [item for item in session.items if is_system_test(item)]
+        # One slot stays free for the tests that boot a lab of their own.
+        labs = 1 if KEPT_VARIABLE in os.environ else max(1, slot_count() - 1)
+        runs = session.stash[RUNS_KEY] = {}
+        for files in shared_out(Counter(item.path for item in wanted), labs):
+            run = SystemRun(session.config, [item.nodeid for item in wanted if item.path in files])
+            runs |= dict.fromkeys(files, run)
+            run.begin_soon()
+    return runs
+
+
+def shared_out(numbers: Mapping[Path, int], labs: int) -> list[set[Path]]:
+    """Shares files with so many tests each among at most `labs` labs, the largest first, to the one that has least."""
+    shares: list[set[Path]] = [set() for _ in range(labs)]
+    for path in sorted(numbers, key=lambda path: (-numbers[path], path)):
+        min(shares, key=lambda share: sum(numbers[other] for other in share)).add(path)
+    return [share for share in shares if share]
 
 
 def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
-    run = _run_of(item.session)
+    run = _runs_of(item.session)[item.path]
     reports = run.reports_of(item.nodeid)
     if reports:
         yield from reports

@@ -77,15 +77,15 @@ def write(vm: Vm, target: Snapshot) -> None:
             _wait_migrated(qmp)
     finally:
         vm.close()
-    unfinished = target.folder.with_name(f".{target.folder.name}.{os.getpid()}")
+    unfinished = target.folder.with_name(f".{target.folder.name}.{vm.folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
     for source, name in (("overlay.qcow2", "disk.qcow2"), ("state", "state"), ("console.log", "console.log")):
         shutil.move(vm.folder / source, unfinished / name)
-    if target.exists:  # another lab was as fast
-        shutil.rmtree(unfinished)
-    else:
+    try:
         unfinished.rename(target.folder)
+    except OSError:  # another lab was as fast
+        shutil.rmtree(unfinished)
     older = sorted(target.folder.parent.glob("booted-*"), key=lambda folder: folder.stat().st_mtime)
     for folder in older[:-KEPT]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import pytest
 
 from lab.errors import LabError, MissingTool
 from lab.inside import REPORT_FD, REQUEST_VARIABLE
-from lab.outside import REMOTE, SystemRun, _results
+from lab.outside import REMOTE, SYSTEM, SystemRun, _results, shared_out
 from lab.recipe import PROJECT
 
 CONFTEST = "from lab.inside import pytest_configure\n"
@@ -147,10 +147,26 @@ def test_lab_that_cannot_be_had(
     monkeypatch.setenv("CI", ci)
     session = SimpleNamespace(stash=pytest.Stash(), items=[], config=request.config)
     item: Any = SimpleNamespace(
-        session=session, config=request.config, nodeid="a::b", location=("a", 1, "b"), path=Path("a"), keywords={}
+        session=session,
+        config=request.config,
+        nodeid="a::b",
+        location=("a", 1, "b"),
+        path=SYSTEM / "a",
+        keywords={},
+        get_closest_marker=lambda _: None,
     )
+    session.items.append(item)
     expected = outcome if isinstance(error, MissingTool) else "failed"
     for _ in range(2):
         (report,) = _results(item)
         assert report.outcome == expected
         assert str(error) in str(report.longrepr)
+
+
+def test_files_are_shared_out_evenly() -> None:
+    numbers = {Path(name): number for name, number in {"a": 1, "b": 5, "c": 4, "d": 3}.items()}
+    shares = shared_out(numbers, 2)
+    assert sorted(sum(numbers[path] for path in share) for share in shares) == [6, 7]
+    assert set().union(*shares) == numbers.keys()
+    assert shared_out(numbers, 1) == [numbers.keys()]
+    assert len(shared_out(numbers, 9)) == 4
