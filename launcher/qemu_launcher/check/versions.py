@@ -1,7 +1,7 @@
 """What runs here: the head of every bug report.
 
 Why it exists: the first questions about a report are always the same. Nothing secret is among the answers: versions,
-the user's name and groups, how CPUs are shielded. A program that is asked for its version gets five seconds.
+the user's name and groups, how CPUs are shielded. A program that is asked for its version gets half a minute.
 """
 
 import grp
@@ -16,7 +16,7 @@ from .. import access
 from ..errors import printable
 from .tree import Tree
 
-_PATIENCE = 5.0  # seconds; --version takes a tenth of one
+_PATIENCE = 30.0  # seconds; --version takes a tenth of one, on a busy host under emulation more than five
 _LONGEST = 4096  # bytes
 
 
