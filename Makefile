@@ -126,7 +126,7 @@ attacks: setup deb ## every attack on the helper that was thought of (tests/atta
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
 
-# `make test` tries some points of each kind, by chance; QEMU_LAUNCHER_SEED=N, which each run prints, those of that run.
+# `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others.
 test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; takes hours
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py
 
