@@ -4,17 +4,22 @@ from collections.abc import Callable
 
 from system import host
 from system.fixtures import TOML
-from system.people import User
+from system.people import Finished, User
 from system.vms import define
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "64M"}
+
+
+def complaints(done: Finished) -> list[str]:
+    """What it says beside its report, but for its patience with a helper that starts slowly."""
+    return [line for line in done.stderr.splitlines() if not line.endswith("waiting for qemu-launcher-helper")]
 
 
 def test_check(alice: User, helper_toml: Callable[..., None]) -> None:
     define(alice, "vm", TUNING, cpus=2)
     done = alice.command("check", "vm")
     lines = done.stdout.splitlines()
-    assert (done.status, done.stderr) == (0, ""), done.stdout
+    assert (done.status, complaints(done)) == (0, []), done.stdout
     assert not [line for line in lines if line.startswith(("warning", "error"))]
     assert "ok       CPUs 4-5: whole cores" in lines
     assert "ok       the helper would let QEMU lock 64 MiB" in lines
@@ -35,7 +40,7 @@ def test_check(alice: User, helper_toml: Callable[..., None]) -> None:
 
 def test_installation(alice: User) -> None:
     done = alice.command("check")
-    assert (done.status, done.stderr) == (0, ""), done.stdout
+    assert (done.status, complaints(done)) == (0, []), done.stdout
     lines = done.stdout.splitlines()
     assert "ok       qemu-launcher-helper is installed, for the bus, polkit and systemd" in lines
     assert "ok       alice is a member of the group qemu-launcher, also in this login" in lines
