@@ -206,10 +206,7 @@ def _detached(child: _Child, voice: Voice) -> int:
 
 
 def _log_file(child: _Child) -> Path:
-    base = child.environ.get("XDG_STATE_HOME", "")
-    # The XDG base directory specification: a relative path is to be ignored.
-    state = Path(base) if base.startswith("/") else Path(os.path.expanduser("~/.local/state"))  # noqa: PTH111
-    folder = state / places.DIRECTORY
+    folder = locate.base_directory(child.environ, "XDG_STATE_HOME", "~/.local/state") / places.DIRECTORY
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{child.name}.log"
 

@@ -107,6 +107,12 @@ async def ask(vm: Found, *commands: str) -> list[Any]:
         return [await qmp.execute(command) for command in commands]
 
 
+async def state_behind(qmp: Qmp) -> str:
+    """RunState of the QEMU at the other end. TimeoutError, which `linked` explains, if it hangs."""
+    async with asyncio.timeout(ANSWER_TIMEOUT):
+        return run_state(await qmp.execute("query-status"))
+
+
 def run_state(answer: Any) -> str:
     """RunState in the answer to query-status."""
     return str(answer.get("status", "unknown")) if isinstance(answer, dict) else "unknown"

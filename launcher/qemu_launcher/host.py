@@ -62,8 +62,8 @@ def validate_against_host(definition: VmDefinition, host: Host) -> None:
     if definition.emulator_pinning is not None:
         others.append(("emulator_pinning", definition.emulator_pinning))
     problems = [problem for cpus in (*vcpus, *(cpus for _, cpus in others)) for problem in _missing(cpus, host)]
-    if not problems and definition.isolation == "shield":
-        named = frozenset[int]().union(*(cpus.cpus for cpus in vcpus))
+    if not problems and definition.isolation == "shield" and definition.pinning:
+        named = definition.pinning.cpus
         shield = frozenset[int]().union(*(host.siblings[cpu] for cpu in named))
         problems = [
             _overlap(what, cpus, overlap, named, shield) for what, cpus in others if (overlap := cpus.cpus & shield)

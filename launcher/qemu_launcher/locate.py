@@ -32,23 +32,18 @@ def folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
     """The folders that hold definitions, the first to be searched first."""
     if own := environ.get("QEMU_LAUNCHER_CONFIG_DIR"):
         return (Path(own),)
-    config = environ.get("XDG_CONFIG_HOME", "")
-    # The XDG base directory specification: a relative path is to be ignored.
-    base = Path(config) if config.startswith("/") else Path(os.path.expanduser("~/.config"))  # noqa: PTH111
-    return (base / "qemu-launcher", *SYSTEM_FOLDERS)
+    return (base_directory(environ, "XDG_CONFIG_HOME", "~/.config") / "qemu-launcher", *SYSTEM_FOLDERS)
+
+
+def base_directory(environ: Mapping[str, str], variable: str, default: str) -> Path:
+    """A directory of the XDG base directory specification, by which a relative path is to be ignored."""
+    given = environ.get(variable, "")
+    return Path(given if given.startswith("/") else os.path.expanduser(default))  # noqa: PTH111
 
 
 def names(where: Sequence[Path]) -> list[str]:
     """The names of all VMs that have a definition in one of the folders `where`, sorted."""
-    found: set[str] = set()
-    for folder in where:
-        try:
-            files = os.listdir(folder)
-        except OSError:  # most people have one of the three
-            continue
-        stems = (file.removesuffix(SUFFIX) for file in files if file.endswith(SUFFIX))
-        found.update(stem for stem in stems if VM_NAME.fullmatch(stem))
-    return sorted(found)
+    return sorted({one.name for one in located(where)[0] if one.problem is None})
 
 
 def located(where: Sequence[Path]) -> tuple[list[Located], list[tuple[Path, str]]]:

@@ -63,6 +63,11 @@ class Pinning(NamedTuple):
         """The CPUs of each vCPU, in the order of the file."""
         return tuple(self.topology.values()) if self.topology is not None else self.by_index or ()
 
+    @property
+    def cpus(self) -> frozenset[int]:
+        """All CPUs that vCPUs are pinned to."""
+        return frozenset[int]().union(*(one.cpus for one in self.sets))
+
 
 class _Budget:
     """How many host CPUs a key may still name."""

@@ -69,7 +69,7 @@ def resume(name: str) -> int:
 async def _power_down(vm: Found) -> str:
     """The state in which the request met the guest."""
     async with control.linked(vm) as qmp, asyncio.timeout(control.ANSWER_TIMEOUT):
-        state = control.run_state(await qmp.execute("query-status"))
+        state = await control.state_behind(qmp)
         if state in NOT_STARTED:
             raise LauncherError(
                 f"the guest of {vm.name} has not been started yet ({state}), so it cannot hear its power button",
@@ -81,8 +81,7 @@ async def _power_down(vm: Found) -> str:
 
 async def _pause(vm: Found) -> str:
     async with control.linked(vm) as qmp:
-        async with asyncio.timeout(control.ANSWER_TIMEOUT):
-            state = control.run_state(await qmp.execute("query-status"))
+        state = await control.state_behind(qmp)
         if state in NOT_STARTED:
             raise LauncherError(f"the guest of {vm.name} has not been started yet ({state}), and stands still already")
         if state == "paused":
@@ -98,8 +97,7 @@ async def _resume(vm: Found) -> str:
         # Once more: the VM behind this connection may be one that was started since we looked.
         if (now := runtime.find(vm.name)) is not None:
             control.refuse_held(now)
-        async with asyncio.timeout(control.ANSWER_TIMEOUT):
-            before = control.run_state(await qmp.execute("query-status"))
+        before = await control.state_behind(qmp)
         if before == "running":
             return "it is running already"
         try:
@@ -110,8 +108,7 @@ async def _resume(vm: Found) -> str:
                 f"or end it with: qemu-launcher kill {vm.name}"
             )
             raise
-        async with asyncio.timeout(control.ANSWER_TIMEOUT):
-            after = control.run_state(await qmp.execute("query-status"))
+        after = await control.state_behind(qmp)
     if after == "running":
         return "started" if before in NOT_STARTED else "running again"
     if after == "inmigrate":

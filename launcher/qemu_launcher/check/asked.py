@@ -8,11 +8,12 @@ QEMU's business, and is not looked at. Nothing here is refused.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 from .. import cmdline
 from ..definition import QemuOption, VmDefinition
-from ..options import is_on
+from ..options import is_on, smp_numbers
 
 Settings = Mapping[str, str]
 
@@ -227,21 +228,8 @@ def audio(definition: VmDefinition) -> list[Settings]:
 
 def vcpus(definition: VmDefinition) -> int | None:
     """How many vCPUs the guest begins with, None where the options do not tell (hw/core/machine-smp.c)."""
-    if cmdline.has_option(definition, "readconfig"):
-        return None
-    numbers: dict[str, int] = {}
-    for found in each(definition, "smp"):
-        for name, value in found.items():
-            if not (value.isascii() and value.isdigit()) or len(value) > 9:
-                return None
-            numbers[name] = int(value)
-    given = {name: number for name, number in numbers.items() if number > 0}  # QEMU takes 0 for not given
-    if "cpus" in given or "maxcpus" in given:
-        return given.get("cpus") or given["maxcpus"]
-    product = 1
-    for number in given.values():
-        product *= number
-    return product
+    given = smp_numbers(definition.options)
+    return None if given is None else given.get("cpus") or given.get("maxcpus") or prod(given.values())
 
 
 def threads_per_core(definition: VmDefinition) -> int:

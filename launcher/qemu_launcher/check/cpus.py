@@ -54,8 +54,7 @@ def there(definition: VmDefinition, facts: Host) -> Iterator[Finding]:
 
 def of_vcpus(definition: VmDefinition) -> Cpus:
     """All CPUs that vCPUs are pinned to."""
-    sets = definition.pinning.sets if definition.pinning is not None else ()
-    return frozenset[int]().union(*(one.cpus for one in sets))
+    return definition.pinning.cpus if definition.pinning is not None else frozenset()
 
 
 def named(cpus: Iterable[int]) -> str:

@@ -47,6 +47,13 @@ class Asker:
         self._person_there = person_there
         self._severity: Severity = "error" if fatal else "warning"
 
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """Who answers, for the head of a report."""
+        if self.limits is None:
+            return [("helper", "gives no answer")]
+        return [("helper", self.limits.version), ("shielding", self.limits.shielding)]
+
     async def get_limits(self) -> None:
         """Who answers, and what this user may have."""
         self.limits = await self._answer("limits", "", lambda: self._helper.get_limits(os.geteuid()))

@@ -205,9 +205,9 @@ class _Vm:
                     await dryrun.start(asker, self._definition, need)
                 except TuningFailed as err:
                     asker.findings.append(Finding("error" if fatal else "warning", "plan", err.message, err.hint))
+                self.helper_facts = asker.facts
                 if asker.limits is not None:
                     self._mechanism = asker.limits.mechanism
-                    self.helper_facts = [("helper", asker.limits.version), ("shielding", asker.limits.shielding)]
                 return asker.findings
 
         yield from asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
