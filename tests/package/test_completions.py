@@ -7,18 +7,16 @@ import contextlib
 import fcntl
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from package.contents import ROOT
-from qemu.screen import Screen
+from qemu.screen import Screen, executed
 
 READY = "ready> "
 SCRIPTS = {
@@ -85,25 +83,8 @@ def environment(world: Path, shell: str) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def typed_into(world: Path, shell: str, *argv: str) -> Iterator[Screen]:
-    leader, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (50, 200))
-    process = subprocess.Popen(
-        ["setsid", "--ctty", *argv],
-        cwd=world / "work",
-        env=environment(world, shell),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-    )
-    os.close(terminal)
-    with process:
-        try:
-            yield Screen(leader, process)
-        finally:
-            process.kill()
-            os.close(leader)
+def typed_into(world: Path, shell: str, *argv: str) -> contextlib.AbstractContextManager[Screen]:
+    return executed(argv, environment(world, shell), size=(50, 200), cwd=world / "work")
 
 
 def completed(screen: Screen, typed: str) -> str:

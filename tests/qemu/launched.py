@@ -101,6 +101,13 @@ class Run:
     def wait_running(self) -> str:
         return self.wait_line(rf"^{self.name}: running, ")
 
+    def wait_recorded(self) -> None:
+        """The same for one that says nothing (-q): until its record says so."""
+        record = self.home.runtime / "qemu-launcher" / f"{self.name}.lock"
+        while not (record.exists() and '"running"' in record.read_text()):
+            assert self.process.poll() is None
+            os.sched_yield()
+
     def record(self) -> dict[str, Any]:
         return self.home.record(self.name)
 
@@ -247,6 +254,16 @@ def tell(fifo: Path, text: str) -> None:
             time.sleep(0.05)
     with os.fdopen(fd, "w") as file:
         file.write(text)
+
+
+@contextmanager
+def silent_bus(home: Home) -> Iterator[tuple[socket.socket, dict[str, str]]]:
+    """A system bus that takes connections and never answers, and the environment for those who are to meet it."""
+    with socket.socket(socket.AF_UNIX) as bus:
+        place = home.runtime / "bus"
+        bus.bind(str(place))
+        bus.listen()
+        yield bus, {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"}
 
 
 def wait_gone(pid: int) -> None:

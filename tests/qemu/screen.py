@@ -6,8 +6,9 @@ import select
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from qemu.launched import PATIENCE, Home
 
@@ -51,14 +52,21 @@ def on_terminal(
     home: Home, *words: str, term: str = "dumb", change: str = "", size: tuple[int, int] = (24, 80)
 ) -> Iterator[Screen]:
     """The command `words` on a terminal of its own, with `size` lines and columns."""
+    argv = home.changed_command(change, *words) if change else home.command(*words)
+    env = {**home.environment, "TERM": term, "INPUTRC": "/dev/null", "NO_COLOR": "1"}
+    with executed(argv, env, size=size) as screen:
+        yield screen
+
+
+@contextmanager
+def executed(
+    argv: Sequence[str], env: Mapping[str, str], *, size: tuple[int, int], cwd: Path | None = None
+) -> Iterator[Screen]:
+    """Any program on a terminal of its own; it is killed when the context ends."""
     leader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, size)
     process = subprocess.Popen(
-        ["setsid", "--ctty", *(home.changed_command(change, *words) if change else home.command(*words))],
-        env={**home.environment, "TERM": term, "INPUTRC": "/dev/null", "NO_COLOR": "1"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
+        ["setsid", "--ctty", *argv], cwd=cwd, env=env, stdin=terminal, stdout=terminal, stderr=terminal
     )
     os.close(terminal)
     with process:

@@ -8,14 +8,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu.launched import Home, Run, hear, is_alive, tell, wait_gone
+from qemu.launched import Home, Run, hear, is_alive, silent_bus, tell, wait_gone
 
 TUNED: dict[str, Any] = {"scheduler": "batch"}  # tuned without a helper
 
@@ -125,12 +124,9 @@ def test_guest_of_a_launcher_killed_before_cont_stays_paused(home: Home) -> None
 
 def test_launcher_killed_at_the_gate_leaves_no_child(home: Home) -> None:
     """The helper hangs in SetMemlock: the child waits at its gate, and leaves when the launcher dies."""
-    with socket.socket(socket.AF_UNIX) as bus:
-        place = home.runtime / "bus"
-        bus.bind(str(place))
-        bus.listen()
+    with silent_bus(home) as (bus, env):
         home.define(rlimit_memlock="1G")
-        run = home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"})
+        run = home.start(env=env)
         connection, _ = bus.accept()  # nobody ever answers it
         child = int(home.record()["qemu"][0])
         assert is_alive(child)
@@ -143,12 +139,9 @@ def test_launcher_killed_at_the_gate_leaves_no_child(home: Home) -> None:
 
 
 def test_signal_before_cont_ends_it_without_a_run(home: Home) -> None:
-    with socket.socket(socket.AF_UNIX) as bus:
-        place = home.runtime / "bus"
-        bus.bind(str(place))
-        bus.listen()
+    with silent_bus(home) as (bus, env):
         home.define(rlimit_memlock="1G")
-        run = home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"})
+        run = home.start(env=env)
         connection, _ = bus.accept()
         run.signal(signal.SIGINT)
         assert run.end() == 128 + signal.SIGINT

@@ -1,12 +1,11 @@
 """`qmp` and `monitor`: QEMU's own languages, from the command line, a pipe and a terminal."""
 
 import json
-import socket
 import subprocess
 
 import pytest
 
-from qemu.launched import PATIENCE, Home, Run
+from qemu.launched import PATIENCE, Home, Run, silent_bus
 from qemu.screen import on_terminal
 from qemu.test_finding import TUNED, never_started, start_held
 
@@ -158,12 +157,9 @@ def test_guest_that_was_never_started_is_only_looked_at(home: Home) -> None:
 
 def test_guest_that_is_not_tuned_yet_is_only_looked_at(home: Home) -> None:
     """Its launcher waits for a bus that never answers, while QEMU does."""
-    with socket.socket(socket.AF_UNIX) as bus:
-        place = home.runtime / "bus"
-        bus.bind(str(place))
-        bus.listen()
+    with silent_bus(home) as (bus, env):
         home.define(scheduler="fifo")
-        run = home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"})
+        run = home.start(env=env)
         connection, _ = bus.accept()
         qmp = run.qmp()
         qmp.close()

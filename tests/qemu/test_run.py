@@ -217,10 +217,7 @@ def test_exit_status_of_a_killed_qemu(home: Home) -> None:
 def test_quiet_says_nothing(home: Home) -> None:
     home.define()
     run = home.start("vm-under-test", "-q")
-    record = home.runtime / "qemu-launcher" / "vm-under-test.lock"
-    while not (record.exists() and '"running"' in record.read_text()):
-        assert run.process.poll() is None
-        os.sched_yield()
+    run.wait_recorded()
     home.ask("kill", "vm-under-test")
     assert run.end() == 0
     assert "running" not in run.output

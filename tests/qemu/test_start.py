@@ -1,5 +1,6 @@
 """`qemu-launcher start`: a VM in the background, with and without a user manager of systemd; the lab has a real one."""
 
+import abc
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from qemu.test_finding import held_binary
 VM = "vm-under-test"
 
 
-class World:
+class World(abc.ABC):
     """A home in which VMs are started in the background, and what stands in for systemd there."""
 
     def __init__(self, home: Home, desk: Path) -> None:
@@ -51,9 +52,9 @@ class World:
         )
 
     @property
+    @abc.abstractmethod
     def messages(self) -> str:
         """What the launcher and QEMU have said."""
-        raise NotImplementedError
 
     def launcher(self, name: str = VM) -> int:
         return int(self.home.record(name)["launcher"][0])

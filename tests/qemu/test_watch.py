@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import socket
 
 import pytest
 
-from qemu.launched import PATIENCE, Home
+from qemu.launched import PATIENCE, Home, silent_bus
 from qemu.screen import on_terminal
 
 VM = "vm-under-test"
@@ -54,11 +53,9 @@ def test_json_has_what_the_picture_has(home: Home) -> None:
 
 def test_json_of_a_vm_that_only_starts(home: Home) -> None:
     """Held at its gate: there is a child, and no QEMU yet."""
-    with socket.socket(socket.AF_UNIX) as bus:
-        bus.bind(str(home.runtime / "bus"))
-        bus.listen()
+    with silent_bus(home) as (bus, env):
         home.define(rlimit_memlock="1G")
-        home.start(env={"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={home.runtime}/bus"})
+        home.start(env=env)
         connection, _ = bus.accept()
         (vm,) = json.loads(home.ask("status", "--json", VM).stdout)
         assert (vm["state"], vm["control_socket"], vm["vcpus"]) == ("starting", None, [])

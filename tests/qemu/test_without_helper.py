@@ -37,10 +37,7 @@ def test_variables_of_the_original_are_no_matter_to_others(home: Home) -> None:
     home.define()
     run = home.start("vm-under-test", "-q", env=OF_THE_ORIGINAL)
     assert home.ask("command", "vm-under-test", env=OF_THE_ORIGINAL).stderr == ""
-    record = home.runtime / "qemu-launcher" / "vm-under-test.lock"
-    while not (record.exists() and '"running"' in record.read_text()):
-        assert run.process.poll() is None
-        os.sched_yield()
+    run.wait_recorded()
     home.ask("kill", "vm-under-test")
     assert run.end() == 0
     assert "CPUSET" not in run.output

@@ -8,22 +8,16 @@ import json
 import os
 import select
 import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from system import host
-from system.claims import copied
-from system.fixtures import stop_helper
-from system.vms import HELPER_UNIT
-
-FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
-DROP_IN = Path(f"/run/systemd/system/{HELPER_UNIT}.d/faults.conf")
+from system.fixtures import start_helper
+from system.stepping import FOLDER, replaced_helper
 
 # How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
@@ -126,24 +120,16 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
 @pytest.fixture(scope="module")
 def faulty_unit() -> Iterator[None]:
     """The unit with the other program in it. Not Type=dbus: systemd would end it when one of its helpers is killed."""
-    script = copied("system/faulty_helper.py") / "faulty_helper.py"
-    FOLDER.mkdir(exist_ok=True)
-    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    DROP_IN.write_text(f"[Service]\nType=exec\nExecStart=\nExecStart=/usr/bin/python3 -IS {script} --serve\n")
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
-    subprocess.run(["systemctl", "restart", HELPER_UNIT], check=True)
-    yield
-    DROP_IN.unlink()
-    stop_helper()
+    with replaced_helper("faulty_helper.py", "Type=exec"):
+        yield
     for name in ("orders", "steps"):
         (FOLDER / name).unlink(missing_ok=True)
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
 
 
 @pytest.fixture
 def faults(faulty_unit: None) -> Iterator[Faults]:
     """A helper in which something goes wrong. It is sound again afterwards, for what the fixtures ask of it."""
-    subprocess.run(["systemctl", "start", HELPER_UNIT], check=True)  # host_as_before may have stopped it
+    start_helper()  # host_as_before may have stopped it
     helper = Faults()
     helper.order()
     yield helper

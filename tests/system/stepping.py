@@ -17,7 +17,6 @@ from system.fixtures import start_helper, stop_helper
 from system.vms import HELPER_UNIT, Launch
 
 FOLDER = Path("/run/qemu-launcher")  # the one folder that the helper's sandbox lets it write to
-DROP_IN = Path(f"/run/systemd/system/{HELPER_UNIT}.d/stepping.conf")
 
 
 class Stepping:
@@ -79,14 +78,23 @@ class Halt:
 @pytest.fixture(scope="module")
 def stepping_unit() -> Iterator[None]:
     """The unit with the other program in it."""
-    script = copied("system/stepping_helper.py") / "stepping_helper.py"
+    with replaced_helper("stepping_helper.py"):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_helper(name: str, *settings: str) -> Iterator[None]:
+    """The unit with a program of the tests' in it, and more settings. No helper runs at the beginning or at the end."""
+    script = copied(f"system/{name}") / name
     FOLDER.mkdir(exist_ok=True)
-    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    DROP_IN.write_text(f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -IS {script} --serve\n")
+    drop_in = Path(f"/run/systemd/system/{HELPER_UNIT}.d/tests.conf")
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    execute = f"ExecStart=/usr/bin/python3 -IS {script} --serve"
+    drop_in.write_text("\n".join(["[Service]", *settings, "ExecStart=", execute, ""]))
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     stop_helper()
     yield
-    DROP_IN.unlink()
+    drop_in.unlink()
     stop_helper()
     subprocess.run(["systemctl", "daemon-reload"], check=True)
 

@@ -13,10 +13,11 @@ chooses others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -129,6 +130,17 @@ def expect_next_start(program: Claimant, faults: Faults) -> None:
     host.wait_until_as_before()  # else systemd may still have the scope that the next point begins with
 
 
+@contextlib.contextmanager
+def to_its_end(program: Claimant, child: Child, faults: Faults, affinities: Affinities) -> Iterator[None]:
+    """Whatever happens in the block, the VM ends and the helper starts; and if it went well, all is as it was."""
+    try:
+        yield
+    finally:
+        expect_gone(program, child, faults)
+    affinities.expect_back()
+    expect_next_start(program, faults)
+
+
 def expect_whole(child: Child, before: dict[str, tuple[int, int]], last: Answer) -> None:
     """A VM that still lives, after the helper has been started again, is tuned as granted or not at all."""
     expect_sound(child, before)
@@ -178,16 +190,12 @@ def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities:
         faults.order("calls", "act", "ask", at=point.at, do=point.do)
         child = program.spawn(3)
         before = limits_of(child)
-        try:
+        with to_its_end(program, child, faults, affinities):
             last = live(program, child)
             if len(faults.steps()) <= point.at:
                 raise NotComeBy
             assert faults.order()
             expect_whole(child, before, last)
-        finally:
-            expect_gone(program, child, faults)
-        affinities.expect_back()
-        expect_next_start(program, faults)
 
     try_all(points, "an error at a step of a call", one)
 
@@ -199,17 +207,13 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
         faults.order("calls", "act", "ask", "end", at=point.at, do="kill")
         child = program.spawn(3)
         before = limits_of(child)
-        try:
+        with to_its_end(program, child, faults, affinities):
             last = live(program, child)
             if last.error == "ok":
                 raise NotComeBy
             assert last.error == "NoReply", last
             assert faults.order()
             expect_whole(child, before, last)
-        finally:
-            expect_gone(program, child, faults)
-        affinities.expect_back()
-        expect_next_start(program, faults)
 
     points = [Point(at, name, "SIGKILL of the helper") for at, name in enumerate(names)]
     try_all(points, "death of the helper at a step of a call", one)
@@ -240,12 +244,8 @@ def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinit
     def one(point: Point) -> None:
         faults.order("calls", "act", "ask", "end", "look", at=point.at, do="wait")
         child = program.spawn(3)
-        try:
+        with to_its_end(program, child, faults, affinities):
             until_halt(program, child, faults, lambda: program_end(child))
-        finally:
-            expect_gone(program, child, faults)
-        affinities.expect_back()
-        expect_next_start(program, faults)
 
     def program_end(child: Child) -> None:
         os.kill(child.pid, signal.SIGKILL)
@@ -315,7 +315,7 @@ def test_a17_each_step_of_the_clean_up(
 
     def one(point: Point) -> None:
         child, before = granted(program, faults)
-        try:
+        with to_its_end(program, child, faults, affinities):
             how(program, child)
             faults.order("start", *kinds, at=point.at, do=point.do)
             if len(faults.steps()) <= point.at:
@@ -326,10 +326,6 @@ def test_a17_each_step_of_the_clean_up(
                 assert limits_of(child) == before
                 assert host.realtime_threads() == set()
                 assert host.isolated() == frozenset()
-        finally:
-            expect_gone(program, child, faults)
-        affinities.expect_back()
-        expect_next_start(program, faults)
 
     points = [Point(at, name, do) for at, name in enumerate(names) for do in (*ERRORS, "kill")]
     try_all(points, f"an error or death at a step of the clean-up ({how.__name__})", one)
