@@ -76,7 +76,7 @@ def test_helper_is_told_the_whole_map_and_all_that_are_real_time(home: Home, bus
 
 @needs_two_cpus
 def test_vcpu_that_the_helper_refuses_runs_on_with_a_warning(home: Home, bus: PrivateBus) -> None:
-    text = "CPUs 4 are held by VM win11 of bob since 20:14; free for you: 8-11"
+    text = "CPUs 4 are held by VM win11 of bob; free for you: 8-11"
     bus.plan(PinThreads=["act", "act", {"error": ["org.qemulauncher.Error.Conflict", text]}])
     home.define(qemu=GROWING, vcpu_pinning=[LAST, FIRST], isolation="cpuset")
     run = home.start(env=bus.environment)

@@ -97,7 +97,7 @@ def test_death_of_qemu_while_the_helper_thinks(home: Home, bus: PrivateBus) -> N
 
 @pytest.mark.parametrize("name", ["TargetRefused", "LimitExceeded", "Conflict", "Unsupported", "Failed"])
 def test_refusal_of_the_helper_is_told_and_nothing_runs(home: Home, bus: PrivateBus, name: str) -> None:
-    text = "CPUs 4-7 are held by VM win11 of bob since 20:14; free for you: 8-11"
+    text = "CPUs 4-7 are held by VM win11 of bob; free for you: 8-11"
     bus.plan(PinThreads={"error": [REFUSED + name, text]})
     home.define(**SHIELDED)
     assert_never_ran(home.start(env=bus.environment), message=f"qemu-launcher: {text}\n")
