@@ -8,6 +8,7 @@ that the test has nothing to do on this machine, wherever it runs.
 import os
 import re
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -38,19 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.attack(found[1].upper()))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+# The old kind of wrapper: the pytest of Debian 12, inside its lab, has a pluggy that does not know wrapper=True.
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, None]:
     """Turn a skip at run time into a failure under CI=true."""
-    report = yield
-    _forbid_skip(report)
-    return report
+    outcome = yield
+    _forbid_skip(outcome.get_result())
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, None]:
     """Turn a skip of a whole module into a failure under CI=true."""
-    report = yield
-    _forbid_skip(report)
-    return report
+    outcome = yield
+    _forbid_skip(outcome.get_result())

@@ -32,6 +32,7 @@ TOOLS = {
     "ssh": "openssh-client",
     "setpriv": "util-linux",
 }
+DESCRIPTION = "made-from"
 ATTEMPTS = 3
 RESUME_SECONDS = 120.0  # for the first command after a resume
 STALL_SECONDS = 600.0  # without a new byte on the console; emulation on a busy machine is slow, but never that slow
@@ -77,7 +78,7 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
     try:
         accel = accelerator.choose(picture, cache)
         arguments = qemu_arguments(picture, machine, accel)
-        session = _Session(folder, picture, arguments, slot, kept)
+        session = _Session(folder, recipe, machine, picture, arguments, slot, kept)
         begun = time.monotonic()
         # Under KVM a boot is nearly as fast as reading its result, and need not trust that every CPU state migrates.
         resume = machine.resumable and accel == accelerator.TCG
@@ -86,6 +87,15 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
         return vm
     finally:
         os.close(slot)  # QEMU holds its own
+
+
+def description(folder: Path) -> tuple[str, list[str]]:
+    """Of the lab in `folder`: the suite that its image was made from, and what was added to its kernel's arguments."""
+    try:
+        suite, *arguments = (folder / DESCRIPTION).read_text().split()
+    except FileNotFoundError as error:
+        raise LabError(f"no lab runs in {folder}") from error
+    return suite, arguments
 
 
 def check_tools() -> None:
@@ -123,6 +133,8 @@ class _Session:
     """What the ways to start a lab have in common."""
 
     folder: Path
+    recipe: Recipe
+    machine: Machine
     picture: Image
     arguments: list[str]
     slot: int
@@ -170,6 +182,7 @@ def _qemu(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     shutil.copy(session.picture.key, folder / "key")
+    (folder / DESCRIPTION).write_text(" ".join([session.recipe.suite, *session.machine.kernel_arguments]))
     (folder / "known_hosts").write_text(f"lab {session.picture.host_key.read_text()}")
     overlay = ["-b", str(disk), "-F", disk_format, str(folder / "overlay.qcow2")]
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *overlay], check=True)

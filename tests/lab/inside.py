@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from lab import hosts
+
 REQUEST_VARIABLE = "QEMU_LAUNCHER_LAB_REQUEST"
 REPORT_FD = 3
 # For a test that ends the host itself, or watches it from outside: see the fixture `installed_lab` in lab/outside.py.
@@ -67,8 +69,20 @@ def _journal(since: float) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts reporting when somebody outside asked for it; a run by hand inside the lab is an ordinary one."""
-    config.addinivalue_line("markers", OUTSIDE_MARKER_HELP)
+    """Starts reporting when somebody outside asked for it; a run by hand is an ordinary one, of this host's tests."""
+    for line in (OUTSIDE_MARKER_HELP, hosts.HOSTS_MARKER_HELP):
+        config.addinivalue_line("markers", line)
     request = os.environ.get(REQUEST_VARIABLE)
     if request:
         config.pluginmanager.register(ReportOut(config, json.loads(Path(request).read_text())), "lab-report-out")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The same node ids as outside."""
+    hosts.parametrise(metafunc)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is for other hosts, and what is not run inside of one."""
+    here = hosts.this_host()
+    hosts.keep(config, items, lambda i: hosts.host_of(i) == here and i.get_closest_marker(OUTSIDE_MARKER) is None)

@@ -6,6 +6,9 @@ a lab booted, the package installed and pytest started inside for exactly the se
 tests run out here. Each item then waits for its own reports, which are passed on unchanged, tracebacks and captured
 output included. No fixture of a system test is set up out here. When the lab dies, the remaining tests fail with the
 tail of its console. A tool that this machine lacks skips them, or fails them when CI=true.
+
+Each host (hosts.py) has labs of its own. As many run at once as there are slots, but for the one that is left to tests
+which boot a lab themselves; a lab ends when its tests have, and the next one takes its place.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from typing import Any
 
 import pytest
 
-from lab.booting import boot, check_tools
+from lab import hosts
+from lab.booting import boot, check_tools, description
 from lab.errors import LabError, MissingTool
 from lab.image import say
 from lab.inside import OUTSIDE_MARKER, OUTSIDE_MARKER_HELP, REPORT_FD, REQUEST_VARIABLE
-from lab.recipe import CACHE, PROJECT, TRIXIE
+from lab.recipe import CACHE, PROJECT
 from lab.slots import slot_count
 from lab.vm import Vm
 
@@ -40,14 +44,20 @@ PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
 SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many
-RUNS_KEY = pytest.StashKey[dict[Path, "SystemRun"]]()  # by file
+BUILDING = threading.Lock()
+SHOWN = " (the console is shown with the first test that failed so)"
+WANTED_KEY = pytest.StashKey[frozenset[str] | None]()  # hosts, as hosts.chosen() says
+RUNS_KEY = pytest.StashKey[dict[tuple[str, Path], "SystemRun"]]()  # by host and file
 
 
 class SystemRun:
-    """One run of pytest inside one lab."""
+    """One run of pytest inside one lab. `permits`: one for each lab that may be there at a time."""
 
-    def __init__(self, config: pytest.Config, node_ids: list[str]) -> None:
+    def __init__(
+        self, config: pytest.Config, host: hosts.Host, node_ids: list[str], permits: threading.Semaphore
+    ) -> None:
         self.config = config
+        self.host = host
         self.node_ids = node_ids
         self.stack = contextlib.ExitStack()
         self.vm: Vm | None = None
@@ -56,6 +66,9 @@ class SystemRun:
         self.finished: set[str] = set()
         self.skip = False
         self.complaint = ""  # what to say about tests that never reported
+        self.last_words = ""  # the lab's, when pytest inside ended too soon
+        self._permits = permits
+        self._process: subprocess.Popen[bytes] | None = None
         self._begun, self._over = threading.Event(), threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
 
@@ -65,25 +78,26 @@ class SystemRun:
 
     def _keep(self) -> None:
         """The lab's QEMU ends with the thread that has started it (PR_SET_PDEATHSIG of prctl(2)): so this one stays."""
-        with self.stack:
+        with self._permits, self.stack:
             try:
-                self.begin()
+                if not self._over.is_set():
+                    self.begin()
+                    self._begun.set()
+                    self._read()
             except MissingTool as error:
                 self.complaint = f"{error}"
                 self.skip = os.environ.get("CI") != "true"
             except Exception as error:  # noqa: BLE001 - every test says so, and the others go on
                 self.complaint = f"the lab could not be set up: {error}"
-                self.stack.close()
             self._begun.set()
-            self._over.wait()
 
     def begin(self) -> None:
         """Up to the running pytest inside. LabError when something on the way fails; then nothing is left running."""
         check_tools()
         deb = package()
         kept = os.environ.get(KEPT_VARIABLE)
-        vm = Vm.attach(CACHE / "run" / f"kept-{kept}") if kept else self.stack.enter_context(boot(TRIXIE))
-        self.vm = vm
+        own = boot(self.host.recipe, self.host.machine)
+        self.vm = vm = Vm.attach(kept_lab(kept)) if kept else self.stack.enter_context(own)
         vm.install(deb)
         # In a kept lab an earlier run may have been interrupted out here only.
         vm.run(f"[ ! -e {REMOTE}/pid ] || kill -9 $(cat {REMOTE}/pid); rm -rf {REMOTE}", check=False)
@@ -96,17 +110,25 @@ class SystemRun:
         files = shlex.join(sorted({node_id.partition("::")[0] for node_id in self.node_ids}))
         inner = f"python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 {files}"
         line = f"cd {REMOTE} && echo $$ >pid && exec env {settings} {inner} {REPORT_FD}>&1 >{INNER_LOG} 2>&1"
-        process = self.stack.enter_context(
+        self._process = self.stack.enter_context(
             subprocess.Popen([*vm.ssh("root"), line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         )
-        self.stack.callback(process.kill)
-        assert process.stdout is not None
-        threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
+        self.stack.callback(self._process.kill)
 
-    def _read(self, stream: Any) -> None:
-        for line in stream:
+    def _read(self) -> None:
+        """Pass on what comes, until pytest inside has ended or `give_up`, and a lab's last words."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if self._over.is_set():
+            self._process.kill()
+        left = set(self.node_ids)
+        for line in self._process.stdout:
             with contextlib.suppress(ValueError):
-                self.events.put(json.loads(line))
+                event = json.loads(line)
+                left.discard(event.get("finish", ""))
+                self.events.put(event)
+        if left and not self._over.is_set():
+            self.last_words = self._say_last_words()
         self.events.put(None)
 
     def reports_of(self, node_id: str) -> list[pytest.TestReport]:
@@ -117,7 +139,9 @@ class SystemRun:
             try:
                 event = self.events.get(timeout=SILENCE_SECONDS)
             except queue.Empty:
+                self.last_words = self._say_last_words()
                 self._complain(f"no report from inside the lab for {SILENCE_SECONDS:.0f} s")
+                self.give_up()
                 break
             if event is None:
                 self._complain("pytest inside the lab ended without reporting on this test")
@@ -139,20 +163,38 @@ class SystemRun:
             say(f"collecting inside the lab failed: {event['collect-error']}")
 
     def _complain(self, words: str) -> None:
-        parts = [words]
+        self.complaint = f"{words}\n{self.last_words}"
+
+    def _say_last_words(self) -> str:
+        parts = []
         if self.vm is not None:
             if self.vm.alive:
                 with contextlib.suppress(LabError):
                     log = self.vm.run(f"tail -n 100 {INNER_LOG}", check=False, timeout=120.0).stdout
                     parts.append(f"--- pytest inside the lab, last 100 lines ---\n{log}")
             parts.append(self.vm.report())
-        self.complaint = "\n".join(parts)
+        return "\n".join(parts)
 
-    def end(self) -> None:
-        """Ends pytest inside and the lab (a kept one stays)."""
+    def give_up(self) -> None:
+        """Ends pytest inside, and with it the lab (a kept one stays); it is gone some time later, see `wait`."""
         self._over.set()
+        if self._process is not None:
+            self._process.kill()
+
+    def wait(self) -> None:
+        """Returns when it is."""
         if self._keeper.is_alive():
             self._keeper.join()
+
+
+def kept_lab(name: str) -> Path:
+    """The folder of a kept lab."""
+    return CACHE / "run" / f"kept-{name}"
+
+
+def kept_host(name: str) -> hosts.Host:
+    """Which host a kept lab is; LabError when there is no such lab."""
+    return hosts.host_like(*description(kept_lab(name)))
 
 
 def package() -> Path:
@@ -161,9 +203,11 @@ def package() -> Path:
     if named:
         path = Path(named).absolute()
     else:
-        check_make = subprocess.run(
-            ["make", "-s", "deb"], cwd=PROJECT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        command = ["make", "-s", "deb"]
+        with BUILDING:  # labs that begin at once would all build it
+            check_make = subprocess.run(
+                command, cwd=PROJECT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
         if check_make.returncode != 0:
             raise LabError(f"make deb failed:\n{check_make.stdout}{check_make.stderr}")
         path = PROJECT / "build" / "qemu-launcher.deb"
@@ -178,13 +222,29 @@ def is_system_test(item: pytest.Item) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker of the tests that stay out here."""
-    config.addinivalue_line("markers", OUTSIDE_MARKER_HELP)
+    """Registers our markers, and finds out which hosts are wanted."""
+    for line in (OUTSIDE_MARKER_HELP, hosts.HOSTS_MARKER_HELP):
+        config.addinivalue_line("markers", line)
+    kept = os.environ.get(KEPT_VARIABLE)
+    try:
+        config.stash[WANTED_KEY] = frozenset({kept_host(kept).name}) if kept else hosts.chosen()
+    except LabError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Makes a system test one item for each host."""
+    hosts.parametrise(metafunc)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that want a lab to themselves behind those that share one, since there may be but one slot."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is for hosts that are not wanted.
+
+    Puts the tests that want a lab to themselves behind those that share one, since there may be but one slot.
+    """
+    wanted = config.stash[WANTED_KEY]
+    hosts.keep(config, items, lambda item: not item.path.is_relative_to(SYSTEM) or hosts.is_wanted(item, wanted))
     items.sort(key=lambda item: item.get_closest_marker(OUTSIDE_MARKER) is not None)
 
 
@@ -202,12 +262,13 @@ def free_slot(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def installed_lab(free_slot: None) -> Iterator[Vm]:
+def installed_lab(free_slot: None, lab_host: str) -> Iterator[Vm]:
     """A lab of its own, with the package installed, for a test that watches the host from outside."""
+    host = hosts.HOSTS[lab_host]
     try:
         check_tools()
         deb = package()
-        with boot(TRIXIE) as vm:
+        with boot(host.recipe, host.machine) as vm:
             vm.install(deb)
             yield vm
     except MissingTool as error:
@@ -233,21 +294,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _end_all(session: pytest.Session) -> None:
-    for run in session.stash.get(RUNS_KEY, {}).values():
-        run.end()
+    runs = set(session.stash.get(RUNS_KEY, {}).values())
+    for run in runs:
+        run.give_up()
+    for run in runs:
+        run.wait()
 
 
-def _runs_of(session: pytest.Session) -> dict[Path, SystemRun]:
+def _runs_of(session: pytest.Session) -> dict[tuple[str, Path], SystemRun]:
     runs = session.stash.get(RUNS_KEY, None)
     if runs is None:
         wanted = [item for item in session.items if is_system_test(item)]
         # One slot stays free for the tests that boot a lab of their own.
         labs = 1 if KEPT_VARIABLE in os.environ else max(1, slot_count() - 1)
+        permits = threading.Semaphore(labs)
         runs = session.stash[RUNS_KEY] = {}
-        for files in shared_out(Counter(item.path for item in wanted), labs):
-            run = SystemRun(session.config, [item.nodeid for item in wanted if item.path in files])
-            runs |= dict.fromkeys(files, run)
-            run.begin_soon()
+        for name, host in hosts.HOSTS.items():
+            there = [item for item in wanted if hosts.host_of(item) == name]
+            for files in shared_out(Counter(item.path for item in there), labs):
+                node_ids = [item.nodeid for item in there if item.path in files]
+                run = SystemRun(session.config, host, node_ids, permits)
+                runs |= {(name, path): run for path in files}
+                run.begin_soon()
     return runs
 
 
@@ -260,7 +328,7 @@ def shared_out(numbers: Mapping[Path, int], labs: int) -> list[set[Path]]:
 
 
 def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
-    run = _runs_of(item.session)[item.path]
+    run = _runs_of(item.session)[hosts.host_of(item), item.path]
     reports = run.reports_of(item.nodeid)
     if reports:
         yield from reports
@@ -268,7 +336,7 @@ def _results(item: pytest.Item) -> Iterator[pytest.TestReport]:
         yield _report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {run.complaint}"))
     else:
         yield _report(item, "failed", run.complaint)
-        run.complaint = run.complaint.splitlines()[0] + " (the console is shown with the first test that failed so)"
+        run.complaint = run.complaint.splitlines()[0].removesuffix(SHOWN) + SHOWN
 
 
 def _report(item: pytest.Item, outcome: Any, words: Any) -> pytest.TestReport:

@@ -277,7 +277,8 @@ def attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         monkeypatch.setenv("ATTEMPTS", str(tmp_path / "attempts"))
         monkeypatch.setattr(booting, "_enter", lambda session, process: process)
         slot = os.open(tmp_path / "slot", os.O_RDWR | os.O_CREAT)
-        return booting._Session(tmp_path / "run", Image(image), [str(fake)], slot, False), tmp_path / "attempts"
+        run = booting._Session(tmp_path / "run", TRIXIE, Machine(), Image(image), [str(fake)], slot, False)
+        return run, tmp_path / "attempts"
 
     return session
 

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lab import hosts
 from lab.errors import LabError, MissingTool
 from lab.inside import REPORT_FD, REQUEST_VARIABLE
 from lab.outside import REMOTE, SYSTEM, SystemRun, _results, shared_out
@@ -73,7 +75,7 @@ def events_of(folder: Path, wanted: list[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> SystemRun:
-    return SystemRun(request.config, [])
+    return SystemRun(request.config, hosts.HOSTS["trixie"], [], threading.Semaphore())
 
 
 def feed(run: SystemRun, events: list[dict[str, Any]]) -> None:
@@ -146,6 +148,7 @@ def test_lab_that_cannot_be_had(
     monkeypatch.setattr(SystemRun, "begin", begin)
     monkeypatch.setenv("CI", ci)
     session = SimpleNamespace(stash=pytest.Stash(), items=[], config=request.config)
+    monkeypatch.setattr(hosts, "host_of", lambda _: "trixie")
     item: Any = SimpleNamespace(
         session=session,
         config=request.config,

@@ -6,13 +6,22 @@ see tests/lab/outside.py. Their modules are imported out here too, for collectio
 
 A test marked `outside` is not passed in: its fixture `installed_lab` gives it a lab of its own, for what ends the host.
 
-While writing tests: `tests/lab/lab start`, then QEMU_LAUNCHER_LAB=default pytest tests/system uses that lab each time.
+Each test runs once on every host that it is meant for, Debian 12 and Debian 13 if it says nothing: tests/lab/hosts.py.
+
+While writing tests: `tests/lab/lab start`, then QEMU_LAUNCHER_LAB=default pytest tests/system uses that lab each time;
+`lab start --recipe bookworm` makes it a Debian 12.
 """
 
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lab_host(request: pytest.FixtureRequest) -> str:
+    """The name of the host that the test runs on."""
+    return str(request.param)
 
 
 def pytest_configure(config: pytest.Config) -> None:

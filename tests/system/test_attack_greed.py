@@ -55,6 +55,7 @@ def locked_by(user: User) -> int:
     return total
 
 
+@pytest.mark.hosts("trixie", more=("bookworm",), why="a minute and a half, most of it about limits")
 @pytest.mark.attack("A8")
 def test_a8_a_program_that_asks_for_everything(
     alice: User, program: Claimant, helper_toml: Callable[..., None]
@@ -335,6 +336,7 @@ def test_sizes_that_no_limit_can_be(program: Claimant, helper_toml: Callable[...
         assert host.limit(child.pid, "Max locked memory") in ((size, size), (host.INFINITY, host.INFINITY))
 
 
+@pytest.mark.hosts("trixie", more=("bookworm",), why="no mechanism takes part in starting the helper")
 @pytest.mark.attack("A16")
 def test_a16_starting_it_over_and_over(carol: User, program: Claimant) -> None:
     """Through systemd, as anybody may; each time it really starts, and leaves."""

@@ -1,0 +1,118 @@
+"""The hosts that the system tests run on, and which test runs on which of them.
+
+Every test of tests/system runs once on each host that it is meant for, with the host's name in its node id; inside the
+lab its node id is the same. `make test` runs what depends on the shielding mechanism, or on the versions of kernel,
+systemd, polkit, QEMU and Python, on Debian 12 and 13; what costs minutes and depends on none of these runs on one of
+them, and with `make test-all` on the others too. A test says so by its marker, see HOSTS_MARKER_HELP.
+
+QEMU_LAUNCHER_HOSTS chooses by hand: names, with all tests that are ever run there, or `all`, as `make test-all` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from lab.errors import LabError
+from lab.recipe import BOOKWORM, TRIXIE, Machine, Recipe
+
+VARIABLE = "QEMU_LAUNCHER_HOSTS"
+ALL = "all"
+FIXTURE = "lab_host"
+HOSTS_MARKER = "hosts"
+HOSTS_MARKER_HELP = (
+    f"{HOSTS_MARKER}(*names, more=(), why=''): a system test that runs on these hosts and, by `make test-all`, on "
+    "`more`, because of `why`; without this marker it runs on all usual ones (tests/lab/hosts.py)"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """An image, how it is booted, and whether tests run there that name no host."""
+
+    name: str
+    recipe: Recipe
+    machine: Machine = dataclasses.field(default_factory=Machine)
+    usual: bool = True
+
+
+HOSTS = {
+    host.name: host
+    for host in (
+        Host("trixie", TRIXIE),  # cgroup v2 with remote partitions
+        Host("bookworm", BOOKWORM, usual=False),  # cgroup v2 without them
+        # Fedora's and Arch's bus: what it does to those who flood it, and to those whom it does not know.
+        Host("broker", TRIXIE, Machine(kernel_arguments=("lab.bus=dbus-broker",)), usual=False),
+    )
+}
+DEBIANS = ("trixie", "bookworm")
+USUAL = tuple(host.name for host in HOSTS.values() if host.usual)
+
+
+def chosen(text: str | None = None) -> frozenset[str] | None:
+    """The hosts that the environment names; None where it names none. LabError for a name that no host has."""
+    names = (os.environ.get(VARIABLE, "") if text is None else text).replace(",", " ").split()
+    if unknown := sorted({*names} - {*HOSTS, ALL}):
+        raise LabError(f"{VARIABLE} names {unknown[0]!r}; it takes {', '.join(HOSTS)}, or {ALL}")
+    return frozenset(HOSTS if ALL in names else names) or None
+
+
+def hosts_of(marker: pytest.Mark | None) -> tuple[list[str], list[str]]:
+    """Where a test with this marker runs by default, and where it ever runs, both in the order of HOSTS.
+
+    LabError when the marker names a host that there is not, or says not why some are left out.
+    """
+    usual: tuple[str, ...] = USUAL
+    more: Iterable[str] = DEBIANS
+    if marker is not None:
+        usual, more = marker.args, marker.kwargs.get("more", ())
+        if unknown := [name for name in (*usual, *more) if name not in HOSTS]:
+            raise LabError(f"the marker {HOSTS_MARKER} names {unknown[0]!r}; there are {', '.join(HOSTS)}")
+        if not marker.kwargs.get("why"):
+            raise LabError(f"the marker {HOSTS_MARKER} needs why=")
+    return [name for name in HOSTS if name in usual], [name for name in HOSTS if name in {*usual, *more}]
+
+
+def host_of(item: pytest.Item) -> str:
+    """The host that this item of a system test is for."""
+    assert isinstance(item, pytest.Function)
+    return str(item.callspec.params[FIXTURE])
+
+
+def is_wanted(item: pytest.Item, wanted: frozenset[str] | None) -> bool:
+    """Whether it runs, where these hosts are wanted, or none in particular."""
+    usual, _ = hosts_of(item.get_closest_marker(HOSTS_MARKER))
+    return host_of(item) in (usual if wanted is None else wanted)
+
+
+def parametrise(metafunc: pytest.Metafunc) -> None:
+    """Makes one item for each host that the test ever runs on; pytest orders them by host."""
+    if FIXTURE in metafunc.fixturenames:
+        _, ever = hosts_of(metafunc.definition.get_closest_marker(HOSTS_MARKER))
+        metafunc.parametrize(FIXTURE, ever, indirect=True, scope="session")
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], kept: Callable[[pytest.Item], bool]) -> None:
+    """Deselects all items but those."""
+    left_out = [item for item in items if not kept(item)]
+    if left_out:
+        items[:] = [item for item in items if kept(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def host_like(suite: str, kernel_arguments: Iterable[str]) -> Host:
+    """The host that is booted from such an image in such a way: the most particular one."""
+    given = {*kernel_arguments}
+    alike = [host for host in HOSTS.values() if host.recipe.suite == suite]
+    return [host for host in alike if given.issuperset(host.machine.kernel_arguments)][-1]
+
+
+def this_host() -> str:
+    """The name of the host that this code runs on, inside the lab."""
+    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    return host_like(suite, Path("/proc/cmdline").read_text().split()).name
