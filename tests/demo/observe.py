@@ -59,6 +59,18 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
+def isolated() -> list[int]:
+    """CPUs that nobody but VMs may use: the kernel's word for it, or without such what no other top group may use."""
+    if (CGROUP / "cpuset.cpus.isolated").exists():
+        return cpulist((CGROUP / "cpuset.cpus.isolated").read_text())
+    online = cpulist(Path("/sys/devices/system/cpu/online").read_text())
+    files = [folder / "cpuset.cpus.effective" for folder in CGROUP.iterdir() if folder.is_dir()]
+    if not all(file.exists() for file in files):
+        return []
+    others = {cpu for file in files if file.parent.name != "qemu.slice" for cpu in cpulist(file.read_text())}
+    return [cpu for cpu in online if cpu not in others]
+
+
 def main() -> None:
     """Print everything as one line of JSON."""
     machines, others, host_cpus = [], 0, set()
@@ -84,10 +96,9 @@ def main() -> None:
     fresh = subprocess.run(
         ["grep", "Cpus_allowed_list", "/proc/self/status"], stdout=subprocess.PIPE, text=True, check=True
     )
-    isolated = CGROUP / "cpuset.cpus.isolated"
     result = {
         "online": cpulist(Path("/sys/devices/system/cpu/online").read_text()),
-        "isolated": cpulist(isolated.read_text()) if isolated.exists() else [],
+        "isolated": isolated(),
         "init_cpus": cpulist(status_of(Path("/proc/1"))["Cpus_allowed_list"]),
         "fresh_cpus": cpulist(fresh.stdout.partition(":")[2]),
         "host_cpus": sorted(host_cpus),

@@ -113,7 +113,7 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
 
     ranked = sorted((rank(point), point) for point in points)
     chosen = sorted(point for _, point in ranked[:rounds])
-    say(f"{what}: {len(chosen)} of {len(points)} points, 1 mechanism (partition), QEMU_LAUNCHER_SEED={SEED}")
+    say(f"{what}: {len(chosen)} of {len(points)} points, mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED}")
     return chosen
 
 

@@ -2,6 +2,9 @@
 
 Nothing here asks the launcher, the helper or systemd: a claim about the host is checked against the host. CPUs are
 sets of numbers, sizes are bytes. A thread or process that ends while it is read is left out, never an error.
+
+What a shield is differs with the kernel, see mechanism(). With partitions the kernel itself has a word for it. Without
+them (Linux before 6.7) it is what all other groups of the host may not use: the tree is read for that.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from typing import NamedTuple
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 GRANTS = Path("/run/qemu-launcher/grants")
+# What the helper remembers of the host's groups while it has changed them.
+MEMORY = Path("/run/qemu-launcher/pool")
+# Where the scopes of VMs are when they cannot be below their users' slices.
+VMS = CGROUP / "qemu.slice"
 INFINITY = -1
 
 # include/linux/sched.h: a kernel thread, and one whose CPUs nobody may change because its work belongs to one CPU
@@ -65,9 +72,35 @@ def online() -> frozenset[int]:
     return parse(Path("/sys/devices/system/cpu/online").read_text())
 
 
+def mechanism() -> str:
+    """The one that this kernel allows: partition, since Linux 6.7 (cgroup-v2.rst, cpuset.cpus.isolated), or pool."""
+    return "partition" if (CGROUP / "cpuset.cpus.isolated").exists() else "pool"
+
+
+def effective(group: Path) -> frozenset[int]:
+    """CPUs that tasks of a group may use; without a cpuset of its own, those of the group above. None of one gone."""
+    while not (group / "cpuset.cpus.effective").exists() and group != CGROUP:
+        if not group.exists():
+            return frozenset()
+        group = group.parent
+    return parse(_content(f"{group}/cpuset.cpus.effective"))
+
+
+def groups() -> list[Path]:
+    """The host's own top groups, as init.scope and user.slice: all but the one of VMs."""
+    return [path for path in CGROUP.iterdir() if path.is_dir() and path != VMS]
+
+
 def isolated() -> frozenset[int]:
-    """CPUs that are nobody's but their partition's: the root's own word, cgroup-v2.rst."""
-    return parse((CGROUP / "cpuset.cpus.isolated").read_text())
+    """CPUs that are nobody's but a shield's.
+
+    With partitions, that is the root's own word, cgroup-v2.rst. Without, what no group of the host may use, nor any
+    thread of a VM's that is outside of a shield.
+    """
+    if mechanism() == "partition":
+        return parse((CGROUP / "cpuset.cpus.isolated").read_text())
+    outside = [*groups(), *VMS.glob("**/qemu-launcher-*.scope/pool")]
+    return online() - frozenset[int]().union(*map(effective, outside))
 
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
@@ -182,6 +215,17 @@ def cgroup(pid: int, tid: int | None = None) -> Path:
     return CGROUP / line[3:].lstrip("/")
 
 
+def scope_of(uid: int, vm: str) -> Path:
+    """The scope of a VM. It is in its user's slice, unless that slice has to leave the VM's CPUs itself."""
+    slices = CGROUP / f"user.slice/user-{uid}.slice" if mechanism() == "partition" else VMS / f"qemu-{uid}.slice"
+    return slices / f"qemu-launcher-{uid}-{vm}.scope"
+
+
+def emulator_of(scope: Path) -> Path:
+    """The group of all threads that are not pinned."""
+    return scope / ("emulator" if mechanism() == "partition" else "pool/emulator")
+
+
 def scopes() -> set[str]:
     """Names of all scopes of VMs in the cgroup tree."""
     return {path.name for path in CGROUP.rglob("qemu-launcher-*.scope")}
@@ -194,8 +238,12 @@ def records() -> set[str]:
 
 def exclusive() -> dict[str, frozenset[int]]:
     """Every cgroup that claims CPUs for itself, with these."""
+    if mechanism() == "partition":
+        claims = CGROUP.rglob("cpuset.cpus.exclusive")
+    else:
+        claims = VMS.glob("**/qemu-launcher-*.scope/vcpus/cpuset.cpus")
     found = {}
-    for path in CGROUP.rglob("cpuset.cpus.exclusive"):
+    for path in claims:
         try:
             if cpus := parse(path.read_text()):
                 found[str(path.parent.relative_to(CGROUP))] = cpus
@@ -250,8 +298,10 @@ def trespassers(cpus: Iterable[int], but: Iterable[int], since: int) -> list[Thr
 
     Exempt are the kernel's threads that belong to their CPU, and the kernel's threads younger than `since` (clock
     ticks since boot): kthreadd starts every thread on all housekeeping CPUs (kernel/kthread.c), whatever cpusets say.
+    Without partitions all of the kernel's threads are: they are in the root's group, which has all CPUs.
     """
     wanted, allowed = frozenset(cpus), frozenset(but)
+    since = since if mechanism() == "partition" else -1
     return [
         thread
         for thread in threads()
@@ -269,6 +319,11 @@ def traces() -> list[str]:
     found += [f"{path} still claims CPUs {sorted(cpus)}" for path, cpus in sorted(exclusive().items())]
     if cpus := isolated():
         found.append(f"CPUs {sorted(cpus)} are still isolated")
+    if mechanism() == "pool":
+        confined = {group.name: effective(group) for group in groups() if effective(group) not in (online(), set())}
+        found += [f"{name} may use CPUs {sorted(cpus)} only" for name, cpus in sorted(confined.items())]
+    if MEMORY.exists():
+        found.append("what the groups of the host were like is still remembered")
     if cpus_of(1) != online():
         found.append(f"PID 1 may run on {sorted(cpus_of(1))} only")
     if running := processes("qemu-system-x86_64"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from system import host
 from system.fixtures import TOML
 from system.people import Finished, User
+from system.test_administrators import WHY
 from system.vms import define
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "64M"}
@@ -21,6 +22,7 @@ def test_check(alice: User, helper_toml: Callable[..., None]) -> None:
     lines = done.stdout.splitlines()
     assert (done.status, complaints(done)) == (0, []), done.stdout
     assert not [line for line in lines if line.startswith(("warning", "error"))]
+    assert f"shielding   {host.mechanism()}: {WHY[host.mechanism()]}" in lines
     assert "ok       CPUs 4-5: whole cores" in lines
     assert "ok       the helper would let QEMU lock 64 MiB" in lines
     assert "ok       the helper would pin and shield 2 threads as wanted" in lines

@@ -99,5 +99,5 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
     points = [(name, who) for name in names for who in ("launcher", "QEMU")]
     chosen = random.Random(SEED).sample(points, min(max(2, ROUNDS // 2), len(points)))
     tried = [try_step(stepped, *point) for point in chosen]
-    say(f"{sum(tried)} of {len(points)} points, real helper, 1 mechanism (partition), QEMU_LAUNCHER_SEED={SEED}")
+    say(f"{sum(tried)} of {len(points)} points, real helper, mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED}")
     assert any(tried)

@@ -76,12 +76,12 @@ def test_each_vcpu_runs_on_its_cpu_alone(win11: Launch) -> None:
         assert host.cpus_of(win11.qemu, vcpu.tid) == {PLACES[vcpu.socket, vcpu.core, vcpu.thread]}
 
 
-def test_the_kernel_calls_these_cpus_isolated(win11: Launch) -> None:
+def test_these_cpus_are_nobody_elses(win11: Launch) -> None:
     assert host.isolated() == VM_CPUS
 
 
 def test_all_other_threads_of_the_host_keep_off(win11: Launch) -> None:
-    """PID 1, every user thread, every kernel thread that can be moved, and QEMU's own emulator threads."""
+    """PID 1, every user thread, QEMU's own emulator threads, and every kernel thread that the mechanism can move."""
     assert host.trespassers(VM_CPUS, win11.vcpu_tids, since=host.born(win11.qemu)) == []
     assert host.cpus_of(1) == host.online() - VM_CPUS
     emulators = host.tids(win11.qemu) - set(win11.vcpu_tids)
@@ -134,14 +134,22 @@ def test_the_guest_runs(win11: Launch) -> None:
 
 
 def test_the_users_own_limits_still_apply(win11: Launch, alice: User) -> None:
-    """The scope is below her slice, so MemoryMax= counts and bounds what QEMU uses, locked memory included."""
+    """The scope is below her slice, so MemoryMax= counts and bounds what QEMU uses, locked memory included.
+
+    Without partitions it cannot be there, as her slice leaves the VM's CPUs; her limits do not count for the VM then.
+    """
     assert host.cgroup(win11.qemu).is_relative_to(win11.scope)
-    assert win11.scope.parent == alice.slice
     assert int((alice.slice / "memory.max").read_text()) == MEMORY_MAX
     resident = int(host.status(win11.qemu)["VmRSS"].split()[0]) << 10
     assert resident > GUEST_RAM
     assert int((win11.scope / "memory.current").read_text()) > GUEST_RAM
-    assert int((alice.slice / "memory.current").read_text()) > GUEST_RAM
+    if host.mechanism() == "partition":
+        assert win11.scope.parent == alice.slice
+        assert int((alice.slice / "memory.current").read_text()) > GUEST_RAM
+    else:
+        assert not win11.scope.is_relative_to(alice.slice)
+        assert VM_CPUS.isdisjoint(host.effective(alice.slice))
+        assert int((alice.slice / "memory.current").read_text()) < resident
 
 
 def test_a_start_makes_four_calls(win11: Launch, calls: Calls) -> None:
@@ -167,13 +175,13 @@ def test_status_shows_what_the_kernel_shows(win11: Launch, alice: User) -> None:
         "echo {tid} >{slice}/{own}/app.slice/cgroup.threads",
         "echo {pid} >{slice}/{own}/app.slice/cgroup.procs",
         "echo {pid} >{session}/cgroup.procs",
-        "echo {tid} >{scope}/emulator/cgroup.threads",
+        "echo {tid} >{emulator}/cgroup.threads",
         "echo 0 >{scope}/vcpus/{tid}/cpuset.cpus",
         "echo member >{scope}/vcpus/cpuset.cpus.partition",
         "mkdir {scope}/vcpus/mine",
         "rmdir {scope}/vcpus/{tid}",
         "unshare --cgroup true",
-        "unshare --user --map-root-user --cgroup --mount sh -c 'echo {tid} >{scope}/emulator/cgroup.threads'",
+        "unshare --user --map-root-user --cgroup --mount sh -c 'echo {tid} >{emulator}/cgroup.threads'",
         "chrt --fifo --pid 2 {tid}",
         "chrt --rr --pid 1 {tid}",
         "prlimit --pid {pid} --memlock=unlimited",
@@ -188,6 +196,7 @@ def test_a12_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User
         "own": f"user@{alice.uid}.service",
         "session": host.cgroup(win11.pid),
         "scope": win11.scope,
+        "emulator": host.emulator_of(win11.scope),
     }
     done = alice.login.run(attempt.format(**facts))
     assert done.status != 0, f"it was not refused: {attempt}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from demo.guest import FAREWELL, GREETING, write
+from demo.terminal import observe
 from lab import Vm
 
 pytestmark = pytest.mark.outside
@@ -55,7 +56,6 @@ ExecStop=sh -c 'ls /sys/fs/cgroup/user.slice | sed "s/^/last words, left: /" >/d
 PATIENT = "[Service]\nTimeoutStopSec=15min\n"
 BY_HAND = "setsid qemu-launcher ./by-hand.yml >by-hand.log 2>&1 </dev/null & disown"
 AT_BOOT = "systemctl --user enable --now qemu-launcher@at-boot.service && loginctl enable-linger"
-ISOLATED = "cat /sys/fs/cgroup/cpuset.cpus.isolated"
 GREETED, PARTED = GREETING.decode().strip(), FAREWELL.decode().strip()
 PATIENCE = 600.0  # seconds
 
@@ -63,6 +63,14 @@ PATIENCE = 600.0  # seconds
 def wait_for(vm: Vm, text: str, file: str) -> None:
     """Until the file has the text."""
     vm.run(f"until grep -qs '{text}' {file}; do sleep 0.5; done", timeout=PATIENCE)
+
+
+def until_isolated(vm: Vm, cpus: list[int]) -> None:
+    """Until these are the CPUs that VMs have for themselves."""
+    deadline = time.monotonic() + PATIENCE
+    while (isolated := observe(vm)["isolated"]) != cpus:
+        assert time.monotonic() < deadline, f"CPUs {isolated} are isolated"
+        time.sleep(1)
 
 
 def test_shutdown_powers_guests_down_and_boot_starts_them(installed_lab: Vm, tmp_path: Path) -> None:
@@ -83,7 +91,7 @@ def test_shutdown_powers_guests_down_and_boot_starts_them(installed_lab: Vm, tmp
     vm.run(AT_BOOT, user="alice")
     for name in ("by-hand", "at-boot"):
         wait_for(vm, GREETED, f"/home/alice/{name}.serial")
-    assert vm.run(ISOLATED).stdout == "2-5\n"
+    assert observe(vm)["isolated"] == [2, 3, 4, 5]
     vm.reboot()
 
     console = vm.console_tail(2000)
@@ -95,7 +103,7 @@ def test_shutdown_powers_guests_down_and_boot_starts_them(installed_lab: Vm, tmp
     assert "cutting the power" not in said
 
     # Now it runs again, shielded and real-time, and nobody has logged in.
-    wait_for(vm, "^2-3$", "/sys/fs/cgroup/cpuset.cpus.isolated")
+    until_isolated(vm, [2, 3])
     serial = "/home/alice/at-boot.serial"
     wait_for(vm, GREETED, serial)
     assert PARTED not in vm.run(f"cat {serial}").stdout
@@ -113,7 +121,4 @@ def test_shutdown_powers_guests_down_and_boot_starts_them(installed_lab: Vm, tmp
     assert PARTED in vm.run(f"cat {serial}").stdout
     result = vm.run("systemctl --user show --property=Result --value qemu-launcher@at-boot", user="alice").stdout
     assert result == "success\n"
-    deadline = time.monotonic() + PATIENCE
-    while vm.run(ISOLATED).stdout != "\n":
-        assert time.monotonic() < deadline, "its CPUs are still isolated"
-        time.sleep(1)
+    until_isolated(vm, [])

@@ -177,7 +177,7 @@ class Launch:
     @property
     def scope(self) -> Path:
         """The VM's scope in the cgroup tree."""
-        return self.user.slice / f"qemu-launcher-{self.user.uid}-{self.name}.scope"
+        return host.scope_of(self.user.uid, self.name)
 
     @property
     def record(self) -> Path:
