@@ -61,10 +61,10 @@ def _shield_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
     """A shield keeps everybody else away: QEMU's other threads, and this launcher as a sample of the host."""
     if plan.isolation != "shield":
         return
-    pinned = {pin.tid for pin in plan.pins if pin.shielded}
+    pinned, cpus = {pin.tid for pin in plan.pins if pin.shielded}, plan.cpus
     others = [(f"QEMU's thread {tid}", pid, tid) for tid in procfs.tids(pid) if tid not in pinned]
     for name, process, tid in [*others, ("the launcher itself", os.getpid(), os.getpid())]:
-        stray = plan.cpus & (procfs.allowed_cpus(process, tid) or frozenset())
+        stray = cpus & (procfs.allowed_cpus(process, tid) or frozenset())
         if stray:
             yield f"CPUs {format_cpulist(stray)} are not shielded: {name} may run there"
 

@@ -75,6 +75,7 @@ class Threads:
     iothreads: tuple[Iothread, ...]
     slots: tuple[Ids, ...] = ()
     possible: int = 0
+    _by_ids: dict[Ids, list[Vcpu]] = field(default_factory=dict, compare=False, repr=False)
     _by_place: dict[tuple[str, ...], dict[tuple[int, ...], list[Ids]]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -86,8 +87,10 @@ class Threads:
 
     def at(self, place: Place) -> list[Vcpu]:
         """The vCPUs there: one, none, or several where the machine's ids do not tell them apart."""
-        here = self._slots_at(place)
-        return [vcpu for vcpu in self.vcpus if vcpu.ids in here] if here else []
+        if not self._by_ids:
+            for vcpu in self.vcpus:
+                self._by_ids.setdefault(vcpu.ids, []).append(vcpu)
+        return [vcpu for ids in self._slots_at(place) for vcpu in self._by_ids.get(ids, ())]
 
     def can_be_at(self, place: Place) -> bool:
         """Whether a vCPU is there, or can be plugged in there."""
