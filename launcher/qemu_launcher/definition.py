@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 1 << 20  # a long definition has 10 KiB; this bounds time and memory for a file that is none
+MOST_SHARED = 3  # warnings of CPUs that several vCPUs have; where there are more, one for all
 DEFAULT_SHUTDOWN_TIMEOUT = 60.0  # seconds
 PC_BINARIES = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm")  # the latter is Red Hat's name for the first
 SECTIONS = ("launcher", "qemu")
@@ -277,6 +278,7 @@ def _check_shared_cpus(
 ) -> None:
     first: dict[int, Mark] = {}
     told: set[frozenset[int]] = set()
+    texts = list[str]()
     for cpus, mark, _parts in pinning.sets:
         shared = frozenset(cpus & first.keys())
         for cpu in cpus - shared:
@@ -292,4 +294,9 @@ def _check_shared_cpus(
             problems.append(DefinitionError(what, hint, mark=mark))
         elif not (plural and shared in told):  # many vCPUs that float over the same CPUs are one fact
             told.add(shared)
-            warnings.append(f"{mark}: {what}; they will take turns")
+            texts.append(f"{mark}: {what}; they will take turns")
+    if len(texts) > MOST_SHARED:
+        several = frozenset[int]().union(*told)
+        which = f"CPUs {format_cpulist(several)} have" if len(several) > 1 else f"CPU {min(several)} has"
+        texts = [f"{pinning.mark}: host {which} several vCPUs{' each' * (len(several) > 1)}; they will take turns"]
+    warnings += texts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu_launcher.definition import Scheduling
+from qemu_launcher.definition import MOST_SHARED, Scheduling
 from qemu_launcher.pinning import LEVELS, MAX_NAMED, spelled
 from unit.reading import launcher, launcher_refusal, read, refusal
 
@@ -144,6 +144,16 @@ def test_overlap_is_a_warning() -> None:
     vm = launcher("vcpu_pinning: [2-3, 3-4]")
     assert vm.warnings == ("win11.yml:3:23: host CPU 3 has a vCPU already, from 3:18; they will take turns",)
     assert launcher("vcpu_pinning: [2-3, 4-5]").warnings == ()
+
+
+def test_many_overlaps_are_one_warning() -> None:
+    """255 vCPUs on 8 CPUs would be 247 lines."""
+    few = launcher(f"vcpu_pinning: {[*range(MOST_SHARED), *range(MOST_SHARED)]}")
+    assert len(few.warnings) == MOST_SHARED
+    many = launcher(f"vcpu_pinning: {[index % 8 for index in range(255)]}")
+    assert many.warnings == ("win11.yml:3:17: host CPUs 0-7 have several vCPUs each; they will take turns",)
+    one = launcher(f"vcpu_pinning: {[5] * 255}")
+    assert one.warnings == ("win11.yml:3:17: host CPU 5 has several vCPUs; they will take turns",)
 
 
 def test_overlap_is_an_error_in_real_time() -> None:
