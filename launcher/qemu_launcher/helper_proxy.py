@@ -63,6 +63,9 @@ DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification
 CONNECT_TIMEOUT = 30.0  # seconds
 CALL_TIMEOUT = 60.0
 DIALOG_TIMEOUT = 600.0
+# More than this the helper does not read, nor answer (contract.py): 255 vCPUs fit, with 19 CPUs for each of them.
+MAX_MESSAGE_BYTES = 24 * 1024
+_ADDED_BY_BUS = 272  # bytes; our unique name, which may have 255 (D-Bus specification, "Valid Names")
 _LONGEST_AUTH_LINE = 16384  # bytes; dbus-daemon's own limit (dbus-auth.c, MAX_BUFFER)
 
 
@@ -262,6 +265,13 @@ class Helper:
             body=list(body),
             flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE,
         )
+        size = len(message._marshall()) + _ADDED_BY_BUS  # noqa: SLF001  the library has no public codec
+        if size > MAX_MESSAGE_BYTES:
+            raise TuningFailed(
+                f"{member} would be a message of {-(-size >> 10)} KiB, and qemu-launcher-helper reads no more than "
+                f"{MAX_MESSAGE_BYTES >> 10} KiB: too many host CPUs for each of too many threads",
+                "give each vCPU fewer host CPUs to choose from; or write isolation: affinity, which needs no helper",
+            )
         self._trace(f"helper > {member}({', '.join(map(repr, body))}){', may ask for a password' * interactive}")
         began = time.monotonic()
         reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)

@@ -58,6 +58,11 @@ def test_launchers_table() -> None:
     assert xml_methods() == helper_proxy.METHODS
 
 
+def test_size_of_a_message() -> None:
+    """What is larger the helper leaves unanswered: the launcher must know, and say so at once."""
+    assert helper_proxy.MAX_MESSAGE_BYTES == contract.MAX_MESSAGE_BYTES
+
+
 def test_actions_in_the_xml() -> None:
     """The comment above each method names the action that the helper asks about."""
     text = (ROOT / "dbus/org.qemulauncher.Helper1.xml").read_text()

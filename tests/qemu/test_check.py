@@ -5,6 +5,7 @@ What it must never do: start QEMU for its guest, change anything, ask anybody.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_refusals(home: Home, bus: PrivateBus, plan: dict[str, Any], line: str, 
     assert lines[place + 1].strip().startswith(fix)
     assert status == (2 if line.startswith("error") else 0)
     assert lines[-1].startswith(f"{VM} would {'not ' if status else ''}start: 1 ")
+
+
+@needs_two_cpus
+def test_more_than_fits_into_a_message(home: Home, bus: PrivateBus) -> None:
+    """The helper reads nothing so large, and answers nothing: who asked would wait for a minute."""
+    cpus = sorted(os.sched_getaffinity(0))
+    count = 24 * 1024 // (16 + 4 * len(cpus)) + 1
+    home.define(vcpu_pinning=[cpus] * count, isolation="cpuset", qemu=({"smp": count},))
+    status, lines = check(home, bus)
+    assert status == 2
+    [error] = [line for line in lines if line.startswith("error")]
+    assert re.fullmatch(r"error +CheckPins would be a message of \d+ KiB, and .* reads no more than 24 KiB: .*", error)
+    assert lines[lines.index(error) + 1].strip().startswith("give each vCPU fewer host CPUs")
+    assert [call[0] for call in asked(bus)] == ["GetLimits"]
 
 
 def test_with_continue_what_cannot_be_tuned_is_a_warning(home: Home, bus: PrivateBus) -> None:
