@@ -103,7 +103,12 @@ class Picture:
             "scope": self.scope or "",
             "memory": str(self.memory or ""),
         }
-        return [(name, fact) for name, fact in facts.items() if fact] + [("warning", text) for text in self.warnings]
+        lines = [
+            ("" if number else "warning", line)
+            for text in self.warnings
+            for number, line in enumerate(text.split("\n"))
+        ]
+        return [(name, fact) for name, fact in facts.items() if fact] + lines
 
     def as_json(self) -> dict[str, object]:
         """The keys are documented in qemu-launcher(1): they stay."""
@@ -118,7 +123,7 @@ class Picture:
             "launcher": self.launcher,
             "scope": self.scope,
             "memory": memory and {"used": memory.used, "locked": memory.locked, "lockable": memory.lockable},
-            "warnings": list(self.warnings),
+            "warnings": [text.replace("\n", "; ") for text in self.warnings],
             "vcpus": [vcpu.as_json() for vcpu in self.vcpus],
         }
 
@@ -161,7 +166,7 @@ async def _picture(vm: Found) -> Picture:
     state, known = await _state_and_vcpus(vm)
     live = set(procfs.tids(qemu.pid))
     vcpus = tuple(_vcpu(qemu.pid, index, tid) for index, tid in sorted(known.items()) if tid in live)
-    loss = lost_shield(vm.record, vcpus)
+    loss = lost_shield(vm.name, vm.record, vcpus, procfs.online_cpus())
     scope = cgroups.scope_of(qemu.pid)
     return Picture(
         vm.name,
@@ -176,20 +181,43 @@ async def _picture(vm: Found) -> Picture:
     )
 
 
-def lost_shield(record: Record, vcpus: Sequence[Vcpu]) -> str | None:
-    """Why a VM that was started shielded is not any more; None if it is, or never was."""
+def lost_shield(name: str, record: Record, vcpus: Sequence[Vcpu], online: frozenset[int] | None) -> str | None:
+    """What has become of the shield of a VM that was started with one; None if it is whole, or never was.
+
+    The first line says what, the others what to do. `online`: the host's CPUs that are, None if that is not known.
+    """
     if record.isolation != "shield" or not vcpus:
         return None
+    offline = record.cpus - (record.cpus if online is None else online)
+    which = f"CPU{'s' * (len(offline) > 1)} {format_cpulist(offline)}"
+    of_it, anew = f"its shield of CPUs {format_cpulist(record.cpus)}", "for a new shield: start it anew"
+    remedy = [_to_bring_online(offline)] if offline else []
     held = frozenset[int]().union(*(vcpu.cpus for vcpu in vcpus if vcpu.shielded))
-    if held & record.cpus:  # not all of them: a vCPU that was unplugged has left its CPU
-        return None
     broken = {vcpu.partition for vcpu in vcpus if not vcpu.shielded and vcpu.partition is not None}
-    if broken:
-        return f"its shield of CPUs {format_cpulist(record.cpus)} does not hold: {min(broken)}"
-    return (
-        f"its shield of CPUs {format_cpulist(record.cpus)} was taken back: released by you or an administrator, "
-        "or the VM was moved out of its scope"
-    )
+    if held & record.cpus:  # not all of them: a vCPU that was unplugged has left its CPU
+        if not offline:
+            return None
+        what = f"of {of_it} {which} went offline: its vCPUs share what is left, {format_cpulist(held)}"
+    elif broken:
+        what = f"{of_it} does not hold: {min(broken)}"
+        # Nobody has looked since: whatever had real time has it still, among all others.
+        remedy += [f"to take back the real time that it may have: qemu-launcher release {name}", anew]
+    elif offline:
+        what = f"{of_it} was taken back: {which} went offline"
+        remedy += [anew]
+    else:
+        what = (
+            f"{of_it} was taken back: released by you or an administrator, or one of them was offline, "
+            "or the VM was moved out of its scope"
+        )
+        remedy += [anew]
+    return "\n".join([what, *remedy])
+
+
+def _to_bring_online(cpus: frozenset[int]) -> str:
+    """How root does, as a command for a shell."""
+    files = " ".join(f"/sys/devices/system/cpu/cpu{cpu}/online" for cpu in sorted(cpus))
+    return f"to bring {'them' if len(cpus) > 1 else 'it'} online: echo 1 | sudo tee {files}"
 
 
 async def _state_and_vcpus(vm: Found) -> tuple[State, dict[int, int]]:

@@ -143,7 +143,7 @@ def test_the_picture() -> None:
         record = Record(vcpus={}, isolation="shield", cpus=frozenset(range(count)))
 
         def show() -> None:
-            assert status.lost_shield(record, vcpus) is None
+            assert status.lost_shield("a", record, vcpus, record.cpus) is None
             status.plain([picture])
             picture.as_json()
 

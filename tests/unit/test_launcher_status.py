@@ -85,6 +85,8 @@ def test_markup_in_a_path_is_text(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 SHIELDED = Record(isolation="shield", cpus=frozenset({4, 12}))
+TAKEN_BACK = "its shield of CPUs 4,12 was taken back: "
+ONLINE = frozenset(range(16))
 
 
 @pytest.mark.parametrize(
@@ -92,23 +94,76 @@ SHIELDED = Record(isolation="shield", cpus=frozenset({4, 12}))
     [
         (SHIELDED, ("yes", "yes"), None),
         (SHIELDED, ("yes", "no"), None),
-        (SHIELDED, ("no", "no"), "its shield of CPUs 4,12 was taken back: released by you or an administrator, or"),
-        (SHIELDED, ("isolated invalid (why)", "no"), "its shield of CPUs 4,12 does not hold: isolated invalid (why)"),
+        (SHIELDED, ("no", "no"), TAKEN_BACK + "released by you or an administrator, or one of them was offline, or"),
+        (SHIELDED, ("isolated invalid (why)", "no"), "its shield of CPUs 4,12 does not hold: isolated invalid (why)\n"),
         (Record(isolation="cpuset", cpus=frozenset({4, 12})), ("no", "no"), None),
         (Record(), ("no", "no"), None),
     ],
 )
 def test_owner_is_told_of_a_lost_shield(record: Record, shielded: tuple[str, str], words: str | None) -> None:
-    vcpus = [
+    loss = status.lost_shield("win11", record, placed(*shielded), ONLINE)
+    assert loss == words or (words is not None and loss is not None and loss.startswith(words))
+
+
+def placed(*shielded: str, cpus: tuple[int, ...] = (4, 12)) -> list[Vcpu]:
+    """Two vCPUs, with status's own word for whether they are shielded."""
+    return [
         Vcpu(
             index,
             4720 + index,
-            frozenset({4 + 8 * index}),
+            frozenset({cpu}),
             shielded=word == "yes",
             partition=None if word == "no" else "isolated" if word == "yes" else word,
             scheduling=OTHER,
         )
-        for index, word in enumerate(shielded)
+        for index, (word, cpu) in enumerate(zip(shielded, cpus, strict=True))
     ]
-    loss = status.lost_shield(record, vcpus)
-    assert loss == words or (words is not None and loss is not None and loss.startswith(words))
+
+
+@pytest.mark.parametrize(
+    ("shielded", "online", "lines"),
+    [
+        (
+            ("yes", "yes"),
+            ONLINE - {4},
+            [
+                "of its shield of CPUs 4,12 CPU 4 went offline: its vCPUs share what is left, 12",
+                "to bring it online: echo 1 | sudo tee /sys/devices/system/cpu/cpu4/online",
+            ],
+        ),
+        (
+            ("isolated invalid (No cpu)",) * 2,
+            ONLINE - {4, 12},
+            [
+                "its shield of CPUs 4,12 does not hold: isolated invalid (No cpu)",
+                "to bring them online: echo 1 | sudo tee /sys/devices/system/cpu/cpu4/online "
+                "/sys/devices/system/cpu/cpu12/online",
+                "to take back the real time that it may have: qemu-launcher release win11",
+                "for a new shield: start it anew",
+            ],
+        ),
+        (
+            ("no", "no"),
+            ONLINE - {4},
+            [
+                TAKEN_BACK + "CPU 4 went offline",
+                "to bring it online: echo 1 | sudo tee /sys/devices/system/cpu/cpu4/online",
+                "for a new shield: start it anew",
+            ],
+        ),
+        (("yes", "yes"), ONLINE - {2}, []),
+        (("yes", "yes"), None, []),
+    ],
+)
+def test_owner_is_told_of_a_cpu_that_went_offline(
+    shielded: tuple[str, str], online: frozenset[int] | None, lines: list[str]
+) -> None:
+    """The kernel moves a vCPU to what is left of its partition, which stays valid as long as anything is left."""
+    loss = status.lost_shield("win11", SHIELDED, placed(*shielded, cpus=(12, 12)), online)
+    assert (loss or "").splitlines() == lines
+
+
+def test_what_to_do_stands_below_the_warning() -> None:
+    picture = replace(PICTURE, warnings=("what\ndo this\nor that",), vcpus=())
+    assert status.plain([picture]).endswith("  warning     what\n              do this\n              or that\n")
+    assert picture.as_json()["warnings"] == ["what; do this; or that"]
