@@ -141,6 +141,14 @@ def test_held_by_another_vm(host: OtherHost) -> None:
     assert list(cpus.held(definition, host.tree)) == []
 
 
+def test_isolated_since_the_boot_is_no_shield(host: OtherHost) -> None:
+    """The kernel counts the CPUs of isolcpus= in."""
+    definition = pinned("[2, 3]", "isolation: affinity")
+    host.write("/proc/cmdline", "quiet isolcpus=2-3")
+    host.write("/sys/fs/cgroup/cpuset.cpus.isolated", "2-3\n")
+    assert list(cpus.held(definition, host.tree)) == []
+
+
 # What fights with us
 
 PINNED = frozenset({2, 3, 10, 11})
@@ -198,6 +206,31 @@ def test_allowed_cpus(host: OtherHost, folder: str, unit: str) -> None:
 def test_allowed_cpus_that_were_reset(host: OtherHost) -> None:
     host.write("/etc/systemd/system/system.slice.d/a.conf", "[Slice]\nAllowedCPUs=0\nAllowedCPUs=\n")
     assert leftovers(host) == []
+
+
+@pytest.mark.parametrize("value", ["0-15", "0-7 8-15", "0 1,2-15"])
+def test_allowed_cpus_that_are_all(host: OtherHost, value: str) -> None:
+    """So that following the fix of a mask that stays is the end of it."""
+    host.write("/run/systemd/system.control/system.slice.d/50-AllowedCPUs.conf", f"[Slice]\nAllowedCPUs={value}\n")
+    assert leftovers(host) == []
+
+
+def test_a_mask_that_stays(host: OtherHost) -> None:
+    """What an empty AllowedCPUs= leaves behind, and a removed drop-in."""
+    host.write("/sys/fs/cgroup/user.slice/cpuset.cpus", "0-15\n")
+    host.write("/sys/fs/cgroup/init.scope/cpuset.cpus", "\n")
+    assert leftovers(host) == []
+    host.write("/sys/fs/cgroup/system.slice/cpuset.cpus", "0-1\n")
+    severity, text, fix = the_only(leftovers(host))
+    assert severity == "warning"
+    assert text == (
+        "system.slice is kept on CPUs 0-1 (/sys/fs/cgroup/system.slice/cpuset.cpus), "
+        "though no AllowedCPUs= says so any more"
+    )
+    assert fix.endswith("sudo systemctl set-property --runtime system.slice AllowedCPUs=0-15")
+    assert leftovers(host, "pool") == [], "what the helper has set itself"
+    host.write("/etc/systemd/system/system.slice.d/cpus.conf", "[Slice]\nAllowedCPUs=0-1\n")
+    assert [one.text.partition(" ")[0] for one in leftovers(host)] == ["/etc/systemd/system/system.slice.d/cpus.conf"]
 
 
 def test_what_the_helper_sets_itself_is_no_leftover(host: OtherHost) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from .. import host
-from ..cpulist import format_cpulist, parse_cpulist
+from ..cpulist import format_cpulist
 from ..definition import VmDefinition
 from ..errors import DefinitionError
 from ..host import Host
@@ -17,7 +17,7 @@ from ..keys import REALTIME_POLICIES
 from ..pinning import spelled
 from . import asked
 from .finding import Finding
-from .tree import Tree
+from .tree import Tree, cpus_in
 
 Cpus = frozenset[int]
 
@@ -144,7 +144,10 @@ def _guest_cores(definition: VmDefinition) -> dict[str, list[int]]:
 
 def held(definition: VmDefinition, tree: Tree) -> Iterator[Finding]:
     """CPUs in a shield of another VM, where the helper is not asked (isolation: affinity): the kernel's own list."""
-    taken = all_named(definition) & _cpus(tree.text("/sys/fs/cgroup/cpuset.cpus.isolated"))
+    isolated = cpus_in(tree.text("/sys/fs/cgroup/cpuset.cpus.isolated"))
+    for _, at_boot in _isolcpus(tree):  # the kernel counts these in
+        isolated -= at_boot
+    taken = all_named(definition) & isolated
     if taken:
         fix = "qemu-launcher status shows your VMs; an administrator sees all with --all-users. Use other CPUs, or wait"
         yield Finding("error", "cpus", f"{named(taken)}: shielded for another VM now", fix)
@@ -160,14 +163,20 @@ def leftovers(tree: Tree, pinned: Cpus, mechanism: str | None) -> Iterator[Findi
     itself, to shield without partitions, is none of these.
     """
     yield from _kernel_arguments(tree, pinned)
+    online, said = cpus_in(tree.text("/sys/devices/system/cpu/online")), set[str]()
     for folder in _UNIT_FOLDERS:
         if mechanism == "pool" and folder.startswith("/run/"):
             continue
         for unit in _WHOLE_HOST:
             for file in tree.names(f"{folder}/{unit}"):
                 path = f"{folder}/{unit}/{file}"
-                if file.endswith(".conf") and (value := _allowed_cpus(tree.text(path) or "")):
+                value = _allowed_cpus(tree.text(path) or "") if file.endswith(".conf") else ""
+                if value:
+                    said.add(unit)
+                if value and not (online and online <= cpus_in(re.sub(r"[\s,]+", ",", value))):
                     yield _drop_in(tree, path, unit.removesuffix(".d"), value)
+    if mechanism != "pool" and online:
+        yield from _masks(tree, online, said)
     for path in _hooks(tree):
         words = sorted(set(re.findall(r"AllowedCPUs|\bcset\b|cpuset", tree.text(path) or "")))
         if words:
@@ -181,14 +190,7 @@ def leftovers(tree: Tree, pinned: Cpus, mechanism: str | None) -> Iterator[Findi
 
 def _kernel_arguments(tree: Tree, pinned: Cpus) -> Iterator[Finding]:
     words = (tree.text("/proc/cmdline") or "").split()
-    for word in words:
-        name, _, value = word.partition("=")
-        if name != "isolcpus":
-            continue
-        # isolcpus=[flags,]list, Documentation/admin-guide/kernel-parameters.txt
-        cpus = _cpus(",".join(part for part in value.split(",") if not part[:1].isalpha()))
-        if not cpus:
-            continue
+    for word, cpus in _isolcpus(tree):
         idle = cpus - pinned
         what = f"the kernel was started with {word}: "
         if pinned and not idle:
@@ -199,9 +201,33 @@ def _kernel_arguments(tree: Tree, pinned: Cpus) -> Iterator[Finding]:
             yield Finding("warning", "isolcpus", text, fix)
     for word in words:
         name, _, value = word.partition("=")
-        if name == "nohz_full" and pinned and (rest := pinned - _cpus(value)):
+        if name == "nohz_full" and pinned and (rest := pinned - cpus_in(value)):
             text = f"{word} leaves out {named(rest)}, where the timer ticks on"
             yield Finding("note", "nohz_full", text, "add them, or leave nohz_full away: a shield works without it")
+
+
+def _isolcpus(tree: Tree) -> Iterator[tuple[str, Cpus]]:
+    """isolcpus=[flags,]list with what it names: Documentation/admin-guide/kernel-parameters.txt."""
+    for word in (tree.text("/proc/cmdline") or "").split():
+        name, _, value = word.partition("=")
+        if name == "isolcpus":
+            cpus = cpus_in(",".join(part for part in value.split(",") if not part[:1].isalpha()))
+            if cpus:
+                yield word, cpus
+
+
+def _masks(tree: Tree, online: Cpus, said: set[str]) -> Iterator[Finding]:
+    """What keeps a part of the host on some CPUs by no word of systemd's; `said`: where there is one."""
+    for unit in (one.removesuffix(".d") for one in _WHOLE_HOST if one not in said):
+        path = f"/sys/fs/cgroup/{unit}/cpuset.cpus"
+        cpus = cpus_in(tree.text(path))
+        if cpus and not online <= cpus:
+            text = f"{unit} is kept on {named(cpus)} ({path}), though no AllowedCPUs= says so any more"
+            fix = (
+                "an empty AllowedCPUs= leaves the old mask in force: "
+                f"sudo systemctl set-property --runtime {unit} AllowedCPUs={format_cpulist(online)}"
+            )
+            yield Finding("warning", "AllowedCPUs", text, fix)
 
 
 def _drop_in(tree: Tree, path: str, unit: str, value: str) -> Finding:
@@ -268,10 +294,3 @@ def realtime(definition: VmDefinition, tree: Tree, release: str) -> Iterator[Fin
             f"then, whether anybody waits or not, to leave others {share} of its CPU (sched_rt_runtime_us)",
             "use a newer kernel, or leave out scheduler: on a shielded CPU a vCPU of policy other is alone as well",
         )
-
-
-def _cpus(text: str | None) -> Cpus:
-    try:
-        return parse_cpulist(text or "")
-    except ValueError:
-        return frozenset()

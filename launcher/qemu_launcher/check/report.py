@@ -19,7 +19,7 @@ from ..definition import VmDefinition, validate_tunable
 from ..errors import LauncherError, TuningFailed, printable
 from ..patience import patiently
 from ..voice import Voice
-from . import asked, cpus, devices, environment, files, finding, memory, versions, vfio
+from . import asked, cpus, cpusets, devices, environment, files, finding, memory, versions, vfio
 from .finding import Finding
 from .tree import ENTER, Tree
 
@@ -160,7 +160,11 @@ class _Vm:
             if not runs:
                 yield from self._helper(need)
         if definition.places_threads:
-            yield from cpus.leftovers(tree, cpus.of_vcpus(definition), self._mechanism)
+            vcpus = cpus.of_vcpus(definition)
+            yield from cpus.leftovers(tree, vcpus, self._mechanism)
+            if self._mechanism != "pool":  # which shields by that very setting
+                unshielded = cpus.all_named(definition) - (vcpus if definition.isolation == "shield" else frozenset())
+                yield from self._mildly(cpusets.own(definition, unshielded, os.geteuid(), tree))
 
     def _memlock_need(self) -> plan.MemlockNeed | Finding | None:
         _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -181,6 +185,7 @@ class _Vm:
         yield from cpus.cores(definition, facts)
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))
+        yield from self._mildly(cpusets.others(definition, cpus.of_vcpus(definition), facts.online, self._tree))
 
     def _place(self) -> Iterator[Finding]:
         path = next(

@@ -13,6 +13,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from ..cpulist import parse_cpulist
+
 READ, WRITE, ENTER = os.R_OK, os.W_OK, os.X_OK
 _LONGEST = 1 << 20  # bytes; what is read here has a few lines
 
@@ -119,3 +121,11 @@ class Tree:
         except (OSError, ValueError):
             return None
         return about.f_bavail * about.f_frsize
+
+
+def cpus_in(text: str | None) -> frozenset[int]:
+    """What a file says that holds a list of CPUs; none where it is not there, empty or something else."""
+    try:
+        return parse_cpulist(text or "")
+    except ValueError:
+        return frozenset()
