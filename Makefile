@@ -48,8 +48,8 @@ DEB := build/qemu-launcher_$(VERSION)_all.deb
 DEB_SOURCES := $(shell find launcher helper dbus polkit debian -type f -not -path '*/__pycache__/*') \
 	Makefile pyproject.toml LICENSE README.md CHANGELOG.md
 
-# Where `make install` puts things. The bus, polkit, systemd and sysusers read fixed folders under /usr: files for them
-# go there whatever PREFIX says.
+# Where `make install` puts things. The bus, polkit, systemd, sysusers and udev read fixed folders under /usr: files for
+# them go there whatever PREFIX says.
 DESTDIR ?=
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
@@ -65,6 +65,7 @@ FISHDIR ?= $(PREFIX)/share/fish/vendor_completions.d
 UNITDIR := /usr/lib/systemd/system
 USERUNITDIR := /usr/lib/systemd/user
 SYSUSERSDIR := /usr/lib/sysusers.d
+UDEVDIR := /usr/lib/udev/rules.d
 DBUSDIR := /usr/share/dbus-1
 POLKITDIR := /usr/share/polkit-1
 
@@ -222,7 +223,7 @@ place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/
 	-e 's|/usr/bin/qemu-launcher|$(BINDIR)/qemu-launcher|g' $(1) > $(2) && chmod $(3) $(2)
 
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
-	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(DBUSDIR)/system.d \
+	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(UDEVDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
 		$(addprefix $(MANDIR)/man,1 5 7 8) $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
@@ -236,6 +237,7 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@(cd helper && find qemu_launcher_helper -name '*.py' -o -name py.typed) | while read -r f; do \
 		install -D -m 644 helper/$$f $(DESTDIR)$(PYTHONDIR)/$$f; done
 	@install -m 644 helper/qemu-launcher.sysusers.conf $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf
+	@install -m 644 helper/qemu-launcher.rules $(DESTDIR)$(UDEVDIR)/60-qemu-launcher.rules
 	@install -m 644 dbus/org.qemulauncher.Helper1.conf $(DESTDIR)$(DBUSDIR)/system.d/
 	@install -m 644 dbus/org.qemulauncher.Helper1.xml $(DESTDIR)$(DBUSDIR)/interfaces/
 	@install -m 644 polkit/org.qemulauncher.policy $(DESTDIR)$(POLKITDIR)/actions/
@@ -263,7 +265,7 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
 	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(SBINDIR)/qemu-launcher-helper $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
 		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service \
-		$(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf \
+		$(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf $(DESTDIR)$(UDEVDIR)/60-qemu-launcher.rules \
 		$(DESTDIR)$(DBUSDIR)/system.d/org.qemulauncher.Helper1.conf \
 		$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service \
 		$(DESTDIR)$(DBUSDIR)/interfaces/org.qemulauncher.Helper1.xml \

@@ -55,11 +55,11 @@ def test_exactly_these_files(tree: Path) -> None:
 
 
 def test_another_prefix_keeps_the_daemons_folders(tmp_path: Path) -> None:
-    """With PREFIX=/opt/ql programs move, what the bus, polkit, systemd and sysusers read does not, and paths follow."""
+    """With PREFIX=/opt/ql programs move, what daemons (udev and others) read does not, and paths follow."""
     make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
     files = installed(tmp_path)
-    fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|lib/systemd|sysusers", name)]
-    assert len(fixed) == 8
+    fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|lib/systemd|sysusers|udev", name)]
+    assert len(fixed) == 9
     assert set(fixed) <= set(files)
     assert all(name.startswith("opt/ql/") for name in set(files) - set(fixed))
     unit = (tmp_path / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()
