@@ -75,7 +75,8 @@ class Operation(NamedTuple):
             async with self._granting(target, wanted):
                 still = MECHANISM.shielded_threads(before.scope) or {} if wanted.shielded == before.shielded else {}
                 stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
-                target.take_realtime(stay)  # whoever leaves a shielded CPU leaves real time first
+                anywhere = before.realtime if self.limits.realtime == "anywhere" else ()
+                target.take_realtime({*stay, *anywhere})  # whoever leaves a shielded CPU leaves real time first
                 settle([wanted, *(record for record in self.live if record.key != wanted.key)])
                 MECHANISM.apply(wanted.scope, pins, wanted.shielded, others)
                 if target.verify_threads(start_times) != start_times:
@@ -150,8 +151,8 @@ class Operation(NamedTuple):
 
     def _record_of(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> Record:
         """Verify the target; return the VM's record, or a new one."""
-        slice_path = target.verify(self.caller, vm, self.settings.services, comm).rpartition("/")[0]
-        scope = f"{slice_path}/{contract.SCOPE.format(self.caller.uid, vm)}"
+        above = target.verify(self.caller, vm, self.settings.services, comm).rpartition("/")[0]
+        scope = f"{MECHANISM.slice.format(self.caller.uid) or above}/{contract.SCOPE.format(self.caller.uid, vm)}"
         return self._record(vm, target.pid, target.start_time, scope)
 
     def _record(self, vm: str, pid: int = 0, start_time: int = 0, scope: str = "") -> Record:
@@ -175,7 +176,7 @@ class Operation(NamedTuple):
         try:
             unit = target.verify(self.caller, record.vm, self.settings.services)
             if unit != record.scope and not record.settled:
-                await self._start_scope(target, record, unit.rpartition("/")[2])
+                await self._start_scope(target, record, *unit.split("/")[-2:])
             # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
             self._verify_inside(target, record)
             yield
@@ -190,8 +191,8 @@ class Operation(NamedTuple):
         if target.verify(self.caller, record.vm, self.settings.services) != record.scope:
             raise TargetRefused(f"Process {target.pid} is not, or not any more, in the scope of VM {record.vm}")
 
-    async def _start_scope(self, target: Target, record: Record, unit: str) -> None:
-        """Move the target into record.scope, beside the `unit` it lives in; others are served meanwhile."""
+    async def _start_scope(self, target: Target, record: Record, above: str, unit: str) -> None:
+        """Move the target into record.scope; others are served meanwhile. `unit`: where it lives, in slice `above`."""
         slice_path, _, name = record.scope.rpartition("/")
         properties = [
             ["Description", Variant("s", f"Virtual machine {record.vm} of {self.caller.user}")],
@@ -203,17 +204,19 @@ class Operation(NamedTuple):
             # The helper is not resident: systemd starts it to reconcile when the scope ends.
             *([end, Variant("as", ["qemu-launcher-helper.service"])] for end in ("OnSuccess", "OnFailure")),
             # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
-            ["Before", Variant("as", [unit])],
+            # It ends with the slice that its user is in, also where it cannot be in there itself (pool.py).
+            *([name, Variant("as", [other])] for name, other in (("Before", unit), ("PartOf", above))),
             # Whoever stops the scope has systemd ask the launcher first (RequestStop), which powers the guest down.
             ["Controller", Variant("s", self.caller.sender)],
         ]
         PENDING.add(record.key)
         try:
-            # A scope that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it
-            # does when a reference to it goes.
-            for member in ("RefUnit", "UnrefUnit"):
+            # A scope whose process was dead, but not reaped, when it was moved in is "running" until somebody stops it.
+            # One that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it does
+            # when a reference to it goes.
+            for member, *mode in ("StopUnit", "fail"), ("RefUnit",), ("UnrefUnit",):
                 with suppress(CallFailed):
-                    await self.bus.call(SYSTEMD, member, "s", [name], "")
+                    await self.bus.call(SYSTEMD, member, "s" + "s" * len(mode), [name, *mode], "o" if mode else "")
             await self.bus.start_unit(name, properties)
             if not target.is_alive():
                 _give_back(target.pid, record.scope)

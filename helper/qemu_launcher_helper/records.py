@@ -20,11 +20,10 @@ from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import NamedTuple
 
 from .contract import MESSAGE_ID, Refusal, TargetRefused, cpulist
-from .cpuset.partition import Partition
+from .cpuset import MECHANISM as MECHANISM  # noqa: PLC0414  for all who act on the records
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
-MECHANISM = Partition()
 # Keys of VMs whose scope systemd is making just now: what is claimed for them counts, though nothing is settled.
 PENDING: set[str] = set()
 

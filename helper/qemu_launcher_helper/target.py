@@ -93,7 +93,7 @@ class Target(ExitStack):
         where an earlier call may have put it. `comm`: patterns of names, to catch the mistake of naming something that
         is not QEMU; no boundary: anybody may call himself QEMU. TargetRefused when a fact is wrong.
         """
-        status, scope = self.status(), SCOPE.format(caller.uid, vm)
+        status, uid, scope = self.status(), caller.uid, re.escape(SCOPE.format(caller.uid, vm))
         gids, name = status.get("Gid", "").split(), status.get("Name", "")
         facts = {
             "is a thread, not a process": status.get("Tgid") == str(self.pid),
@@ -108,9 +108,9 @@ class Target(ExitStack):
         }
         if wrong := [fact for fact, holds in facts.items() if not holds]:
             raise TargetRefused(f"Process {self.pid} {wrong[0]}")
-        units = "|".join(map(re.escape, (scope, f"user@{caller.uid}.service")))
-        own = rf"/user\.slice/user-{caller.uid}\.slice/(session-[^/]+\.scope|{units})"
-        system = rf"/system\.slice/({'|'.join(map(re.escape, (scope, *services)))})" if services else own
+        own = rf"/user\.slice/user-{uid}\.slice/(session-[^/]+\.scope|user@{uid}\.service|{scope})"
+        own += rf"|/qemu\.slice/qemu-{uid}\.slice/{scope}"  # root alone makes units there
+        system = rf"/system\.slice/({'|'.join([scope, *map(re.escape, services)])})" if services else own
         if unit := re.match(f"({own}|{system})(?=/|$)", self.cgroup()):
             return unit[0]
         raise TargetRefused(f"Process {self.pid} is in no session or service of yours, nor in one of helper.toml's")

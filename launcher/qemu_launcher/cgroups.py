@@ -1,4 +1,4 @@
-"""What the cgroup v2 tree says of a VM: its scope, whether anything lives in it, whether its partition is valid.
+"""What the cgroup v2 tree says of a VM: its scope, whether anything lives in it, whether its shield holds.
 
 Why it exists: the helper's word is not taken for it; `status` and the end of a run read the tree themselves.
 Kernel: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files". Without cgroup v2 there is nothing to tell,
@@ -10,21 +10,26 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .cpulist import format_cpulist, parse_cpulist
 from .procfs import PROC
 
 ROOT = Path("/sys/fs/cgroup")
 
-# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)".
-_VALID = {"isolated", "root"}
+# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)". pool: our word for
+# a shield that is made without one.
+_VALID = {"isolated", "root", "pool"}
+# Where the helper makes scopes: in the user's slice; with a pool, as user.slice then leaves the CPUs, in one beside it.
+_SLICES = ("user.slice/user-{}.slice/**", "qemu.slice/qemu-{}.slice")
 _SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
 
 
 def scopes(uid: int) -> Iterator[tuple[str, Path]]:
     """(VM name, directory) of every scope that the helper has made for a VM of this user."""
-    for directory in (ROOT / f"user.slice/user-{uid}.slice").glob(f"**/qemu-launcher-{uid}-*.scope"):
-        found = _SCOPE.fullmatch(directory.name)
-        if found is not None:
-            yield found[2], directory
+    for pattern in _SLICES:
+        for directory in ROOT.glob(f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
+            found = _SCOPE.fullmatch(directory.name)
+            if found is not None:
+                yield found[2], directory
 
 
 def has_scope(uid: int, vm: str) -> bool:
@@ -49,20 +54,36 @@ def scope_of(pid: int) -> Path | None:
     return None if found is None else ROOT / path[: found.end()].lstrip("/")
 
 
-def partition_of(pid: int, tid: int) -> str | None:
-    """State of the partition of ours that the thread is in: `isolated`, `isolated invalid (why)`; None outside."""
-    path = _path(f"{pid}/task/{tid}/cgroup")
+def shield_of(pid: int, tid: int) -> str | None:
+    """State of the shield of ours that the thread is in: `isolated`, `isolated invalid (why)`, `pool`; None outside."""
+    path = start = _path(f"{pid}/task/{tid}/cgroup")
     while _SCOPE.search(path):
         state = _read(ROOT / path.lstrip("/") / "cpuset.cpus.partition").strip()
         if state not in ("", "member"):
             return state
         path = os.path.dirname(path)  # noqa: PTH120 (a cgroup's name, not a file's)
-    return None
+    shielded = re.fullmatch(r"/(qemu\.slice/[^/]+/[^/]+)/vcpus/[0-9]+", start)
+    return None if shielded is None else _pool_of(ROOT / shielded[1])
+
+
+def _pool_of(scope: Path) -> str:
+    """Whether everybody else leaves the CPUs of this VM."""
+    cpus = _cpus(scope / "vcpus/cpuset.cpus")
+    if gone := cpus - _cpus(scope / "vcpus/cpuset.cpus.effective"):
+        return f"pool invalid (CPUs {format_cpulist(gone)} are offline or taken)"
+    for group in [*ROOT.glob("*/"), *ROOT.glob("qemu.slice/*/*.scope")]:
+        if group not in (ROOT / "qemu.slice", scope) and (shared := cpus & _cpus(group / "cpuset.cpus.effective")):
+            return f"pool invalid ({group.name} may use CPUs {format_cpulist(shared)})"
+    return "pool"
 
 
 def is_shielded(pid: int, tid: int) -> bool:
-    """Whether the thread is in a partition of ours that the kernel holds for valid."""
-    return partition_of(pid, tid) in _VALID
+    """Whether the thread is in a shield of ours that holds."""
+    return shield_of(pid, tid) in _VALID
+
+
+def _cpus(path: Path) -> frozenset[int]:
+    return parse_cpulist(_read(path))
 
 
 def _path(relative: str) -> str:

@@ -26,18 +26,18 @@ COLUMNS = ("vCPU", "TID", "host CPUs", "shielded", "policy", "priority")
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """One vCPU as the kernel sees it. `partition` is the kernel's word for the one of ours that it is in."""
+    """One vCPU as the kernel sees it. `shield`: how the one of ours holds that it is in."""
 
     index: int
     tid: int
     cpus: frozenset[int]
     shielded: bool
-    partition: str | None
+    shield: str | None
     scheduling: Scheduling | None  # None if the thread has gone
 
     def cells(self) -> tuple[str, ...]:
         """In the order of COLUMNS."""
-        shielded = "yes" if self.shielded else "no" if self.partition is None else self.partition
+        shielded = "yes" if self.shielded else "no" if self.shield is None else self.shield
         policy, priority = "gone", ""
         if (found := self.scheduling) is not None:
             policy = f"{found.policy} (reset on fork)" if found.reset_on_fork else found.policy
@@ -52,7 +52,7 @@ class Vcpu:
             "tid": self.tid,
             "cpus": format_cpulist(self.cpus),
             "shielded": self.shielded,
-            "partition": self.partition,
+            "shield": self.shield,
             "policy": None if found is None else found.policy,
             "priority": None if found is None else found.priority,
             "reset_on_fork": None if found is None else found.reset_on_fork,
@@ -193,7 +193,7 @@ def lost_shield(name: str, record: Record, vcpus: Sequence[Vcpu], online: frozen
     of_it, anew = f"its shield of CPUs {format_cpulist(record.cpus)}", "for a new shield: start it anew"
     remedy = [_to_bring_online(offline)] if offline else []
     held = frozenset[int]().union(*(vcpu.cpus for vcpu in vcpus if vcpu.shielded))
-    broken = {vcpu.partition for vcpu in vcpus if not vcpu.shielded and vcpu.partition is not None}
+    broken = {vcpu.shield for vcpu in vcpus if not vcpu.shielded and vcpu.shield is not None}
     if held & record.cpus:  # not all of them: a vCPU that was unplugged has left its CPU
         if not offline:
             return None
@@ -244,7 +244,7 @@ def _vcpu(pid: int, index: int, tid: int) -> Vcpu:
         tid=tid,
         cpus=procfs.allowed_cpus(pid, tid) or frozenset(),
         shielded=cgroups.is_shielded(pid, tid),
-        partition=cgroups.partition_of(pid, tid),
+        shield=cgroups.shield_of(pid, tid),
         scheduling=procfs.scheduling(tid),
     )
 

@@ -42,7 +42,7 @@ def test_json_has_what_the_picture_has(home: Home) -> None:
             "vcpu": index,
             "cpus": "0",
             "shielded": False,
-            "partition": None,
+            "shield": None,
             "policy": "batch",
             "priority": 0,
             "reset_on_fork": False,

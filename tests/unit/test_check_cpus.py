@@ -233,14 +233,6 @@ def test_a_mask_that_stays(host: OtherHost) -> None:
     assert [one.text.partition(" ")[0] for one in leftovers(host)] == ["/etc/systemd/system/system.slice.d/cpus.conf"]
 
 
-def test_what_the_helper_sets_itself_is_no_leftover(host: OtherHost) -> None:
-    host.write("/run/systemd/system.control/user.slice.d/50-AllowedCPUs.conf", "[Slice]\nAllowedCPUs=0-1\n")
-    assert leftovers(host, "pool") == []
-    assert leftovers(host, "partition") != []
-    host.write("/etc/systemd/system/user.slice.d/50-AllowedCPUs.conf", "[Slice]\nAllowedCPUs=0-1\n")
-    assert len(leftovers(host, "pool")) == 1
-
-
 @pytest.mark.parametrize("path", ["/etc/libvirt/hooks/qemu", "/etc/libvirt/hooks/qemu.d/win10/prepare/begin/cpus.sh"])
 def test_libvirt_hooks(host: OtherHost, path: str) -> None:
     host.write(path, "systemctl set-property --runtime -- system.slice AllowedCPUs=0,8\ncset shield --cpu 1-7\n")

@@ -181,19 +181,19 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_vcpu_in_a_partition_is_shielded_and_an_emulator_thread_is_not(tree: Path) -> None:
     assert cgroups.is_shielded(50, 51)
     assert not cgroups.is_shielded(50, 50)
-    assert cgroups.partition_of(50, 51) == "isolated"
-    assert cgroups.partition_of(50, 50) is None
+    assert cgroups.shield_of(50, 51) == "isolated"
+    assert cgroups.shield_of(50, 50) is None
 
 
 def test_invalid_partition_shields_nobody_and_says_why(tree: Path) -> None:
     (tree / "vcpus" / "cpuset.cpus.partition").write_text("isolated invalid (Cpu list in cpuset.cpus not exclusive)\n")
     assert not cgroups.is_shielded(50, 51)
-    assert cgroups.partition_of(50, 51) == "isolated invalid (Cpu list in cpuset.cpus not exclusive)"
+    assert cgroups.shield_of(50, 51) == "isolated invalid (Cpu list in cpuset.cpus not exclusive)"
 
 
 def test_partition_that_cannot_be_read_is_none(tree: Path) -> None:
     (tree / "vcpus" / "cpuset.cpus.partition").unlink()
-    assert cgroups.partition_of(50, 51) is None
+    assert cgroups.shield_of(50, 51) is None
 
 
 def test_scopes_members_and_life(tree: Path) -> None:
@@ -206,3 +206,36 @@ def test_scopes_members_and_life(tree: Path) -> None:
     (tree / "cgroup.events").write_text("populated 0\nfrozen 0\n")
     assert not cgroups.is_populated(tree)
     assert not cgroups.is_populated(tree / "gone")
+
+
+def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> None:
+    root = tree.parents[2]
+    scope = root / "qemu.slice/qemu-1000.slice/qemu-launcher-1000-old.scope"
+
+    def write(group: Path, cpus: str) -> None:
+        group.mkdir(parents=True, exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.cpus.effective"):
+            (group / name).write_text(f"{cpus}\n")
+
+    for group, cpus in ((scope, "0-7"), (scope / "vcpus", "4-5"), (root / "qemu.slice", "0-7")):
+        write(group, cpus)
+    for name in ("user.slice", "system.slice", "init.scope"):
+        write(root / name, "0-3,6-7")
+    place = root.parent / "proc/70/task/71"
+    place.mkdir(parents=True)
+    inside = f"/{scope.relative_to(root)}/vcpus/71"
+    (place / "cgroup").write_text(f"0::{inside}\n")
+    assert cgroups.shield_of(70, 71) == "pool"
+    assert cgroups.is_shielded(70, 71)
+    assert list(cgroups.scopes(1000)) == [("win11", tree), ("old", scope)]
+
+    write(root / "system.slice", "0-4")
+    assert cgroups.shield_of(70, 71) == "pool invalid (system.slice may use CPUs 4)"
+    assert not cgroups.is_shielded(70, 71)
+    write(root / "system.slice", "0-3")
+    write(scope.with_name("qemu-launcher-1000-other.scope"), "5-7")
+    assert cgroups.shield_of(70, 71) == "pool invalid (qemu-launcher-1000-other.scope may use CPUs 5)"
+    (scope / "vcpus/cpuset.cpus.effective").write_text("5\n")
+    assert cgroups.shield_of(70, 71) == "pool invalid (CPUs 4 are offline or taken)"
+    (place / "cgroup").write_text(f"0::{inside.replace('vcpus/71', 'pool/pinned/71')}\n")
+    assert cgroups.shield_of(70, 71) is None

@@ -23,8 +23,8 @@ PICTURE = Picture(
     launcher=4700,
     memory=Memory(used=int(24.1 * 2**30), locked=24 * 2**30, lockable=25 * 2**30),
     vcpus=(
-        Vcpu(0, 4720, frozenset({4}), shielded=True, partition="isolated", scheduling=REALTIME),
-        Vcpu(10, 14721, frozenset({12, 13}), shielded=False, partition=INVALID, scheduling=OTHER),
+        Vcpu(0, 4720, frozenset({4}), shielded=True, shield="isolated", scheduling=REALTIME),
+        Vcpu(10, 14721, frozenset({12, 13}), shielded=False, shield=INVALID, scheduling=OTHER),
     ),
 )
 
@@ -113,7 +113,7 @@ def placed(*shielded: str, cpus: tuple[int, ...] = (4, 12)) -> list[Vcpu]:
             4720 + index,
             frozenset({cpu}),
             shielded=word == "yes",
-            partition=None if word == "no" else "isolated" if word == "yes" else word,
+            shield=None if word == "no" else "isolated" if word == "yes" else word,
             scheduling=OTHER,
         )
         for index, (word, cpu) in enumerate(zip(shielded, cpus, strict=True))

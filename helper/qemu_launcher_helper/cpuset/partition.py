@@ -28,6 +28,11 @@ class Partition:
 
     name = "partition"
     reason = "The kernel has remote cpuset partitions"
+    # Where scopes of VMs may be; and the slice that a new one goes to, "" for the one in which the caller is.
+    slices: tuple[str, ...] = ("user.slice/user-*.slice", "system.slice")
+    slice = ""
+    # What the file of CPUs of a group says that is to be on all that are left: nothing, and the kernel does it.
+    everything: frozenset[int] = frozenset()
 
     def __init__(self, root: Path = CGROUP) -> None:
         self.root = root
@@ -67,48 +72,41 @@ class Partition:
 
         `reserved`: whole cores, at least the shielded pins' CPUs. Failed or Conflict when the kernel does otherwise.
         """
-        base = self._dir(scope)
-        emulator = _threaded(base / "emulator")
-        (base / "cgroup.subtree_control").write_text("+cpuset")
-        _write(emulator / "cpuset.cpus", others)
-        places = {pin.tid: base / ("vcpus" if pin.shielded else "pinned") / str(pin.tid) for pin in pins}
+        base, outside = self._dir(scope), self._outside(scope)
+        emulator = threaded(outside / "emulator")
+        (outside / "cgroup.subtree_control").write_text("+cpuset")
+        write(emulator / "cpuset.cpus", others or self.everything)
+        places = {pin.tid: (base / "vcpus" if pin.shielded else outside / "pinned") / str(pin.tid) for pin in pins}
         if self._reserved(base / "vcpus") != reserved:
             self.withdraw(scope)
-        _exclusive(base, reserved)
-        if reserved:
-            kinds = {len(pin.cpus) for pin in pins if pin.shielded}
-            # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
-            self._enable(_threaded(base / "vcpus"), reserved, "isolated" if kinds == {1} else "root")
+        kinds = {len(pin.cpus) for pin in pins if pin.shielded}
+        # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
+        self._reserve(base, reserved, "isolated" if kinds == {1} else "root")
         for pin in pins:
             place = places[pin.tid]
             if not pin.shielded:
-                _threaded(place.parent)
+                threaded(place.parent)
             (place.parent / "cgroup.subtree_control").write_text("+cpuset")
-            _write(_threaded(place) / "cpuset.cpus", pin.cpus)
+            write(threaded(place) / "cpuset.cpus", pin.cpus)
             (place / "cgroup.threads").write_text(str(pin.tid))
-        self._sweep(base, places)
+        self._sweep(base, outside, places)
         for pin in pins:
-            effective = _read(places[pin.tid] / "cpuset.cpus.effective")
+            effective = read(places[pin.tid] / "cpuset.cpus.effective")
             if effective != pin.cpus:
                 raise Failed(f"Thread {pin.tid} got CPUs {cpulist(effective)}, not {cpulist(pin.cpus)}")
-        effective = _read(emulator / "cpuset.cpus.effective")
+        effective = read(emulator / "cpuset.cpus.effective")
         if others and effective != others:
             raise Failed(f"The emulator threads got CPUs {cpulist(effective)}")
 
     def withdraw(self, scope: str) -> None:
         """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent."""
         base = self._dir(scope)
-        vcpus = base / "vcpus"
         # The CPUs first: this works also while somebody makes threads faster than they can be moved.
-        if (vcpus / "cpuset.cpus.partition").exists():
-            (vcpus / "cpuset.cpus.partition").write_text("member")
-            _exclusive(vcpus, frozenset())
-        if (base / "cpuset.cpus.exclusive").exists():
-            _exclusive(base, frozenset())
+        self._open(base)
         end = time.monotonic() + SWEEP_SECONDS
-        for group in (vcpus, base / "pinned"):
+        for group in (base / "vcpus", self._outside(scope) / "pinned"):
             for place in group.glob("*/"):
-                _drain(place, base / "emulator", end)
+                _drain(place, self._outside(scope) / "emulator", end)
                 place.rmdir()
             if group.is_dir():
                 group.rmdir()
@@ -121,8 +119,8 @@ class Partition:
         threads: dict[int, frozenset[int]] = {}
         with suppress(OSError):  # it ends while we look
             for place in vcpus.glob("*/"):
-                effective = _read(place / "cpuset.cpus.effective")
-                if effective != _read(place / "cpuset.cpus"):
+                effective = read(place / "cpuset.cpus.effective")
+                if effective != read(place / "cpuset.cpus"):
                     return None  # a CPU went offline, and its thread runs on its neighbours'
                 if place.name in (place / "cgroup.threads").read_text().split():
                     threads[int(place.name)] = effective
@@ -131,22 +129,33 @@ class Partition:
 
     def orphans(self, known: frozenset[str]) -> list[str]:
         """Return the scopes of ours that still hold CPUs and are not in `known`."""
-        patterns = ("user.slice/user-*.slice/qemu-launcher-*.scope/vcpus", "system.slice/qemu-launcher-*.scope/vcpus")
-        found = (f"/{path.parent.relative_to(self.root)}" for pattern in patterns for path in self.root.glob(pattern))
-        return [scope for scope in found if scope not in known]
+        return [scope for scope in self._scopes() if (self._dir(scope) / "vcpus").exists() and scope not in known]
+
+    def _scopes(self) -> list[str]:
+        patterns = [f"{slices}/qemu-launcher-*.scope" for slices in self.slices]
+        return [f"/{path.relative_to(self.root)}" for pattern in patterns for path in self.root.glob(pattern)]
 
     def _dir(self, scope: str) -> Path:
         return self.root / scope.lstrip("/")
+
+    def _outside(self, scope: str) -> Path:
+        """Return the group below which the threads outside the shield are."""
+        return self._dir(scope)
 
     def _reserved(self, vcpus: Path) -> frozenset[int]:
         """Return the CPUs of the partition when there is one and it is valid."""
         try:
             state = (vcpus / "cpuset.cpus.partition").read_text().strip()
-            return _read(vcpus / "cpuset.cpus.exclusive.effective") if state in ("isolated", "root") else frozenset()
+            return read(vcpus / "cpuset.cpus.exclusive.effective") if state in ("isolated", "root") else frozenset()
         except OSError:
             return frozenset()
 
-    def _enable(self, vcpus: Path, reserved: frozenset[int], kind: str) -> None:
+    def _reserve(self, base: Path, reserved: frozenset[int], kind: str) -> None:
+        """Make the shield; `kind` as the kernel calls it. With no CPUs there is none, nor any trace of one."""
+        _exclusive(base, reserved)
+        if not reserved:
+            return
+        vcpus = threaded(base / "vcpus")
         _exclusive(vcpus, reserved)
         if (vcpus / "cpuset.cpus.partition").read_text().strip() != kind:
             with privileges.raised("sys_admin"):
@@ -155,27 +164,35 @@ class Partition:
         if state != kind or self._reserved(vcpus) != reserved:
             raise Failed(f"The kernel does not make the partition: {state!a}")
 
-    def _sweep(self, base: Path, places: Mapping[int, Path]) -> None:
+    def _open(self, base: Path) -> None:
+        """Take the shield away; its threads are still where they were."""
+        if (base / "vcpus/cpuset.cpus.partition").exists():
+            (base / "vcpus/cpuset.cpus.partition").write_text("member")
+            _exclusive(base / "vcpus", frozenset())
+        if (base / "cpuset.cpus.exclusive").exists():
+            _exclusive(base, frozenset())
+
+    def _sweep(self, base: Path, outside: Path, places: Mapping[int, Path]) -> None:
         """Move all threads but the named ones into emulator/, those born meanwhile included."""
         homes, end = {str(place) for place in places.values()}, time.monotonic() + SWEEP_SECONDS
-        for group in ("vcpus", "pinned"):
-            for place in (base / group).glob("*/"):
-                _drain(place, base / "emulator", end, keep=place.name if str(place) in homes else "")
+        for group in (base / "vcpus", outside / "pinned"):
+            for place in group.glob("*/"):
+                _drain(place, outside / "emulator", end, keep=place.name if str(place) in homes else "")
                 if str(place) not in homes:
                     place.rmdir()
-        _drain(base, base / "emulator", end)
+        _drain(base, outside / "emulator", end)
 
 
 def _drain(source: Path, emulator: Path, end: float, keep: str = "") -> None:
     while tids := [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]:
         for tid in tids:
-            if time.monotonic() > end:
+            if tid != source.name and time.monotonic() > end:  # one of each group is ours, and cannot be many
                 raise Failed("Threads are born faster than they can be moved, or there are too many")
             with suppress(ProcessLookupError):
                 (emulator / "cgroup.threads").write_text(tid)
 
 
-def _threaded(path: Path) -> Path:
+def threaded(path: Path) -> Path:
     path.mkdir(exist_ok=True)
     path.chmod(0o755)  # UMask=0077 would hide from its user whether the partition he was granted is valid
     if (path / "cgroup.type").read_text().strip() != "threaded":
@@ -183,21 +200,21 @@ def _threaded(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> frozenset[int]:
+def read(path: Path) -> frozenset[int]:
     return parse_cpulist(path.read_text())
 
 
-def _write(path: Path, cpus: Iterable[int]) -> None:
+def write(path: Path, cpus: Iterable[int]) -> None:
     # An empty write is no write at all: the newline is what clears the file.
     path.write_text(cpulist(cpus) + "\n")
 
 
 def _exclusive(path: Path, cpus: frozenset[int], *, shrink: bool = False) -> None:
     try:
-        current = _read(path / "cpuset.cpus.exclusive")
+        current = read(path / "cpuset.cpus.exclusive")
         wanted = cpus & current if shrink else cpus
         if current != wanted:
-            _write(path / "cpuset.cpus.exclusive", wanted)
+            write(path / "cpuset.cpus.exclusive", wanted)
     except OSError as err:
         if not path.exists():
             return  # it ended meanwhile, and holds nothing

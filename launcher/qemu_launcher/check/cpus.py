@@ -159,14 +159,12 @@ def held(definition: VmDefinition, tree: Tree) -> Iterator[Finding]:
 def leftovers(tree: Tree, pinned: Cpus, mechanism: str | None) -> Iterator[Finding]:
     """Settings of the host that were made for the same purpose by other means.
 
-    `pinned`: CPUs of this VM; empty for the host as such. `mechanism`: how the helper shields; what it has set in /run
-    itself, to shield without partitions, is none of these.
+    `pinned`: CPUs of this VM; empty for the host as such. `mechanism`: how the helper shields; the masks that it sets
+    itself, to shield without partitions, are none of these.
     """
     yield from _kernel_arguments(tree, pinned)
     online, said = cpus_in(tree.text("/sys/devices/system/cpu/online")), set[str]()
     for folder in _UNIT_FOLDERS:
-        if mechanism == "pool" and folder.startswith("/run/"):
-            continue
         for unit in _WHOLE_HOST:
             for file in tree.names(f"{folder}/{unit}"):
                 path = f"{folder}/{unit}/{file}"

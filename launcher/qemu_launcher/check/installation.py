@@ -119,9 +119,13 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
     )
     yield Finding("ok", "limits", text)
     if limits.mechanism == "none":
-        fix = "use Linux 6.7 or later with cgroup v2; isolation: affinity pins without a shield, and without the helper"
+        fix = "use a host with cgroup v2; isolation: affinity pins without a shield, and without the helper"
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
-    elif not limits.free_cpus:
+    elif limits.mechanism == "pool":
+        text = f"CPUs are shielded without partitions: {limits.reason}"
+        fix = "man qemu-launcher-helper, SHIELDS, has the differences; Linux 6.7 or later has none of them"
+        yield Finding("note", "shielding", text, fix)
+    if limits.mechanism != "none" and not limits.free_cpus:
         yield Finding("note", "limits", "no CPUs are free for a new VM now", "qemu-launcher status --all-users")
 
 

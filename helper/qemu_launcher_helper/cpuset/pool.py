@@ -1,0 +1,135 @@
+"""Shielding where the kernel has no remote partitions: cgroup v2, Linux before 6.7. The host's groups leave the CPUs.
+
+    init.scope  system.slice  user.slice  ...   cpuset.cpus: what it was, less all shielded CPUs
+    qemu.slice/qemu-1000.slice/qemu-launcher-1000-win11.scope    as below, and its own shield
+        pool/            all CPUs less all shielded ones
+            emulator/    pinned/TID/             as with partitions
+        vcpus/TID/       one thread, its CPUs
+
+A VM's scope cannot stay below user.slice, which leaves its CPUs; it ends with its user's slice all the same. Threads of
+the kernel's own are in no group but the root's, which has all CPUs always: they are not kept away.
+
+systemd does the same with AllowedCPUs=. That it is not asked to has three reasons: what an administrator set that way
+stays his, to be read by systemctl and put back here exactly; the change is done when the write returns, in one step
+with the rest; and systemd, too, leaves the last list in force when AllowedCPUs= is emptied. It writes these files when
+somebody changes AllowedCPUs=, and again for daemon-reload; a group without AllowedCPUs= keeps what is written here. A
+list that others wrote is the one to be put back, and `settle`, which runs whenever the helper starts or serves, takes
+the shielded CPUs out of it again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
+from .partition import CGROUP, Partition, read, threaded, write
+
+# What each group's file said before, and what has been written to it since: by the group's name, a list of texts.
+MEMORY = Path("/run/qemu-launcher/pool")
+POSSIBLE = Path("/sys/devices/system/cpu/possible")
+
+
+class Pool(Partition):
+    """The mechanism. Undone by `settle` alone: nobody else puts the host's groups back."""
+
+    name = "pool"
+    reason = "The kernel is older than 6.7: its own threads are not kept away"
+    slices = ("qemu.slice/qemu-*.slice",)
+    slice = "/qemu.slice/qemu-{}.slice"
+
+    def __init__(self, root: Path = CGROUP, memory: Path = MEMORY, possible: Path = POSSIBLE) -> None:
+        super().__init__(root)
+        # A full list, as a group with tasks in it cannot be given an empty one (ENOSPC); CPUs that come later included.
+        self._memory, self.everything = memory, parse_cpulist(possible.read_text())
+
+    def lacks(self) -> str:
+        """Tell what this host lacks for it; "" when it can be used."""
+        with suppress(OSError):
+            if "cpuset" in (self.root / "cgroup.controllers").read_text().split():
+                return ""
+        return "Shielding needs the cgroup v2 hierarchy with its cpuset controller"
+
+    def settle(self, live: Mapping[str, frozenset[int]]) -> None:
+        """Let each group of the host, and each scope of a VM, have all CPUs but those that `live` shields for others.
+
+        Raises Conflict when that leaves a group nothing; all others then are as they should be.
+        """
+        shielded = frozenset[int]().union(*live.values())
+        for scope in self._scopes():
+            with suppress(FileNotFoundError):  # it ends while we look
+                own = live.get(scope, frozenset())
+                _change(self._dir(scope) / "cpuset.cpus", cpulist(self.everything - shielded | own))
+                _change(self._outside(scope) / "cpuset.cpus", cpulist(self.everything - shielded))
+        known, memory, wanted, bare = self._remembered(), dict[str, list[str]](), dict[Path, str](), ""
+        for path in self.root.glob("*/cpuset.cpus") if shielded or known else ():
+            name = path.parent.name
+            with suppress(FileNotFoundError):
+                now = path.read_text().strip()
+                before, *ours = known.get(name, [now])
+                # Neither what was there nor ours: an administrator has changed it meanwhile, and knows best.
+                before = before if now in ours else now
+                left = (parse_cpulist(before) or self.everything) - shielded
+                bare = bare or ("" if left else name)
+                if path.parent != self.root / "qemu.slice" and (shielded or now != before):
+                    wanted[path] = cpulist(left) or before
+                    memory[name] = [before, now, wanted[path]]
+        if memory:
+            self._remember(memory)
+        for path, cpus in wanted.items():
+            with suppress(FileNotFoundError):
+                _change(path, cpus)
+        if not shielded:
+            self._memory.unlink(missing_ok=True)
+        if bare:
+            raise Conflict(f"CPUs {cpulist(shielded)} are all that AllowedCPUs= leaves to {bare!a}")
+
+    def apply(self, scope: str, pins: Sequence[Pin], reserved: frozenset[int], others: frozenset[int]) -> None:
+        """Put every thread of the scope where `pins` and `others` (empty: all unshielded CPUs) want it. Idempotent.
+
+        After `settle`, which has taken all other shields' CPUs from the scope. Failed when the kernel does otherwise.
+        """
+        outside = threaded(self._outside(scope))
+        (self._dir(scope) / "cgroup.subtree_control").write_text("+cpuset")
+        write(outside / "cpuset.cpus", read(self._dir(scope) / "cpuset.cpus") - reserved)
+        super().apply(scope, pins, reserved, others)
+
+    def _remembered(self) -> dict[str, list[str]]:
+        with suppress(FileNotFoundError):
+            memory: dict[str, list[str]] = json.loads(self._memory.read_text())
+            return memory
+        return {}
+
+    def _remember(self, memory: Mapping[str, list[str]]) -> None:
+        """Put it on disk, whole or not at all, before what it is about is changed."""
+        self._memory.parent.mkdir(mode=0o755, exist_ok=True)
+        temporary = self._memory.with_name("pool.new")
+        temporary.write_text(json.dumps(memory))
+        temporary.replace(self._memory)
+
+    def _outside(self, scope: str) -> Path:
+        return self._dir(scope) / "pool"
+
+    def _reserved(self, vcpus: Path) -> frozenset[int]:
+        """Return the CPUs of the shield when there is one and its threads have them all."""
+        try:
+            cpus = read(vcpus / "cpuset.cpus")
+            return cpus if cpus == read(vcpus / "cpuset.cpus.effective") != self.everything else frozenset()
+        except OSError:
+            return frozenset()
+
+    def _reserve(self, base: Path, reserved: frozenset[int], kind: str) -> None:
+        del kind  # the kernel balances load in here as anywhere
+        if reserved:
+            write(threaded(base / "vcpus") / "cpuset.cpus", reserved)
+            if self._reserved(base / "vcpus") != reserved:
+                raise Failed(f"The kernel does not give the CPUs {cpulist(reserved)}")
+
+    def _open(self, base: Path) -> None:
+        if (base / "vcpus").exists():
+            write(base / "vcpus/cpuset.cpus", self.everything)
+
+
+def _change(path: Path, cpus: str) -> None:
+    if path.read_text().strip() != cpus:
+        path.write_text(cpus)

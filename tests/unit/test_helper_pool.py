@@ -1,0 +1,188 @@
+"""The pool's arithmetic over the host's groups, in a tree of plain files; the kernel's part is in tests/system."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qemu_launcher_helper.contract import Conflict
+from qemu_launcher_helper.cpuset import pool
+from qemu_launcher_helper.cpuset.pool import Pool
+
+SCOPES = [f"/qemu.slice/qemu-{uid}.slice/qemu-launcher-{uid}-vm.scope" for uid in (1000, 1001)]
+BEFORE = {"init.scope": "", "system.slice": "0-5", "user.slice": "", "docker": "2-3,6"}
+
+
+class Host:
+    """Eight CPUs, four groups of the host's, two scopes of VMs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.memory = folder / "cgroup", folder / "run/pool"
+        (folder / "possible").write_text("0-7\n")
+        self.pool = Pool(self.root, self.memory, folder / "possible")
+        for name, cpus in BEFORE.items():
+            self.write(name, cpus)
+        for scope in ("qemu.slice", *(scope[1:] for scope in SCOPES), *(f"{scope[1:]}/pool" for scope in SCOPES)):
+            self.write(scope, "")
+
+    def write(self, group: str, cpus: str) -> None:
+        (self.root / group).mkdir(parents=True, exist_ok=True)
+        (self.root / group / "cpuset.cpus").write_text(f"{cpus}\n")
+
+    def cpus(self, group: str) -> str:
+        return (self.root / group.lstrip("/") / "cpuset.cpus").read_text().strip()
+
+    def groups(self) -> dict[str, str]:
+        return {name: self.cpus(name) for name in BEFORE}
+
+    def settle(self, *shielded: int) -> None:
+        self.pool.settle({SCOPES[0]: frozenset(shielded)} if shielded else {})
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+AS_BEFORE = BEFORE | {"init.scope": "0-7", "user.slice": "0-7"}  # a group with tasks in it cannot be told nothing
+
+
+def test_without_a_shield_nothing_is_touched(host: Host) -> None:
+    host.pool.settle({SCOPES[0]: frozenset()})
+    assert host.groups() == BEFORE
+    assert not host.memory.exists()
+
+
+def test_every_group_leaves_the_cpus_and_gets_back_what_it_had(host: Host) -> None:
+    host.settle(4, 5)
+    assert host.groups() == {"init.scope": "0-3,6-7", "system.slice": "0-3", "user.slice": "0-3,6-7", "docker": "2-3,6"}
+    assert [host.cpus(scope) for scope in SCOPES] == ["0-7", "0-3,6-7"]
+    assert [host.cpus(f"{scope}/pool") for scope in SCOPES] == ["0-3,6-7", "0-3,6-7"]
+    assert host.cpus("qemu.slice") == "", "its own scopes are what is shielded"
+    host.settle()
+    assert host.groups() == AS_BEFORE
+    assert not host.memory.exists()
+
+
+def test_two_vms_in_any_order(host: Host) -> None:
+    both = {SCOPES[0]: frozenset({4, 5}), SCOPES[1]: frozenset({2, 3})}
+    for first in SCOPES:
+        host.pool.settle({first: both[first]})
+        host.pool.settle(both)
+        assert host.groups() == {"init.scope": "0-1,6-7", "system.slice": "0-1", "user.slice": "0-1,6-7", "docker": "6"}
+        assert [host.cpus(scope) for scope in SCOPES] == ["0-1,4-7", "0-3,6-7"]
+        host.pool.settle({first: both[first]})
+        host.settle()
+        assert host.groups() == AS_BEFORE
+
+
+def test_what_an_administrator_writes_meanwhile_is_what_he_gets_back(host: Host) -> None:
+    host.settle(4, 5)
+    host.write("system.slice", "0-4")
+    host.write("user.slice", "0-7")
+    host.settle(4, 5)
+    assert (host.cpus("system.slice"), host.cpus("user.slice")) == ("0-3", "0-3,6-7")
+    host.write("system.slice", "1-5")
+    host.settle()
+    assert host.cpus("system.slice") == "1-5"
+    assert host.cpus("user.slice") == "0-7"
+
+
+def test_a_group_that_comes_later(host: Host) -> None:
+    host.settle(4, 5)
+    host.write("machine.slice", "")
+    host.settle(4, 5)
+    assert host.cpus("machine.slice") == "0-3,6-7"
+    host.write("late.slice", "")
+    host.settle()
+    assert (host.cpus("machine.slice"), host.cpus("late.slice")) == ("0-7", "")
+
+
+def test_a_group_that_would_have_nothing_left(host: Host) -> None:
+    with pytest.raises(Conflict, match=r"^CPUs 2-3,6-7 are all that AllowedCPUs= leaves to 'docker'$"):
+        host.settle(2, 3, 6, 7)
+    assert host.cpus("docker") == "2-3,6"
+    assert host.cpus("user.slice") == "0-1,4-5", "the others are as they should be all the same"
+    host.settle()
+    assert host.groups() == AS_BEFORE
+
+
+@pytest.mark.parametrize("first", [(4, 5), (2, 3, 4, 5)])
+def test_killed_between_any_two_writes(host: Host, monkeypatch: pytest.MonkeyPatch, first: tuple[int, ...]) -> None:
+    """Each time it comes a step further. Whatever was left, the next settle knows what was there at first."""
+
+    class Killed(BaseException):
+        pass
+
+    real, steps = Path.write_text, [0]
+
+    def write_text(path: Path, text: str) -> int:
+        steps[0] -= 1
+        if steps[0] < 0:
+            raise Killed
+        return real(path, text)
+
+    for most in range(40):
+        host.settle(*first)
+        steps[0] = most
+        monkeypatch.setattr(Path, "write_text", write_text)
+        ended = True
+        try:
+            host.settle(*(() if most % 2 else (6, 7)))
+        except Killed:
+            ended = False
+        monkeypatch.undo()
+        host.settle()
+        assert host.groups() == AS_BEFORE
+        assert not host.memory.exists()
+        if ended and most % 2:
+            break
+    else:
+        pytest.fail("it never came to its end")
+
+
+def test_its_memory_is_whole_or_not_there(host: Host) -> None:
+    host.settle(4, 5)
+    assert json.loads(host.memory.read_text())["system.slice"] == ["0-5", "0-5", "0-3"]
+    assert os.listdir(host.memory.parent) == ["pool"]
+
+
+def test_a_group_that_ends_while_it_is_settled(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_text
+
+    def read_text(path: Path) -> str:
+        if path.parent.name == "docker":
+            raise FileNotFoundError(2, os.strerror(2), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    host.settle(4, 5)
+    monkeypatch.undo()
+    assert host.cpus("user.slice") == "0-3,6-7"
+
+
+def test_what_is_shielded_and_when_it_is_not(host: Host) -> None:
+    vcpus = f"{SCOPES[0][1:]}/vcpus"
+    host.write(vcpus, "4-5")
+    host.write(f"{vcpus}/4711", "4")
+    for group, cpus in ((vcpus, "4-5"), (f"{vcpus}/4711", "4")):
+        (host.root / group / "cpuset.cpus.effective").write_text(f"{cpus}\n")
+    (host.root / vcpus / "4711/cgroup.threads").write_text("4711\n")
+    assert host.pool.shielded_threads(SCOPES[0]) == {4711: frozenset({4})}
+    assert host.pool.orphans(frozenset()) == SCOPES[:1]
+    assert host.pool.orphans(frozenset(SCOPES)) == []
+    (host.root / vcpus / "cpuset.cpus.effective").write_text("4\n")  # CPU 5 went offline
+    assert host.pool.shielded_threads(SCOPES[0]) is None
+
+
+def test_what_it_needs(host: Host) -> None:
+    assert host.pool.lacks() == "Shielding needs the cgroup v2 hierarchy with its cpuset controller"
+    (host.root / "cgroup.controllers").write_text("cpu memory\n")
+    assert host.pool.lacks() != ""
+    (host.root / "cgroup.controllers").write_text("cpuset cpu memory\n")
+    assert host.pool.lacks() == ""
+
+
+def test_the_place_of_its_memory_is_the_helpers_own() -> None:
+    assert Path("/run/qemu-launcher/pool") == pool.MEMORY
