@@ -43,7 +43,8 @@ KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of 
 PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
-SILENCE_SECONDS = 1800.0  # without a report: a single test in there may take minutes, never that many
+# Without a report: a single test in there may take minutes, never that many; hours, if it is told to try everything.
+SILENCE_SECONDS = 12 * 3600.0 if "QEMU_LAUNCHER_ROUNDS" in os.environ else 1800.0
 BUILDING = threading.Lock()
 SHOWN = " (the console is shown with the first test that failed so)"
 WANTED_KEY = pytest.StashKey[frozenset[str] | None]()  # hosts, as hosts.chosen() says

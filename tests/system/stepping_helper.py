@@ -28,7 +28,7 @@ contract.CALLS_PER_WINDOW = 100_000
 from qemu_launcher_helper import operations, target  # noqa: E402
 from qemu_launcher_helper.__main__ import main  # noqa: E402
 from qemu_launcher_helper.bus import SystemBus  # noqa: E402
-from qemu_launcher_helper.cpuset.partition import Partition  # noqa: E402
+from qemu_launcher_helper.cpuset import MECHANISM  # noqa: E402
 from qemu_launcher_helper.records import Record  # noqa: E402
 
 FOLDER = Path("/run/qemu-launcher")
@@ -93,10 +93,10 @@ stepping_before(Path, "write_text", lambda path, *_: "before move" if path.name 
 stepping(Record, "write", "record")
 stepping_coroutine(operations.Operation, "_start_scope", lambda *_: "scope")
 stepping(target.Target, "rlimit", "limit", least=3)  # with two arguments it only reads
-stepping(Partition, "settle", "settle")
-stepping(Partition, "_enable", "partition")
-stepping(Partition, "_sweep", "sweep")
-stepping(Partition, "apply", "pinned")
+stepping(type(MECHANISM), "settle", "settle")
+stepping(type(MECHANISM), "_reserve", "shield")
+stepping(type(MECHANISM), "_sweep", "sweep")
+stepping(type(MECHANISM), "apply", "pinned")
 stepping(target, "_set", "one thread")
 stepping(target.Target, "set_policy", "scheduled")
 stepping_coroutine(

@@ -27,7 +27,7 @@ STEPS = [
     ("record", "pin"),
     ("scope", "pin"),
     ("settle", "pin"),
-    ("partition", "pin"),
+    ("shield", "pin"),
     ("sweep", "pin"),
     ("pinned", "pin"),
     ("Pin", "pin"),

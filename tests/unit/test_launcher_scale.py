@@ -4,6 +4,7 @@ Counted are Python's own instructions, so that no clock, and no other program, h
 here; what is read from /proc and from the cgroup tree, in tests/system/test_scale.py.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -34,11 +35,13 @@ def instructions(act: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # whose callbacks are Python too, of other libraries
     sys.settrace(trace)
     try:
         act()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 
