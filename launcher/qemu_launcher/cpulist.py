@@ -34,6 +34,12 @@ def format_cpulist(cpus: Iterable[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
+def named(cpus: Iterable[int]) -> str:
+    """`CPU 2` or `CPUs 2-3`."""
+    cpus = frozenset(cpus)
+    return f"CPU{'s' * (len(cpus) != 1)} {format_cpulist(cpus)}"
+
+
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 4 or int(text) > MAX_CPU:
         raise ValueError(f"{text!r} is no CPU number")

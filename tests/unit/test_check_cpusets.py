@@ -32,7 +32,7 @@ def cgroup(host: OtherHost, path: str, cpus: str = "", *, partition: str = "memb
 
 def others(host: OtherHost, more: str = "") -> list[Finding]:
     definition = launcher(f"vcpu_pinning: [4, 5]\n{more}", "[]")
-    return list(cpusets.others(definition, frozenset({4, 5}), ONLINE, host.tree))
+    return list(cpusets.others(definition, frozenset({4, 5}), ONLINE, 1000, host.tree))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def others(host: OtherHost, more: str = "") -> list[Finding]:
             "the CRI container 3f2a90c1b7d4",
             "give the container other CPUs",
         ),
-        ("/lxc.payload.web", "the LXC container web", "lxc.cgroup2.cpuset.cpus = 0-3,6-7"),
+        ("/machine.slice/lxc.payload.web", "the LXC container web", "lxc.cgroup2.cpuset.cpus = 0-3,6-7"),
         (
             "/machine.slice/machine-qemu\\x2d1\\x2dwin{10}.scope/libvirt/vcpu0",
             "libvirt's VM win{10}",
@@ -77,6 +77,31 @@ def test_a_guest_of_libvirts_is_told_of_once(host: OtherHost) -> None:
         "warning: libvirt's VM win10 is kept on CPUs 4-5 (cpuset.cpus): while this VM runs, it runs wherever there is "
         "room"
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/lxc.payload.web", "the LXC container web"),
+        ("/system.slice", "the unit system.slice"),
+        ("/user.slice/user-1001.slice", "the unit user-1001.slice"),
+        ("/user.slice/user-1000.slice/session-3.scope", "the unit session-3.scope"),
+    ],
+)
+def test_a_sibling_that_would_be_left_nothing(host: OtherHost, path: str, name: str) -> None:
+    """Whether anybody is in it or not."""
+    cgroup(host, path, "4", used=False)
+    assert the_only(others(host))[:2] == (
+        "error",
+        f"{name} may use nothing but CPU 4 (cpuset.cpus): the kernel refuses a shield that leaves it none",
+    )
+    assert others(host, "isolation: cpuset") == []
+
+
+@pytest.mark.parametrize("path", ["/user.slice", "/user.slice/user-1000.slice", "/system.slice/old.service"])
+def test_above_it_and_elsewhere_that_does_not_count(host: OtherHost, path: str) -> None:
+    cgroup(host, path, "4", used=False)
+    assert others(host) == []
 
 
 def test_without_a_shield_it_is_shared(host: OtherHost) -> None:

@@ -6,10 +6,10 @@ Pure judgement over a definition, a Host and a Tree. Nothing here keeps a VM fro
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from .. import host
-from ..cpulist import format_cpulist
+from ..cpulist import format_cpulist, named
 from ..definition import VmDefinition
 from ..errors import DefinitionError
 from ..host import Host
@@ -55,12 +55,6 @@ def there(definition: VmDefinition, facts: Host) -> Iterator[Finding]:
 def of_vcpus(definition: VmDefinition) -> Cpus:
     """All CPUs that vCPUs are pinned to."""
     return definition.pinning.cpus if definition.pinning is not None else frozenset()
-
-
-def named(cpus: Iterable[int]) -> str:
-    """`CPU 2` or `CPUs 2-3`."""
-    cpus = frozenset(cpus)
-    return f"CPU{'s' * (len(cpus) != 1)} {format_cpulist(cpus)}"
 
 
 def all_named(definition: VmDefinition) -> Cpus:

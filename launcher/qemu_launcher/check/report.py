@@ -185,7 +185,10 @@ class _Vm:
         yield from cpus.cores(definition, facts)
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))
-        yield from self._mildly(cpusets.others(definition, cpus.of_vcpus(definition), facts.online, self._tree))
+        wanted = cpus.of_vcpus(definition)
+        if definition.isolation == "shield":
+            wanted = wanted.union(*(facts.siblings.get(cpu, ()) for cpu in wanted))
+        yield from self._mildly(cpusets.others(definition, wanted, facts.online, os.geteuid(), self._tree))
 
     def _place(self) -> Iterator[Finding]:
         path = next(
