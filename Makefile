@@ -135,8 +135,8 @@ test-all: setup deb ## the same, with every system test on every host, and dbus-
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
 # `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others.
-test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; takes hours
-	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py
+test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; large VMs, crowds; takes hours
+	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_scale.py tests/system/test_crowd.py
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.

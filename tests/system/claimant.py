@@ -14,6 +14,8 @@ one JSON object a line, does it, answers with one:
     {"do": "call", "member": M, "signature": S, "body": [...]}      the helper
     {"do": "manager", "member": M, "signature": S, "body": [...]}   systemd's system manager
                                              -> {"error": NAME or null, "body": [...]}
+    {"do": "calls", "calls": [{"member": M, "signature": S, "body": [...]}, ...]}   the helper, all at once
+                                             -> {"answers": [{"error": NAME or null, "body": [...]}, ...]}
     {"do": "end", "pid": P}                  kills and reaps a child -> {}
     {"do": "apprentice"}                     a child that is such a program too, with a connection of its own, and is
                                              told the same orders -> {"pid": P}; one that died over an order answers {}
@@ -197,6 +199,9 @@ def serve(orders: TextIO, answers: TextIO) -> None:
                 more = SYSTEMD if whom == "manager" else {}
                 reply = client.call(order["member"], order["signature"], order["body"], **more)
                 answer = {"error": reply.error, "body": plain(reply.body)}
+            case "calls":
+                replies = client.replies([client.send(**call) for call in order["calls"]], 240.0)
+                answer = {"answers": [{"error": one.error, "body": plain(one.body)} for one in replies]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
