@@ -82,7 +82,7 @@ def test_the_definition(by_place: bool) -> None:
         data = text(count, by_place=by_place)
         return lambda: definitions.parse(data, Path("/x/a.yml"), "a")
 
-    expect_linear("definition", work)
+    expect_linear(f"definition, {'by place' if by_place else 'a list'}", work)
 
 
 def test_the_host() -> None:
@@ -102,7 +102,7 @@ def test_the_plan(by_place: bool) -> None:
         definition = definitions.parse(text(count, by_place=by_place), Path("/x/a.yml"), "a")
         return lambda: plan.thread_plan(definition, threads.read_threads(there, possible, []))
 
-    expect_linear("plan", work)
+    expect_linear(f"plan, {'by place' if by_place else 'a list'}", work)
 
 
 @pytest.mark.parametrize("isolation", ["shield", "cpuset"])
@@ -122,7 +122,7 @@ def test_the_look_at_the_kernel(isolation: str, monkeypatch: pytest.MonkeyPatch)
 
         return look
 
-    expect_linear("read back", work)
+    expect_linear(f"read back, {isolation}", work)
 
 
 def test_the_record() -> None:
