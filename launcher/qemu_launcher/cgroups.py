@@ -67,12 +67,17 @@ def shield_of(pid: int, tid: int) -> str | None:
 
 
 def _pool_of(scope: Path) -> str:
-    """Whether everybody else leaves the CPUs of this VM."""
+    """Whether everybody else leaves the CPUs of this VM.
+
+    A group without a task, as systemd has for some mounts, is nobody; each daemon-reload gives it all CPUs.
+    """
     cpus = _cpus(scope / "vcpus/cpuset.cpus")
     if gone := cpus - _cpus(scope / "vcpus/cpuset.cpus.effective"):
         return f"pool invalid (CPUs {format_cpulist(gone)} are offline or taken)"
     for group in [*ROOT.glob("*/"), *ROOT.glob("qemu.slice/*/*.scope")]:
-        if group not in (ROOT / "qemu.slice", scope) and (shared := cpus & _cpus(group / "cpuset.cpus.effective")):
+        if group in (ROOT / "qemu.slice", scope) or "populated 0" in _read(group / "cgroup.events").splitlines():
+            continue
+        if shared := cpus & _cpus(group / "cpuset.cpus.effective"):
             return f"pool invalid ({group.name} may use CPUs {format_cpulist(shared)})"
     return "pool"
 

@@ -229,7 +229,12 @@ def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> N
     assert cgroups.is_shielded(70, 71)
     assert list(cgroups.scopes(1000)) == [("win11", tree), ("old", scope)]
 
+    write(root / "dev-mqueue.mount", "0-7")
+    (root / "dev-mqueue.mount/cgroup.events").write_text("populated 0\nfrozen 0\n")
+    assert cgroups.shield_of(70, 71) == "pool", "nobody is in there"
+
     write(root / "system.slice", "0-4")
+    (root / "system.slice/cgroup.events").write_text("populated 1\nfrozen 0\n")
     assert cgroups.shield_of(70, 71) == "pool invalid (system.slice may use CPUs 4)"
     assert not cgroups.is_shielded(70, 71)
     write(root / "system.slice", "0-3")
