@@ -64,10 +64,11 @@ def isolated() -> list[int]:
     if (CGROUP / "cpuset.cpus.isolated").exists():
         return cpulist((CGROUP / "cpuset.cpus.isolated").read_text())
     online = cpulist(Path("/sys/devices/system/cpu/online").read_text())
-    files = [folder / "cpuset.cpus.effective" for folder in CGROUP.iterdir() if folder.is_dir()]
+    groups = [path.parent for path in CGROUP.glob("*/cgroup.events") if "populated 1" in path.read_text()]
+    files = [group / "cpuset.cpus.effective" for group in groups if group.name != "qemu.slice"]
     if not all(file.exists() for file in files):
         return []
-    others = {cpu for file in files if file.parent.name != "qemu.slice" for cpu in cpulist(file.read_text())}
+    others = {cpu for file in files for cpu in cpulist(file.read_text())}
     return [cpu for cpu in online if cpu not in others]
 
 

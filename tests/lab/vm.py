@@ -160,10 +160,13 @@ class Vm:
             (Path(scratch) / name).rename(target)
 
     def install(self, deb: Path | str) -> None:
-        """Installs a Debian package whose dependencies the image already has (there is no network outside)."""
+        """Installs a Debian package whose dependencies the image already has (there is no network outside).
+
+        By dpkg, which looks at the dependencies too, and not at lists of what else there is.
+        """
         remote = f"/root/{Path(deb).resolve().name}"
         self.put(deb, remote)
-        self.run(f"apt-get install -y --no-install-recommends --reinstall {shlex.quote(remote)}", timeout=1200.0)
+        self.run(f"DEBIAN_FRONTEND=noninteractive dpkg --install {shlex.quote(remote)}", timeout=1200.0)
 
     def ssh(self, user: str, *options: str) -> list[str]:
         """The argument vector that logs `user` in; a command may follow."""

@@ -13,6 +13,8 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +89,16 @@ def effective(group: Path) -> frozenset[int]:
 
 
 def groups() -> list[Path]:
-    """The host's own top groups, as init.scope and user.slice: all but the one of VMs."""
-    return [path for path in CGROUP.iterdir() if path.is_dir() and path != VMS]
+    """The host's own top groups, as init.scope and user.slice: those in which any task is, but for the one of VMs.
+
+    Into the others, those of mounts, systemd writes at each daemon-reload; for these the kernel refuses that.
+    """
+    found = []
+    for path in CGROUP.iterdir():
+        with suppress(FileNotFoundError, NotADirectoryError):  # it ended meanwhile, or is a file of the root's
+            if path != VMS and "populated 1" in _content(f"{path}/cgroup.events"):
+                found.append(path)
+    return found
 
 
 def isolated() -> frozenset[int]:
@@ -118,7 +128,7 @@ def cpus_of(pid: int, tid: int | None = None) -> frozenset[int]:
 def tids(pid: int) -> frozenset[int]:
     """All threads of a process; none when it is gone."""
     try:
-        return frozenset(int(name) for name in os.listdir(PROC / f"{pid}/task"))
+        return frozenset(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except OSError:
         return frozenset()
 
@@ -143,12 +153,13 @@ def threads() -> Iterator[Thread]:
         for tid in sorted(tids(pid)):
             try:
                 name, _, rest = _content(f"/proc/{pid}/task/{tid}/stat").partition("(")[2].rpartition(") ")
-                allowed = _content(f"/proc/{pid}/task/{tid}/status").partition("\nCpus_allowed_list:")[2]
+                # Cpus_allowed_list of /proc/PID/status without the CPUs that are offline, in a fraction of the time.
+                allowed = frozenset(os.sched_getaffinity(tid))
             except (FileNotFoundError, ProcessLookupError):
                 continue
             fields = rest.split()
             # Fields 9 and 22, counted from the third one, which follows the name.
-            yield Thread(pid, tid, name, parse(allowed.partition("\n")[0]), int(fields[9 - 3]), int(fields[22 - 3]))
+            yield Thread(pid, tid, name, allowed, int(fields[9 - 3]), int(fields[22 - 3]))
 
 
 def parent(pid: int) -> int:
@@ -188,7 +199,8 @@ def realtime_threads() -> set[int]:
     for pid in pids():
         for tid in tids(pid):
             try:
-                if scheduling(tid)[0] in ("fifo", "rr") and not _flags(pid) & PF_KTHREAD:
+                policy = POLICIES[os.sched_getscheduler(tid) & ~RESET_ON_FORK]
+                if policy in ("fifo", "rr") and not _flags(pid) & PF_KTHREAD:
                     found.add(tid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -228,7 +240,12 @@ def emulator_of(scope: Path) -> Path:
 
 def scopes() -> set[str]:
     """Names of all scopes of VMs in the cgroup tree."""
-    return {path.name for path in CGROUP.rglob("qemu-launcher-*.scope")}
+    return {path.name for path in _tree() if fnmatch(path.name, "qemu-launcher-*.scope")}
+
+
+def _tree() -> list[Path]:
+    """All groups."""
+    return [Path(folder) for folder, _, _ in os.walk(CGROUP)]
 
 
 def records() -> set[str]:
@@ -238,16 +255,15 @@ def records() -> set[str]:
 
 def exclusive() -> dict[str, frozenset[int]]:
     """Every cgroup that claims CPUs for itself, with these."""
-    if mechanism() == "partition":
-        claims = CGROUP.rglob("cpuset.cpus.exclusive")
-    else:
-        claims = VMS.glob("**/qemu-launcher-*.scope/vcpus/cpuset.cpus")
+    pool = mechanism() == "pool"
     found = {}
-    for path in claims:
+    for group in _tree():
+        if pool and not group.match("qemu-launcher-*.scope/vcpus"):
+            continue
         try:
-            if cpus := parse(path.read_text()):
-                found[str(path.parent.relative_to(CGROUP))] = cpus
-        except OSError:  # the cgroup ended meanwhile
+            if cpus := parse(_content(f"{group}/cpuset.cpus" if pool else f"{group}/cpuset.cpus.exclusive")):
+                found[str(group.relative_to(CGROUP))] = cpus
+        except OSError:  # it has no cpuset of its own, or ended meanwhile
             continue
     return found
 
