@@ -22,12 +22,15 @@ _FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
 LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
 NO_BUS = "org.freedesktop.DBus.Error.NoServer"  # nobody listens there; our own use of the name, as libdbus does
 
+# dbus-daemon's, when who is to be activated has not come in time; the helper has no error of that name.
+NOT_YET_STARTED = "org.freedesktop.DBus.Error.TimedOut"
+
 _DENIED = "org.freedesktop.DBus.Error.AccessDenied"  # by the bus itself
 _MISSING = {"org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner"}
 _FAILED_TO_START = "org.freedesktop.DBus.Error.Spawn."
 _HINTS = {
     "org.freedesktop.DBus.Error.NoReply": LOOK_AT_JOURNAL,
-    "org.freedesktop.DBus.Error.TimedOut": LOOK_AT_JOURNAL,
+    NOT_YET_STARTED: LOOK_AT_JOURNAL,
     f"{ERROR_PREFIX}Failed": LOOK_AT_JOURNAL,
 }
 

@@ -58,8 +58,9 @@ _DAEMON = {"destination": "org.freedesktop.DBus", "path": "/org/freedesktop/DBus
 
 DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification, "System message bus"
 
-# dbus-daemon gives up on an activation after 25 s and answers itself. What is left is a helper that hangs, and a
-# person in front of polkit's dialog, who may be looking for the administrator.
+# dbus-daemon gives up on an activation after 25 s and answers itself; on a busy host, where many VMs start at once, the
+# helper may still be coming, and the call, which has not reached it, is made once more. What is left is a helper that
+# hangs, and a person in front of polkit's dialog, who may be looking for the administrator.
 CONNECT_TIMEOUT = 30.0  # seconds
 CALL_TIMEOUT = 60.0
 DIALOG_TIMEOUT = 600.0
@@ -275,6 +276,10 @@ class Helper:
         self._trace(f"helper > {member}({', '.join(map(repr, body))}){', may ask for a password' * interactive}")
         began = time.monotonic()
         reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
+        if reply.error_name == access.NOT_YET_STARTED:
+            self._trace(f"helper < {reply.error_name}: it is still starting; asked once more")
+            message.serial = 0  # a new one
+            reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
         took = f"{(time.monotonic() - began) * 1000:.0f} ms"
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""

@@ -140,6 +140,20 @@ def test_refusals(home: Home, bus: PrivateBus, plan: dict[str, Any], line: str, 
     assert lines[-1].startswith(f"{VM} would {'not ' if status else ''}start: 1 ")
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_helper_that_takes_longer_to_start_than_the_bus_waits(home: Home, bus: PrivateBus, times: int) -> None:
+    """As where many VMs start at once, with the host: it is asked once more, and then no more."""
+    home.define(vcpu_pinning=[CPU], isolation="cpuset")
+    late = {"error": ["org.freedesktop.DBus.Error.TimedOut", "Failed to activate service 'x': timed out"]}
+    bus.plan(CheckPins=[late] * times + ["act"])
+    status, lines = check(home, bus)
+    assert [call[0] for call in asked(bus)] == ["GetLimits", "CheckPins", "CheckPins"]
+    assert status == (0 if times == 1 else 2)
+    assert [line for line in lines if line.startswith("error")] == (
+        [] if times == 1 else ["error    Failed to activate service 'x': timed out"]
+    )
+
+
 @needs_two_cpus
 def test_more_than_fits_into_a_message(home: Home, bus: PrivateBus) -> None:
     """The helper reads nothing so large, and answers nothing: who asked would wait for a minute."""
