@@ -19,7 +19,8 @@ from .. import privileges
 from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here, and everybody else waiting.
-SWEEP_SECONDS = 2.0
+# A look that comes late moves a few threads of a group all the same: those that QEMU's own vCPU threads have made.
+SWEEP_SECONDS, SWEEP_THREADS = 2.0, 16
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -188,7 +189,7 @@ def _drain(source: Path, emulator: Path, end: float, keep: str = "") -> None:
     while tids := [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]:
         if late:  # once is for those that were there: on a slow host it takes long to look at all places
             raise Failed("Threads are born faster than they can be moved")
-        for tid in tids:
+        for tid in tids[:SWEEP_THREADS]:
             with suppress(ProcessLookupError):
                 (emulator / "cgroup.threads").write_text(tid)
         late = time.monotonic() > end
