@@ -1,0 +1,181 @@
+"""The host changes under running VMs: CPUs go and come, it sleeps, its clock jumps, its administrator moves things.
+
+Afterwards it is as after any VM: see `host_as_before`. A change that leaves a shield alone costs its VM nothing.
+"""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from system import host
+from system.claims import Child, Claimant
+from system.fixtures import start_helper, stop_helper
+
+pytestmark = pytest.mark.hosts("trixie", why="it is about what the kernel does to partitions")
+
+SYSTEMD_DROP_INS = Path("/run/systemd/system.control")
+SLEPT = Path("/sys/power/suspend_stats/success")  # how often
+
+
+@contextmanager
+def offline(*cpus: int) -> Iterator[None]:
+    """These CPUs are, for the block: as an administrator does it, or a host that repairs itself."""
+    files = [Path(f"/sys/devices/system/cpu/cpu{cpu}/online") for cpu in cpus]
+    with ExitStack() as stack:
+        for file in files:
+            file.write_text("0")
+            stack.callback(file.write_text, "1")
+        yield
+
+
+@contextmanager
+def allowed_cpus(unit: str, cpus: str) -> Iterator[None]:
+    """The administrator keeps a unit there. An empty value would leave the mask in force: in the end, all CPUs."""
+    command = ["systemctl", "set-property", "--runtime", unit]
+    subprocess.run([*command, f"AllowedCPUs={cpus}"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*command, f"AllowedCPUs={min(host.online())}-{max(host.online())}"], check=True)
+        for file in (SYSTEMD_DROP_INS / f"{unit}.d").glob("*-AllowedCPUs.conf"):
+            file.unlink()
+
+
+def shielded(program: Claimant) -> Child:
+    """Two real-time threads, alone on CPUs 4 and 5; no helper is there any more."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    stop_helper()
+    return child
+
+
+def expect_whole(child: Child) -> None:
+    """It still has all of it, and nobody else is there.
+
+    Of the kernel's threads, some are put back on all CPUs when one comes online (kswapd: mm/vmscan.c).
+    """
+    assert host.isolated() == {4, 5}
+    assert [host.cpus_of(child.pid, tid) for tid in child.tids] == [{4}, {5}]
+    assert host.realtime_threads() == set(child.tids)
+    trespassers = host.trespassers({4, 5}, child.tids, since=host.born(child.pid))
+    assert [thread for thread in trespassers if not thread.of_kernel] == []
+
+
+def expect_nothing_half(child: Child, before: tuple[int, int]) -> None:
+    """It has nothing any more, and lives."""
+    host.wait_for("real time is taken from it", lambda: host.realtime_threads() == set())
+    host.wait_for("the CPUs are back", lambda: host.isolated() == frozenset())
+    host.wait_for("the limit is as before", lambda: host.limit(child.pid, "Max realtime timeout") == before)
+    assert host.is_alive(child.pid)
+
+
+def test_all_cpus_of_a_shield_go_offline(program: Claimant) -> None:
+    """The partition is invalid then, stays so when they come back, and its threads run among all others."""
+    child = shielded(program)
+    before = 200_000, 200_000
+    with offline(4, 5):
+        expect_nothing_half(child, before)
+    expect_nothing_half(child, before)
+    assert host.born_of_us() == host.online()
+    answer = program.pin(child, "vm", 4, 5)
+    assert (answer.error, "has to be started anew" in answer.text) == ("TargetRefused", True), answer
+
+
+def test_other_cpus_go_offline_and_come_back(program: Claimant) -> None:
+    """The shield is not concerned. What is pinned without one goes where it can, and back."""
+    child = program.spawn(2)
+    pins = [[child.tids[0], [4], True], [child.tids[1], [2], False]]
+    assert program.call("PinThreads", "usa(uaub)au", child.pid, "vm", pins, []).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1, threads=1).error == "ok"
+    stop_helper()
+    with offline(2, 6):
+        start_helper()
+        assert host.cpus_of(child.pid, child.tids[1]) <= host.online() - {4, 5}
+        assert host.cpus_of(child.pid, child.tids[0]) == {4}
+        assert host.cpus_of(1) == host.online() - {4, 5}
+    assert host.cpus_of(child.pid, child.tids[1]) == {2}
+    assert host.cpus_of(1) == host.online() - {4, 5}
+    assert host.isolated() == {4, 5}
+    assert host.realtime_threads() == {child.tids[0]}
+
+
+def test_the_host_sleeps(program: Claimant) -> None:
+    """Suspend to RAM takes every CPU but one offline and brings them back, while nobody runs."""
+    child = shielded(program)
+    slept = int(SLEPT.read_text())
+    subprocess.run(["rtcwake", "--mode", "mem", "--seconds", "3"], check=True)
+    assert int(SLEPT.read_text()) == slept + 1
+    expect_whole(child)
+    start_helper()
+    expect_whole(child)
+
+
+def test_the_clock_jumps(program: Claimant) -> None:
+    child = shielded(program)
+    for seconds in (400 * 86400, -800 * 86400):
+        began, since = time.time(), time.monotonic()
+        try:
+            time.clock_settime(time.CLOCK_REALTIME, began + seconds)
+            start_helper()
+            expect_whole(child)
+            stop_helper()
+        finally:
+            time.clock_settime(time.CLOCK_REALTIME, began + time.monotonic() - since)
+    assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+    assert host.isolated() == frozenset()
+
+
+def test_an_administrator_changes_allowed_cpus(program: Claimant) -> None:
+    """A shield stays whatever is allowed to the slices above it, and comes as well; QEMU's other threads keep to that.
+
+    But the kernel gives a sibling's only CPUs to nobody: then nothing is left of the claim.
+    """
+    child = shielded(program)
+    with allowed_cpus("user.slice", "0-3"), allowed_cpus(f"qemu-launcher-{program.user.uid}-vm.scope", "0-1"):
+        expect_whole(child)
+        start_helper()
+        expect_whole(child)
+        assert host.cpus_of(child.pid) == {0, 1}
+        program.end(child.pid)
+        host.wait_for("it is gone", lambda: program.call("GetLimits", "").error == "ok" and not host.records())
+        child = shielded(program)
+        expect_whole(child)
+        assert host.cpus_of(child.pid) == {0, 1, 2, 3}
+    expect_whole(child)
+    assert host.cpus_of(child.pid) == host.online() - {4, 5}
+    assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+    with allowed_cpus("system.slice", "4-5"):
+        answer = program.pin(child, "vm", 4, 5)
+        assert (answer.error, "another cpuset holds some" in answer.text) == ("Conflict", True), answer
+        assert host.isolated() == frozenset()
+        assert host.exclusive() == {}
+
+
+def test_cgroups_removed_by_hand(program: Claimant) -> None:
+    """Root moves the process out and removes what is empty, as somebody does who tidies up."""
+    child = shielded(program)
+    scope = host.cgroup(child.pid).parent
+    (scope.parent / "session.slice").mkdir(exist_ok=True)
+    (scope.parent / "session.slice/cgroup.procs").write_text(str(child.pid))
+    for folder in sorted(scope.rglob("*/"), reverse=True):
+        with suppress(FileNotFoundError):  # systemd removes what is empty, too
+            folder.rmdir()
+    expect_nothing_half(child, (200_000, 200_000))
+    program.end(child.pid)
+    host.wait_for("the record is gone", lambda: host.records() == set())
+    (scope.parent / "session.slice").rmdir()
+    expect_whole(shielded(program))
+
+
+def test_a_partition_ended_by_hand(program: Claimant) -> None:
+    """Nothing tells the helper; its next start does not leave the real time where the shield was."""
+    child = shielded(program)
+    (host.cgroup(child.pid).parent / "vcpus/cpuset.cpus.partition").write_text("member")
+    assert host.isolated() == frozenset()
+    start_helper()
+    expect_nothing_half(child, (200_000, 200_000))
