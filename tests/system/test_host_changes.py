@@ -5,7 +5,7 @@ Afterwards it is as after any VM: see `host_as_before`. A change that leaves a s
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -14,11 +14,16 @@ import pytest
 from system import host
 from system.claims import Child, Claimant
 from system.fixtures import start_helper, stop_helper
+from system.people import User
+from system.stepping import Stepping
+from system.vms import Launch, define
 
 pytestmark = pytest.mark.hosts("trixie", why="it is about what the kernel does to partitions")
 
+TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "shutdown_timeout": 1}
 SYSTEMD_DROP_INS = Path("/run/systemd/system.control")
 SLEPT = Path("/sys/power/suspend_stats/success")  # how often
+LOGIND_DROP_IN = Path("/run/systemd/logind.conf.d/test.conf")
 
 
 @contextmanager
@@ -179,3 +184,44 @@ def test_a_partition_ended_by_hand(program: Claimant) -> None:
     assert host.isolated() == frozenset()
     start_helper()
     expect_nothing_half(child, (200_000, 200_000))
+
+
+def test_daemon_reexec_in_the_middle_of_a_launch(alice: User, stepping: Stepping) -> None:
+    """It may fail once, whole: systemd hangs up on everybody. Then nothing is left, and the next start works."""
+    define(alice, "reexec", TUNING, cpus=2)
+    with stepping.halted_at("record") as halt:
+        launch = Launch(alice, "reexec")
+        halt.wait(launch)
+        reexec = subprocess.Popen(["systemctl", "daemon-reexec"])
+    try:
+        host.wait_for("it runs, or not", lambda: "reexec: running" in launch.said or not launch.is_alive)
+        assert reexec.wait(host.PATIENCE) == 0
+        if launch.is_alive:
+            assert host.isolated() == {4, 5}
+            assert host.realtime_threads() == set(launch.vcpu_tids)
+            assert launch.quit() == 0
+        else:
+            assert not launch.guest_ran
+            assert "qemu-launcher run --untuned reexec" in launch.said, launch.said  # whoever refused it
+    finally:
+        launch.close()
+    host.wait_until_as_before()
+
+
+def test_logout_with_kill_user_processes(alice: User, vm: Callable[..., Launch]) -> None:
+    """logind ends what is in the session's scope, which QEMU is not: but its launcher is, and powers it down."""
+    define(alice, "session", TUNING, cpus=2)
+    LOGIND_DROP_IN.parent.mkdir(exist_ok=True)
+    LOGIND_DROP_IN.write_text("[Login]\nKillUserProcesses=yes\n")
+    subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
+    try:
+        running = vm(alice, "session").until_settled()
+        stop_helper()
+        qemu = running.qemu
+        alice.log_out()
+        host.wait_for("QEMU is gone", lambda: not host.tids(qemu))
+        host.wait_until_as_before()
+        assert "session: asked the guest to power down within 1 s" in running.said
+    finally:
+        LOGIND_DROP_IN.unlink()
+        subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
