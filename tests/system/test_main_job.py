@@ -41,7 +41,7 @@ def win11(members: tuple[User, User], calls: Calls) -> Iterator[Launch]:
     """alice's VM, running."""
     alice, _ = members
     tuning = {"vcpu_pinning": PINNING, "scheduler": "fifo", "priority": 1, "rlimit_memlock": "850M"}
-    define(alice, "win11", tuning, {"m": "128M"}, {"overcommit": "mem-lock=on"}, cpus=4)
+    define(alice, "win11", tuning, {"m": "128M"}, {"overcommit": "mem-lock=on"}, cpus=4, spin=True)
     assert alice.login.run("true").status == 0  # her slice exists from here on
     slice_name = f"user-{alice.uid}.slice"
     subprocess.run(["systemctl", "set-property", "--runtime", slice_name, f"MemoryMax={MEMORY_MAX}"], check=True)
