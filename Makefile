@@ -223,7 +223,7 @@ place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/
 	-e 's|/usr/bin/qemu-launcher|$(BINDIR)/qemu-launcher|g' $(1) > $(2) && chmod $(3) $(2)
 
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
-	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR) $(USERUNITDIR) $(SYSUSERSDIR) $(UDEVDIR) $(DBUSDIR)/system.d \
+	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR)/qemu-.slice.d $(USERUNITDIR) $(SYSUSERSDIR) $(UDEVDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
 		$(addprefix $(MANDIR)/man,1 5 7 8) $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
@@ -237,6 +237,7 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@(cd helper && find qemu_launcher_helper -name '*.py' -o -name py.typed) | while read -r f; do \
 		install -D -m 644 helper/$$f $(DESTDIR)$(PYTHONDIR)/$$f; done
 	@install -m 644 helper/qemu-launcher.sysusers.conf $(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf
+	@install -m 644 helper/qemu-.slice.conf $(DESTDIR)$(UNITDIR)/qemu-.slice.d/10-defaults.conf
 	@install -m 644 helper/qemu-launcher.rules $(DESTDIR)$(UDEVDIR)/60-qemu-launcher.rules
 	@install -m 644 dbus/org.qemulauncher.Helper1.conf $(DESTDIR)$(DBUSDIR)/system.d/
 	@install -m 644 dbus/org.qemulauncher.Helper1.xml $(DESTDIR)$(DBUSDIR)/interfaces/
@@ -265,6 +266,7 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
 	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(SBINDIR)/qemu-launcher-helper $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
 		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service \
+		$(DESTDIR)$(UNITDIR)/qemu-.slice.d/10-defaults.conf \
 		$(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf $(DESTDIR)$(UDEVDIR)/60-qemu-launcher.rules \
 		$(DESTDIR)$(DBUSDIR)/system.d/org.qemulauncher.Helper1.conf \
 		$(DESTDIR)$(DBUSDIR)/system-services/org.qemulauncher.Helper1.service \
@@ -274,7 +276,7 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 		$(DESTDIR)$(MANDIR)/man7/qemu-launcher-migration.7 \
 		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5 \
 		$(DESTDIR)$(BASHDIR)/qemu-launcher $(DESTDIR)$(ZSHDIR)/_qemu-launcher $(DESTDIR)$(FISHDIR)/qemu-launcher.fish
-	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR)) 2>/dev/null || true
+	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR) $(DESTDIR)$(UNITDIR)/qemu-.slice.d) 2>/dev/null || true
 	@[ -n "$(DESTDIR)" ] || { $(reload); }
 
 clean: ## remove what was built and cached in the tree (the lab's images stay in QEMU_LAUNCHER_CACHE)

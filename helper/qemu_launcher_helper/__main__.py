@@ -45,11 +45,12 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
     if await connection.call(bus.DAEMON, "RequestName", "su", [contract.BUS_NAME, 4], "u") != [1]:
         raise contract.Failed(f"{contract.BUS_NAME} has another owner")
-    await asyncio.wait({asyncio.create_task(serving.idle.wait()), connection.reading}, return_when="FIRST_COMPLETED")
+    idling = asyncio.create_task(serving.idle.wait())
+    while not (await asyncio.wait({idling, connection.reading}, timeout=idle, return_when="FIRST_COMPLETED"))[0]:
+        reconcile()  # a scope that ended could not start us while calls keep us here, be they refused ones
     # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
     await connection.daemon("ReleaseName", contract.BUS_NAME, answer="u")
-    if serving.tasks:
-        await asyncio.wait(serving.tasks, timeout=_STOP_SECONDS)
+    await asyncio.wait({*serving.tasks, idling}, timeout=_STOP_SECONDS)
     # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
     reconcile()
     await connection.close()

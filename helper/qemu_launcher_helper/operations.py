@@ -75,8 +75,8 @@ class Operation(NamedTuple):
             async with self._granting(target, wanted):
                 still = MECHANISM.shielded_threads(before.scope) or {} if wanted.shielded == before.shielded else {}
                 stay = [pin.tid for pin in pins if pin.shielded and still.get(pin.tid) == pin.cpus]
-                anywhere = before.realtime if self.limits.realtime == "anywhere" else ()
-                target.take_realtime({*stay, *anywhere})  # whoever leaves a shielded CPU leaves real time first
+                # Whoever leaves a shielded CPU leaves real time first.
+                target.take_realtime([*stay, *(before.realtime if self.limits.realtime == "anywhere" else ())])
                 settle([wanted, *(record for record in self.live if record.key != wanted.key)])
                 MECHANISM.apply(wanted.scope, pins, wanted.shielded, others)
                 if target.verify_threads(start_times) != start_times:

@@ -123,9 +123,9 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
         if not left:
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             MECHANISM.kill(record.scope)
+        left = left if stray or not left else left._replace(shielded=frozenset(), pinned=frozenset())
         MECHANISM.withdraw(record.scope)
         left = left and left._replace(settled=not (left.realtime or left.memlock_before or left.rttime_before))
-        left = left if stray or not left else left._replace(shielded=frozenset(), pinned=frozenset())
     with _logged("keeping the record"):
         if left:
             left.write()

@@ -12,6 +12,7 @@ FILES = {
     "usr/lib/systemd/system/qemu-launcher-helper.service": 0o644,
     "usr/lib/systemd/user/qemu-launcher@.service": 0o644,
     "usr/lib/sysusers.d/qemu-launcher.conf": 0o644,
+    "usr/lib/systemd/system/qemu-.slice.d/10-defaults.conf": 0o644,
     "usr/lib/udev/rules.d/60-qemu-launcher.rules": 0o644,
     "usr/share/dbus-1/interfaces/org.qemulauncher.Helper1.xml": 0o644,
     "usr/share/dbus-1/system-services/org.qemulauncher.Helper1.service": 0o644,

@@ -59,7 +59,7 @@ def test_another_prefix_keeps_the_daemons_folders(tmp_path: Path) -> None:
     make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
     files = installed(tmp_path)
     fixed = [name for name in FILES if re.search(r"dbus-1|polkit-1|lib/systemd|sysusers|udev", name)]
-    assert len(fixed) == 9
+    assert len(fixed) == 10
     assert set(fixed) <= set(files)
     assert all(name.startswith("opt/ql/") for name in set(files) - set(fixed))
     unit = (tmp_path / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()

@@ -167,7 +167,8 @@ def test_rpm_has_debians_files(rpm: Path, tmp_path: Path) -> None:
     assert entries["usr/sbin/qemu-launcher-helper"].target == "../libexec/qemu-launcher-helper"
     folders = {name: entry.mode & 0o7777 for name, entry in entries.items() if entry.mode & 0o170000 == 0o040000}
     assert set(folders.values()) == {0o755}
-    assert all(re.match(r"usr/share/(doc/|licenses/)?qemu-launcher(/|$)", name) for name in folders)
+    own = r"usr/(share/(doc/|licenses/)?qemu-launcher(/|$)|lib/systemd/system/qemu-\.slice\.d$)"
+    assert all(re.match(own, name) for name in folders)
 
 
 def test_arch_has_debians_files(arch: Path) -> None:

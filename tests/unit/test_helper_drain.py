@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher_helper.contract import Failed
-from qemu_launcher_helper.cpuset.partition import SWEEP_THREADS, _drain
+from qemu_launcher_helper.cpuset.partition import STUCK_LOOKS, SWEEP_THREADS, _drain
 
 TID, OVER = "4711", 0.0  # a deadline that has passed
 
@@ -51,7 +51,7 @@ def test_who_is_there_at_the_first_look_goes_however_late_it_is(tree: Tree) -> N
 def test_but_not_any_number(tree: Tree) -> None:
     """A user may have tens of thousands of threads; while they are moved one by one, nobody else is served."""
     tree.fill(*map(str, range(4711, 4711 + SWEEP_THREADS + 12)))
-    with pytest.raises(Failed, match=r"^Threads are born faster than they can be moved$"):
+    with pytest.raises(Failed, match=r"^Threads are born faster than they can be moved"):
         _drain(tree.place, tree.emulator, OVER)
     assert len(tree.threads()) == 12
 
@@ -68,3 +68,10 @@ def test_a_thread_that_is_ending_and_does_not_end(tree: Tree) -> None:
     with pytest.raises(Failed):
         _drain(tree.place, tree.emulator, OVER)
     assert tree.tries == [TID]
+
+
+def test_and_it_does_not_take_all_the_time_that_there_is(tree: Tree) -> None:
+    tree.stuck = {TID}
+    with pytest.raises(Failed):
+        _drain(tree.place, tree.emulator, time.monotonic() + 600)
+    assert len(tree.tries) == STUCK_LOOKS + 1

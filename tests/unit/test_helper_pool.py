@@ -25,6 +25,7 @@ class Host:
             self.write(name, cpus)
         for scope in ("qemu.slice", *(scope[1:] for scope in SCOPES), *(f"{scope[1:]}/pool" for scope in SCOPES)):
             self.write(scope, "")
+        (self.root / "cpuset.cpus.effective").write_text("0-7\n")
 
     def write(self, group: str, cpus: str) -> None:
         (self.root / group).mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def test_a_group_that_comes_later(host: Host) -> None:
 
 
 def test_a_group_that_would_have_nothing_left(host: Host) -> None:
-    with pytest.raises(Conflict, match=r"^CPUs 2-3,6-7 are all that AllowedCPUs= leaves to 'docker'$"):
+    with pytest.raises(Conflict, match=r"^CPUs 2-3,6 are all that 'docker' may have"):
         host.settle(2, 3, 6, 7)
     assert host.cpus("docker") == "2-3,6"
     assert host.cpus("user.slice") == "0-1,4-5", "the others are as they should be all the same"
@@ -146,6 +147,48 @@ def test_its_memory_is_whole_or_not_there(host: Host) -> None:
     host.settle(4, 5)
     assert json.loads(host.memory.read_text())["system.slice"] == ["0-5", "0-5", "0-3"]
     assert os.listdir(host.memory.parent) == ["pool"]
+
+
+def test_a_group_whose_last_cpus_are_offline(host: Host) -> None:
+    """The kernel would let it run on all others, the shielded ones included."""
+    (host.root / "cpuset.cpus.effective").write_text("0-5\n")
+    with pytest.raises(Conflict, match="'docker'"):
+        host.settle(2, 3)
+
+
+def test_a_group_that_keeps_its_cpus_does_not_keep_the_others_from_theirs(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        if path.parent.name == "docker":
+            raise OSError(22, os.strerror(22), str(path))
+        return real(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(Conflict, match=r"^The kernel does not let 'docker' leave CPUs 2-3"):
+        host.settle(2, 3)
+    assert host.groups() == {
+        "init.scope": "0-1,4-7",
+        "system.slice": "0-1,4-5",
+        "user.slice": "0-1,4-7",
+        "docker": "2-3,6",
+    }
+    host.settle()
+    assert host.groups() == AS_BEFORE
+    assert not host.memory.exists()
+
+
+@pytest.mark.parametrize("broken", ["", "[]", "{", '{"user.slice": 7}', "null"])
+def test_a_memory_that_cannot_be_read(host: Host, broken: str) -> None:
+    host.settle(4, 5)
+    host.memory.write_text(broken)
+    host.settle(4, 5)
+    assert host.cpus("user.slice") == "0-3,6-7"
+    host.settle()
+    assert host.groups() == dict.fromkeys(BEFORE, "0-7")
+    assert not host.memory.exists()
 
 
 def test_a_group_that_ends_while_it_is_settled(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

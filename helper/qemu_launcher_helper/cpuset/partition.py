@@ -21,6 +21,9 @@ from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
 # New threads may be born while the old ones move; a fork bomb must not keep us here, and everybody else waiting.
 # A look that comes late moves a few threads of a group all the same: those that QEMU's own vCPU threads have made.
 SWEEP_SECONDS, SWEEP_THREADS = 2.0, 16
+# A thread that is about to end is moved no more; one that never does, as in a file system of its own, must not keep us
+# either. So many looks, each after one millisecond more, are half a second.
+STUCK_LOOKS = 30
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -185,14 +188,17 @@ class Partition:
 
 
 def _drain(source: Path, emulator: Path, end: float, keep: str = "") -> None:
-    late = False
+    late, same, seen = False, 0, list[str]()
     while tids := [tid for tid in (source / "cgroup.threads").read_text().split() if tid != keep]:
-        if late:  # once is for those that were there: on a slow host it takes long to look at all places
-            raise Failed("Threads are born faster than they can be moved")
+        same = same + 1 if tids == seen else 0
+        # One pass is for those that were there: on a slow host it takes long to look at all places.
+        if late or same > STUCK_LOOKS:
+            raise Failed("Threads are born faster than they can be moved, or do not end")
         for tid in tids[:SWEEP_THREADS]:
             with suppress(ProcessLookupError):
                 (emulator / "cgroup.threads").write_text(tid)
-        late = time.monotonic() > end
+        late, seen = time.monotonic() > end, tids
+        time.sleep(same / 1000)
 
 
 def threaded(path: Path) -> Path:

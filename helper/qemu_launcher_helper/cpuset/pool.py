@@ -18,6 +18,7 @@ the shielded CPUs out of it again.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -53,36 +54,47 @@ class Pool(Partition):
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
         """Let each group of the host, and each scope of a VM, have all CPUs but those that `live` shields for others.
 
-        Raises Conflict when that leaves a group nothing; all others then are as they should be.
+        Raises Conflict when that leaves a group nothing, or one keeps what it has; all others are as they should be.
         """
         shielded = frozenset[int]().union(*live.values())
-        for scope in self._scopes():
-            with suppress(FileNotFoundError):  # it ends while we look
-                own = live.get(scope, frozenset())
-                _change(self._dir(scope) / "cpuset.cpus", cpulist(self.everything - shielded | own))
-                _change(self._outside(scope) / "cpuset.cpus", cpulist(self.everything - shielded))
-        known, memory, wanted, bare = self._remembered(), dict[str, list[str]](), dict[Path, str](), ""
-        for path in self.root.glob("*/cpuset.cpus") if shielded or known else ():
-            name = path.parent.name
-            with suppress(FileNotFoundError):
-                now = path.read_text().strip()
-                before, *ours = known.get(name, [now])
-                # Neither what was there nor ours: an administrator has changed it meanwhile, and knows best.
-                before = before if now in ours else now
-                left = (parse_cpulist(before) or self.everything) - shielded
-                bare = bare or ("" if left else name)
-                if path.parent != self.root / "qemu.slice" and (shielded or now != before):
-                    wanted[path] = cpulist(left) or before
-                    memory[name] = [before, now, wanted[path]]
-        if memory:
-            self._remember(memory)
-        for path, cpus in wanted.items():
-            with suppress(FileNotFoundError):
-                _change(path, cpus)
-        if not shielded:
+        groups, bare = self._groups(shielded)
+        scopes = {self._dir(scope) / "cpuset.cpus": live.get(scope, frozenset()) for scope in self._scopes()}
+        scopes |= {self._outside(scope) / "cpuset.cpus": frozenset[int]() for scope in self._scopes()}
+        wanted = groups | {path: cpulist(self.everything - shielded | own) for path, own in scopes.items()}
+        refused = [path.parent.name for path, cpus in wanted.items() if not _change(path, cpus)]
+        if not shielded and not refused:
             self._memory.unlink(missing_ok=True)
+        if refused:
+            raise Conflict(
+                f"The kernel does not let {refused[0]!a} leave CPUs {cpulist(shielded)}, or have others back"
+            )
         if bare:
-            raise Conflict(f"CPUs {cpulist(shielded)} are all that AllowedCPUs= leaves to {bare!a}")
+            raise Conflict(bare)
+
+    def _groups(self, shielded: frozenset[int]) -> tuple[dict[Path, str], str]:
+        """Return what to write for each group of the host, and a refusal where that is nothing; remember what is there.
+
+        A killed helper has written some of it, or none: `memory` says of each text which of both it is.
+        """
+        known, memory, bare = self._remembered(), dict[str, list[str]](), ""
+        online, wanted = _text(self.root / "cpuset.cpus.effective") or "", dict[Path, str]()
+        for path in self.root.glob("*/cpuset.cpus") if shielded or known != {} else ():
+            name, now = path.parent.name, _text(path)
+            if now is None or name == "qemu.slice":
+                continue
+            # Where what it was is lost, a full list: what is there may be ours, and would stay for good.
+            before, *ours = ["", now] if known is None else known.get(name, [now])
+            # Neither what was there nor ours: an administrator has changed it meanwhile, and knows best.
+            before = before if now in ours else now
+            left = (parse_cpulist(before) or self.everything) - shielded
+            if shielded or now != before:
+                wanted[path] = cpulist(left) or before
+                memory[name] = [before, now, wanted[path]]
+            if shielded and not left & parse_cpulist(online):  # such a group gets its parent's
+                bare = f"CPUs {before or online} are all that {name!a} may have (AllowedCPUs=), or all that are online"
+        if shielded:
+            self._remember(memory)
+        return wanted, bare
 
     def apply(self, scope: str, pins: Sequence[Pin], reserved: frozenset[int], others: frozenset[int]) -> None:
         """Put every thread of the scope where `pins` and `others` (empty: all unshielded CPUs) want it. Idempotent.
@@ -94,11 +106,14 @@ class Pool(Partition):
         write(outside / "cpuset.cpus", read(self._dir(scope) / "cpuset.cpus") - reserved)
         super().apply(scope, pins, reserved, others)
 
-    def _remembered(self) -> dict[str, list[str]]:
-        with suppress(FileNotFoundError):
-            memory: dict[str, list[str]] = json.loads(self._memory.read_text())
-            return memory
-        return {}
+    def _remembered(self) -> dict[str, list[str]] | None:
+        """Return what was remembered, by group; None when that cannot be read any more."""
+        try:
+            memory = json.loads(self._memory.read_text()) if self._memory.exists() else {}
+            return {name: [*map(str, texts)] for name, texts in memory.items() if texts}
+        except (AttributeError, TypeError, ValueError) as err:
+            logging.warning("what groups had before is lost, they get all CPUs: %a", str(err))
+            return None
 
     def _remember(self, memory: Mapping[str, list[str]]) -> None:
         """Put it on disk, whole or not at all, before what it is about is changed."""
@@ -130,6 +145,17 @@ class Pool(Partition):
             write(base / "vcpus/cpuset.cpus", self.everything)
 
 
-def _change(path: Path, cpus: str) -> None:
-    if path.read_text().strip() != cpus:
-        path.write_text(cpus)
+def _text(path: Path) -> str | None:
+    """Return the list in the file; None for a group that has ended, of which a kernel says ENOENT or ENODEV."""
+    with suppress(OSError):
+        return path.read_text().strip()
+    return None
+
+
+def _change(path: Path, cpus: str) -> bool:
+    """Write the list if it is another; tell whether it is there now, or the group has ended."""
+    with suppress(OSError):
+        if path.read_text().strip() != cpus:
+            path.write_text(cpus)
+        return True
+    return not path.exists()
