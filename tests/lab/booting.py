@@ -77,7 +77,7 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
     slot = slots.take(cache / "slots", folder.name, slots.slot_count())
     try:
         accel = accelerator.choose(picture, cache)
-        arguments = qemu_arguments(picture, machine, accel)
+        arguments = qemu_arguments(picture, machine, accel, recipe.cpu_features if accel == accelerator.TCG else "")
         session = _Session(folder, recipe, machine, picture, arguments, slot, kept)
         begun = time.monotonic()
         # Under KVM a boot is nearly as fast as reading its result, and need not trust that every CPU state migrates.
@@ -103,7 +103,7 @@ def check_tools() -> None:
     image.check_tools(TOOLS)
 
 
-def qemu_arguments(picture: Image, machine: Machine, accel: str) -> list[str]:
+def qemu_arguments(picture: Image, machine: Machine, accel: str, cpu_features: str = "") -> list[str]:
     """QEMU's argument vector; relative paths are in the lab's folder, which is its working directory."""
     append = [*KERNEL_ARGUMENTS, *machine.kernel_arguments]
     return [
@@ -111,7 +111,7 @@ def qemu_arguments(picture: Image, machine: Machine, accel: str) -> list[str]:
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-machine", "q35",
         "-accel", accel,
-        "-cpu", accelerator.CPU[accel],
+        "-cpu", accelerator.CPU[accel] + cpu_features,
         "-smp", machine.smp,
         "-m", f"{machine.memory_mib}M",
         "-kernel", str(picture.kernel),

@@ -57,6 +57,13 @@ class Recipe:
     users: tuple[str, ...] = ("alice", "bob", "carol")  # uid 1000, 1001, ...: each with a group of his own
     size_mib: int = 2048  # of the file system; the file is sparse
 
+    @property
+    def cpu_features(self) -> str:
+        """What an emulated CPU needs so that this kernel sees its cores: Linux 6.1 takes the threads of one of AMD's
+        without topoext, which QEMU's "max" is, for cores.
+        """
+        return ",vendor=GenuineIntel" if self.suite == "bookworm" else ""
+
     def digest(self, folder: Path = LAB_FOLDER) -> str:
         """The name of the image: 16 hex digits over the recipe and its ingredients below `folder`."""
         state = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
