@@ -49,6 +49,7 @@ HOSTS = {
         Host("bookworm", BOOKWORM, usual=False),
         # Fedora's and Arch's bus: what it does to those who flood it, and to those whom it does not know.
         Host("broker", TRIXIE, Machine(kernel_arguments=("lab.bus=dbus-broker",)), usual=False),
+        Host("isolcpus", TRIXIE, Machine(kernel_arguments=("isolcpus=5-6",)), usual=False),  # parts of two cores
     )
 }
 DEBIANS = ("trixie", "bookworm")

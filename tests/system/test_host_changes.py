@@ -79,6 +79,28 @@ def expect_nothing_half(child: Child, before: tuple[int, int]) -> None:
     assert host.is_alive(child.pid)
 
 
+def test_a_shielded_cpu_goes_offline(alice: User, vm: Callable[..., Launch]) -> None:
+    """The kernel moves its vCPU to the other's CPU, where both are real-time; the helper, started for it, ends that.
+
+    The VM runs on, untuned, and its user can see why. Its next start has a shield again.
+    """
+    define(alice, "hot", TUNING, cpus=2)
+    running = vm(alice, "hot").until_settled()
+    stop_helper()
+    with offline(4):
+        host.wait_for("real time ends", lambda: host.realtime_threads() == set())
+        host.wait_for("the shield ends", lambda: host.isolated() == frozenset())
+        places = {host.online()}
+        host.wait_for("they run anywhere", lambda: {host.cpus_of(running.qemu, t) for t in running.vcpu_tids} == places)
+        shown = alice.command("status", "hot").stdout
+        assert "its shield of CPUs 4-5 was taken back: CPU 4 went offline\n" in shown
+        assert "to bring it online: echo 1 | sudo tee /sys/devices/system/cpu/cpu4/online\n" in shown
+    assert running.witness.state() == "running"
+    assert running.quit() == 0
+    host.wait_until_as_before()
+    vm(alice, "hot").quit()
+
+
 def test_all_cpus_of_a_shield_go_offline(program: Claimant) -> None:
     """The partition is invalid then, stays so when they come back, and its threads run among all others."""
     child = shielded(program)

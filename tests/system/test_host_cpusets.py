@@ -13,6 +13,8 @@ import pytest
 
 from system import host
 from system.claims import Claimant
+from system.people import User
+from system.vms import define
 
 pytestmark = pytest.mark.hosts("trixie", why="it is about what the kernel says to partitions")
 
@@ -92,3 +94,31 @@ def test_others_make_room_and_get_their_cpus_back(program: Claimant, docker: Cal
         assert program.call("GetLimits", "").error == "ok"
         assert host.isolated() == frozenset()
         assert [host.cpus_of(pid) for pid in (before, beside, guest, later)] == [{4, 5}, {6}, {5}, {3, 4}]
+
+
+def test_a_partition_of_somebody_elses_is_not_touched(
+    program: Claimant, alice: User, docker: Callable[[str, str], int]
+) -> None:
+    """Who has made docker's cgroup a partition keeps it. `check` says whose the CPUs are before the kernel says no."""
+    child = program.spawn(2)
+    alone, shared = docker("a" * 64, "4"), docker("b" * 64, "3")
+    (DOCKER / "cpuset.cpus").write_text("2-4")
+    (DOCKER / "cpuset.cpus.partition").write_text("root")
+    try:
+        assert (DOCKER / "cpuset.cpus.partition").read_text() == "root\n"
+        answer = program.pin(child, "vm", 4, 5)
+        assert (answer.error, "another cpuset holds some" in answer.text) == ("Conflict", True), answer
+        assert (host.isolated(), host.exclusive()) == (frozenset(), {})
+        assert [host.cpus_of(pid) for pid in (alone, shared)] == [{4}, {3}]
+
+        define(alice, "vm", {"vcpu_pinning": [4, 5]}, cpus=2)
+        checked = alice.command("check", "vm")
+        assert checked.status == 2
+        assert "error    the cgroup /docker has CPUs 2-4 for itself (cpuset.cpus.partition)\n" in checked.stdout
+        assert "vm would not start: " in checked.stdout
+    finally:
+        (DOCKER / "cpuset.cpus.partition").write_text("member")
+        (DOCKER / "cpuset.cpus").write_text("0-7")  # none would be ENOSPC, with processes in it
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert host.isolated() == {4, 5}
+    assert host.cpus_of(shared) == {3}

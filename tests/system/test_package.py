@@ -5,6 +5,8 @@ These have a lab to themselves, because they take the package away.
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 from demo.guest import FAREWELL, GREETING, write
 from demo.terminal import observe, terminal
 from lab import Vm
+from lab.outside import package
 
 pytestmark = pytest.mark.outside
 
-PINNED = [4, 5]
+PINNED, SECOND = [4, 5], [2, 3]
+NEWER = "+newer"
 DEFINITION = f"""\
 launcher:
   binary: qemu-system-x86_64
@@ -46,6 +50,15 @@ def shielded(facts: dict[str, Any]) -> bool:
     return facts["isolated"] == PINNED and apart and vcpu_cpus(facts) == [[cpu] for cpu in PINNED]
 
 
+def newer(folder: Path) -> Path:
+    """The same package, as a later version."""
+    tree, control = folder / "tree", folder / "tree/DEBIAN/control"
+    subprocess.run(["dpkg-deb", "--raw-extract", package(), tree], check=True)
+    control.write_text(re.sub(r"^Version: .*", rf"\g<0>{NEWER}", control.read_text(), flags=re.MULTILINE))
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, folder / "newer.deb"], check=True)
+    return folder / "newer.deb"
+
+
 def test_the_package_comes_and_goes_under_a_running_vm(installed_lab: Vm, tmp_path: Path) -> None:
     """Installed: a member is let in at once. Upgraded and purged: the VM keeps its shield and ends in good order.
 
@@ -63,8 +76,12 @@ def test_the_package_comes_and_goes_under_a_running_vm(installed_lab: Vm, tmp_pa
 
     write(tmp_path / "guest.img")
     (tmp_path / "guest.yml").write_text(DEFINITION)
-    vm.put(tmp_path / "guest.img", "/home/alice/guest.img")
-    vm.put(tmp_path / "guest.yml", "/home/alice/guest.yml")
+    second = re.sub(
+        r".*(drive|serial):.*\n", "", DEFINITION.replace("guest", "second").replace(f"{PINNED}", f"{SECOND}")
+    )
+    (tmp_path / "second.yml").write_text(second)
+    for name in ("guest.img", "guest.yml", "second.yml"):
+        vm.put(tmp_path / name, f"/home/alice/{name}")
     vm.run("chown -R alice: /home/alice")
     with terminal(vm, "alice", "qemu-launcher ./guest.yml") as screen:
         assert GREETING.strip().decode() in list(screen.lines_until(GREETING.strip()))[-1]
@@ -73,10 +90,22 @@ def test_the_package_comes_and_goes_under_a_running_vm(installed_lab: Vm, tmp_pa
         vm.run(GET_LIMITS, user="alice")
         helper = observe(vm)["helper_pid"]
         assert helper != 0
-        vm.run("apt-get install -y --reinstall /root/qemu-launcher*.deb", timeout=1200)
+        vm.run("setsid qemu-launcher ./second.yml >second.log 2>&1 </dev/null & disown", user="alice")
+        vm.run("until grep -q 'second: running' /home/alice/second.log; do sleep 0.5; done", timeout=600)
+        assert observe(vm)["isolated"] == SECOND + PINNED
+        vm.put(newer(tmp_path), "/root/newer.deb")
+        vm.run("apt-get install -y /root/newer.deb", timeout=1200)
+        assert vm.run("dpkg-query --show --showformat '${Version}' qemu-launcher").stdout.endswith(NEWER)
         upgraded = observe(vm)
         assert upgraded["helper_pid"] != helper
-        assert shielded(upgraded)
+        assert upgraded["isolated"] == SECOND + PINNED
+
+        # The new helper knows what the old one has granted.
+        vm.run("qemu-launcher release second", user="alice")
+        assert observe(vm)["isolated"] == PINNED
+        vm.run("qemu-launcher kill second", user="alice")
+        vm.run("until [ $(pgrep -c qemu-system) = 1 ]; do sleep 0.5; done", timeout=600)
+        assert shielded(observe(vm))
         assert "running" in vm.run("qemu-launcher status guest", user="alice").stdout
 
         vm.run("mkdir -p /etc/qemu-launcher && touch /etc/qemu-launcher/helper.toml")
