@@ -17,8 +17,9 @@ import prctl
 
 from .contract import Failed
 
-# Names and numbers of linux/capability.h. sys_nice: scheduling of the caller's threads. sys_resource:
-# prlimit(2) on the caller's process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
+# Names and numbers of linux/capability.h. sys_nice: scheduling of the caller's threads; with cgroup v1, moving the
+# host's tasks between cpusets (security_task_setscheduler). sys_resource: prlimit(2) on the caller's
+# process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
 KEPT = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}
 
 

@@ -65,8 +65,11 @@ class Target(ExitStack):
         return dict(line.split(":\t", 1) for line in self.read("status").split("\n") if ":\t" in line)
 
     def cgroup(self) -> str:
-        """Return the process's cgroup v2 path, "" when it has none; TargetRefused once the process is gone."""
-        return next((line[3:] for line in self.read("cgroup").split("\n") if line.startswith("0::")), "")
+        """Return the process's path in systemd's hierarchy; "" when it has none, TargetRefused once it is gone.
+
+        That is cgroup v2, always the last line of proc_pid_cgroup(5); where all are in its root, or there is none, v1.
+        """
+        return "".join(re.findall(r"^(?:0:|[0-9]+:name=systemd):(/.+)$", self.read("cgroup"), re.MULTILINE)[-1:])
 
     def tids(self) -> frozenset[int]:
         """Return the TIDs of all threads, as the kernel lists them; OSError once the process is gone."""

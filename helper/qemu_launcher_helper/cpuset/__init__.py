@@ -1,10 +1,14 @@
-"""The ways of keeping CPUs for a VM, best first: partition.py, pool.py. Which one depends on the running kernel alone.
+"""The ways of keeping CPUs for a VM, best first: partition.py, pool.py, v1.py. Which one depends on the host alone.
 
 A mechanism writes cgroup files of scopes that the records name, and of the groups around these; no others. Every
 method may raise OSError; the caller then withdraws.
 """
 
-from .partition import Partition
+from .partition import CGROUP, Partition
 from .pool import Pool
+from .v1 import V1
 
-MECHANISM = Pool() if Partition().lacks() and not Pool().lacks() else Partition()
+# Where none can be used, the one that says what is missing.
+_ALL = Partition(), Pool(), V1()
+_LAST = Partition() if (CGROUP / "cgroup.controllers").exists() else V1()
+MECHANISM: Partition = next((one for one in _ALL if not one.lacks()), _LAST)

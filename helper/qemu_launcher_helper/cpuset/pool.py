@@ -36,7 +36,7 @@ class Pool(Partition):
 
     name = "pool"
     reason = "The kernel is older than 6.7: its own threads are not kept away"
-    slices = ("qemu.slice/qemu-*.slice",)
+    slices: tuple[str, ...] = ("qemu.slice/qemu-*.slice",)
     slice = "/qemu.slice/qemu-{}.slice"
 
     def __init__(self, root: Path = CGROUP, memory: Path = MEMORY, possible: Path = POSSIBLE) -> None:
@@ -61,7 +61,7 @@ class Pool(Partition):
         scopes = {self._dir(scope) / "cpuset.cpus": live.get(scope, frozenset()) for scope in self._scopes()}
         scopes |= {self._outside(scope) / "cpuset.cpus": frozenset[int]() for scope in self._scopes()}
         wanted = groups | {path: cpulist(self.everything - shielded | own) for path, own in scopes.items()}
-        refused = [path.parent.name for path, cpus in wanted.items() if not _change(path, cpus)]
+        refused = [path.parent.name for path, cpus in wanted.items() if not change(path, cpus)]
         if not shielded and not refused:
             self._memory.unlink(missing_ok=True)
         if refused:
@@ -77,9 +77,9 @@ class Pool(Partition):
         A killed helper has written some of it, or none: `memory` says of each text which of both it is.
         """
         known, memory, bare = self._remembered(), dict[str, list[str]](), ""
-        online, wanted = _text(self.root / "cpuset.cpus.effective") or "", dict[Path, str]()
+        online, wanted = text(self.root / "cpuset.cpus.effective") or "", dict[Path, str]()
         for path in self.root.glob("*/cpuset.cpus") if shielded or known != {} else ():
-            name, now = path.parent.name, _text(path)
+            name, now = path.parent.name, text(path)
             if now is None or name == "qemu.slice":
                 continue
             # Where what it was is lost, a full list: what is there may be ours, and would stay for good.
@@ -145,14 +145,14 @@ class Pool(Partition):
             write(base / "vcpus/cpuset.cpus", self.everything)
 
 
-def _text(path: Path) -> str | None:
+def text(path: Path) -> str | None:
     """Return the list in the file; None for a group that has ended, of which a kernel says ENOENT or ENODEV."""
     with suppress(OSError):
         return path.read_text().strip()
     return None
 
 
-def _change(path: Path, cpus: str) -> bool:
+def change(path: Path, cpus: str) -> bool:
     """Write the list if it is another; tell whether it is there now, or the group has ended."""
     with suppress(OSError):
         if path.read_text().strip() != cpus:

@@ -1,0 +1,265 @@
+"""Shielding in the legacy hierarchy: cgroup v1 (cgroup-v1/cpusets.rst). The host's tasks leave the CPUs.
+
+    MOUNT/qemu-launcher/
+        4/           one cpuset for each list of CPUs that shielded threads have, named after it: these threads
+            qemu-launcher-1000-win11.scope/     empty: whose it is
+        pool/        all CPUs less all shielded ones: every task that was in MOUNT itself and can be moved
+            qemu-launcher-1000-win11.scope/     empty, but for
+                0-1/     its threads that have CPUs which others may use too
+
+All else is to be read from this tree. A task that begins is in its parent's cpuset, so none comes back. All of it
+goes with the last VM. About two thirds of the kernel's own threads refuse to be moved, and stay.
+
+Other cpusets, a container's say, stay what they are, with their tasks in them, and lose the shielded CPUs as long as
+there is a shield; what they had is remembered as in pool.py. CPUs of one that is cpu_exclusive are not to be had. None
+of ours is: nobody else could have a cpuset then.
+
+systemd has no cpusets here. It makes the scope of a VM all the same, in its own hierarchy, where a user's processes may
+go wherever he may write; so a scope says whose a thread was, and the cpuset tree, which is root's, where it is.
+"""
+
+import errno
+import math
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .. import privileges
+from ..contract import Conflict, Failed, Pin, TargetRefused, cpulist, parse_cpulist
+from ..target import Target
+from .partition import CGROUP, SWEEP_SECONDS, Partition, read
+from .pool import MEMORY, Pool, change, text
+
+ONLINE = Path("/sys/devices/system/cpu/online")
+MOUNTS = Path("/proc/self/mountinfo")
+PREFIX = "qemu-launcher"
+
+
+class V1(Pool):
+    """The mechanism. Undone by `settle` alone."""
+
+    name = "cpuset-v1"
+    reason = "The host has the legacy cgroup hierarchy: most threads of the kernel's own are not kept away"
+    slices, slice = Partition.slices, Partition.slice
+
+    def __init__(self, mounts: Path = MOUNTS, memory: Path = MEMORY, online: Path = ONLINE) -> None:
+        # proc_pid_mountinfo(5): whole hierarchies, by their options. systemd's own one may be v2 beside v1 ("hybrid").
+        found = re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
+        units = [Path(at) for at, kind, options in found if kind == "cgroup2" or "name=systemd" in options.split(",")]
+        cpusets = [Path(at) for at, kind, options in found if kind == "cgroup" and "cpuset" in options.split(",")]
+        units = [path for path in units if (path / "system.slice").exists()]
+        super().__init__([*units[::-1], CGROUP][0], memory, online)
+        self._online, self._tree = online, [*cpusets, CGROUP / "cpuset"][0]
+        self._prefix, self._pool = self._tree / PREFIX, self._tree / PREFIX / "pool"
+
+    def lacks(self) -> str:
+        """Tell what this host lacks for it; "" when it can be used."""
+        usable = (self._tree / "cpuset.cpus").exists()
+        return "" if usable else f"Shielding needs cgroup v2, or: mount -t cgroup -o cpuset cpuset {self._tree}"
+
+    def processes(self, scope: str) -> list[int]:
+        """Return the PIDs of all processes that have a thread in a cpuset of the scope's."""
+        return [int(pid) for place in self._places(scope) for pid in (place / "cgroup.procs").read_text().split()]
+
+    def kill(self, scope: str) -> None:
+        """End what is left, where systemd's hierarchy is v2. No file of v1 does that, and a signal needs CAP_KILL."""
+        with suppress(PermissionError):
+            super().kill(scope)
+
+    def settle(self, live: Mapping[str, frozenset[int]]) -> None:
+        """Let every task that can be moved, and every other cpuset, have all CPUs but those that `live` shields.
+
+        Raises Conflict when that leaves a cpuset nothing.
+        """
+        shielded = frozenset[int]().union(*live.values())
+        alone = [path.parent for path in self._tree.glob("*/cpuset.cpu_exclusive") if text(path) == "1"]
+        self.everything = read(self._online)
+        self._ours = self.everything.difference(*map(_cpus, alone))
+        if not (shielded or self._prefix.exists() or self._memory.exists()):
+            return
+        self._new(self._new(self._prefix) / "pool")
+        owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
+        for place in self._prefix.glob("[0-9]*/"):
+            if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
+                self._remove(place)
+        pool = self._ours - shielded
+        wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
+        wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
+        others = [path for path in self._tree.glob("*/**/") if not {self._prefix, *alone} & {path, *path.parents}]
+        try:
+            self._leave(others, wanted, shielded)
+        finally:
+            _move(self._tree if shielded else self._pool, self._pool if shielded else self._tree)
+            if not shielded and not any(self._pool.glob("*/")):
+                self._pool.rmdir()
+                self._prefix.rmdir()
+                self._tree.chmod(0o555)
+
+    def apply(self, scope: str, pins: Sequence[Pin], reserved: frozenset[int], others: frozenset[int]) -> None:
+        """Put every thread of the scope where `pins` and `others` (empty: all unshielded CPUs) want it. Idempotent.
+
+        After `settle`, which has taken the `reserved` CPUs from everybody. Failed when the kernel does otherwise.
+        """
+        if taken := reserved - self._ours:
+            raise Conflict(f"CPUs {cpulist(taken)} belong to another cpuset alone (cpu_exclusive), or are offline")
+        name, places = scope.rpartition("/")[2], defaultdict[Path, set[str]](set)
+        for pin in pins:
+            place = self._prefix if pin.shielded else self._pool / name
+            places[place / cpulist(pin.cpus)].add(str(pin.tid))
+        self._new(self._new(self._prefix) / "pool")
+        home = self._pool / name / cpulist(others) if others else self._pool
+        for place in {*places, home} - {self._pool}:
+            if place.parent != self._prefix:
+                self._new(place.parent)
+            self._new(place, parse_cpulist(place.name))
+            if place.parent == self._prefix:
+                (place / name).mkdir(exist_ok=True)
+        for place, tids in places.items():
+            for tid in tids:
+                _put(tid, place)
+        for place in {*self._places(scope)} - {home}:
+            _move(place, home, places.get(place, ()))
+            if place not in places:
+                self._remove(place)
+        self._gather(scope, home, frozenset().union(*places.values()))
+        for place, tids in places.items():
+            if tids - _tasks(place) or read(place / "cpuset.effective_cpus") != parse_cpulist(place.name):
+                raise Failed(f"Threads {', '.join(sorted(tids))} did not get CPUs {place.name}")
+
+    def withdraw(self, scope: str) -> None:
+        """Put the scope's threads where the host's other tasks are; `settle` then gives the CPUs back. Idempotent."""
+        for place in self._places(scope):
+            self._remove(place)
+        for group in self._pool.glob(f"{scope.rpartition('/')[2]}/"):
+            group.rmdir()
+
+    def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
+        """Return the threads inside the shield with the CPUs they have; None when there is no valid shield."""
+        with suppress(OSError):  # it ends while we look
+            places = [place for place in self._places(scope) if place.parent == self._prefix]
+            shared = read(self._pool / "cpuset.cpus")
+            # The kernel takes a CPU that goes offline out of a cpuset for good, and the tasks of an empty one as well.
+            whole = all(read(place / "cpuset.cpus") == parse_cpulist(place.name) for place in places)
+            if places and whole and not any(read(place / "cpuset.cpus") & shared for place in places):
+                return {int(tid): read(place / "cpuset.cpus") for place in places for tid in _tasks(place)}
+        return None
+
+    def orphans(self, known: frozenset[str]) -> list[str]:
+        """Return the scopes, by their names alone, that have a cpuset of ours and are not in `known`."""
+        names = {path.name for path in self._prefix.glob("*/qemu-launcher-*.scope")}
+        return [f"/{name}" for name in sorted(names - {scope.rpartition("/")[2] for scope in known})]
+
+    def _leave(self, others: Iterable[Path], wanted: dict[Path, frozenset[int]], shielded: frozenset[int]) -> None:
+        """Give each cpuset in `wanted` these CPUs, and the `others` what they had less the `shielded` ones.
+
+        Raises Conflict when that leaves one nothing, or one keeps what it has; all others are as they should be.
+        """
+        known, memory, bare = self._remembered(), dict[str, list[str]](), ""
+        for path in others if shielded or known != {} else ():
+            name, now = str(path.relative_to(self._tree)), _cpus(path)
+            if not now:  # it is still being made, or has ended
+                continue
+            before, *ours = [cpulist(self.everything), cpulist(now)] if known is None else known.get(name, [""])
+            # The kernel takes offline CPUs from all lists. What is neither ours nor that, an administrator has written.
+            before = before if now in [parse_cpulist(list_) & self.everything for list_ in ours] else cpulist(now)
+            left = parse_cpulist(before) & self.everything - shielded
+            bare = bare if left else name
+            if shielded or left != now:
+                wanted[path] = left or now
+                memory[name] = [before, *map(cpulist, (now, now | left, left))]
+        if shielded:
+            self._remember(memory)
+        # Grow from the top down, then shrink from the leaves up: no cpuset may have less than those below it.
+        for path in sorted(wanted, key=lambda path: len(path.parts)):
+            change(path / "cpuset.cpus", cpulist(_cpus(path) | wanted[path]))
+        from_below = sorted(wanted, key=lambda path: -len(path.parts))
+        refused = [path.name for path in from_below if not change(path / "cpuset.cpus", cpulist(wanted[path]))]
+        if not shielded and not refused:
+            self._memory.unlink(missing_ok=True)
+        if bare or refused:
+            what = f"are all that there are in the cpuset {bare!a}" if bare else f"are not left by {refused[0]!a}"
+            raise Conflict(f"CPUs {cpulist(shielded)} {what}")
+
+    def _places(self, scope: str) -> list[Path]:
+        """Return all cpusets that hold threads of this scope, those of the shield last."""
+        name = scope.rpartition("/")[2]
+        return [*self._pool.glob(f"{name}/*/"), *(mark.parent for mark in self._prefix.glob(f"[0-9]*/{name}"))]
+
+    def _new(self, path: Path, cpus: frozenset[int] = frozenset()) -> Path:
+        """Make a cpuset, if it is not there, with these CPUs; with none, it has as many as it may until `settle`."""
+        path.parent.chmod(0o755)  # MOUNT is read-only even to root without CAP_DAC_OVERRIDE, but it is root's
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)  # UMask=0077 would hide from its user whether his shield is valid
+        cpus = cpus or read(path / "cpuset.cpus") or self._ours & read(path.parent / "cpuset.cpus")
+        for name, value in (("mems", text(path.parent / "cpuset.mems")), ("cpus", cpulist(cpus))):
+            if text(path / f"cpuset.{name}") != value:
+                (path / f"cpuset.{name}").write_text(value or "")
+        return path
+
+    def _remove(self, place: Path) -> None:
+        _move(place, self._pool)
+        for path in (*place.glob("*/"), place):
+            path.rmdir()
+
+    def _gather(self, scope: str, home: Path, named: frozenset[str]) -> None:
+        """Move all threads of the scope's processes but the named ones, wherever they are, into `home`."""
+        stuck, end = set(named), time.monotonic() + SWEEP_SECONDS
+        for pid in super().processes(scope):
+            with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
+                while process.cgroup() == scope and (tids := {*map(str, process.tids())} - stuck - _tasks(home)):
+                    for tid in tids:
+                        _still_in_time(end)
+                        born = process.task_start_time(int(tid))
+                        if born == -1 or not _put(tid, home):
+                            stuck.add(tid)
+                        elif process.task_start_time(int(tid)) != born:
+                            _put(tid, self._pool)  # it has ended; if that moved somebody, then to where all others are
+
+
+def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
+    """Move all tasks but `keep`, those born meanwhile included, and those that the kernel keeps where they are not."""
+    stuck, end, all_here = set(keep), math.inf, read(source / "cpuset.cpus")
+    while tids := _tasks(source) - stuck:
+        for tid in tids:
+            _still_in_time(end)  # those of the first round are no more than there are
+            if not _put(tid, target, all_here):
+                stuck.add(tid)
+        end = min(end, time.monotonic() + SWEEP_SECONDS)
+
+
+def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:
+    """Move one task; tell whether that worked. It does not with one that has ended, nor with PF_NO_SETAFFINITY.
+
+    The kernel gives it all CPUs of its new cpuset. If it had others than the `unchosen`, somebody's taskset(1) has made
+    it so, and that holds on where it can.
+    """
+    try:
+        with privileges.raised("sys_nice"):
+            chosen = os.sched_getaffinity(int(tid))
+            (place / "tasks").write_text(tid)
+            if unchosen and chosen != unchosen:
+                with suppress(OSError):
+                    os.sched_setaffinity(int(tid), chosen)
+    except OSError as err:
+        if err.errno not in (errno.ESRCH, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
+def _still_in_time(end: float) -> None:
+    if time.monotonic() > end:
+        raise Failed("Threads are born faster than they can be moved, or there are too many")
+
+
+def _tasks(place: Path) -> set[str]:
+    return set((place / "tasks").read_text().split())
+
+
+def _cpus(place: Path) -> frozenset[int]:
+    """Return its CPUs; none of one that has ended."""
+    return parse_cpulist(text(place / "cpuset.cpus") or "")

@@ -1,0 +1,376 @@
+"""The cpusets of v1, in a tree of files that does what the kernel's does: who is where, and what is refused.
+
+A task is in one cpuset at a time; a cpuset has CPUs before it has tasks, no more of them than the one above and no
+fewer than those below; one with tasks is not removed. The real kernel's part is in tests/system/test_v1.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_launcher_helper import privileges
+from qemu_launcher_helper.contract import Conflict, Failed, Pin, parse_cpulist
+from qemu_launcher_helper.cpuset.v1 import V1
+from qemu_launcher_helper.target import Target
+
+SCOPES = [f"/user.slice/user-{uid}.slice/qemu-launcher-{uid}-vm.scope" for uid in (1000, 1001)]
+NAMES = [scope.rpartition("/")[2] for scope in SCOPES]
+KTHREAD, HOST, VCPU0, VCPU1, OTHER0 = 2, 100, 201, 202, 301
+FILES = {"cpuset.cpus": "", "cpuset.mems": "", "cpuset.cpu_exclusive": "0", "tasks": "", "cgroup.procs": ""}
+
+
+class Killed(BaseException):
+    """The helper, in the middle of it."""
+
+
+class Kernel:
+    """Eight CPUs, a task of the host, a thread of the kernel's own, vCPU threads, a container."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.mount, self.units, self.memory = folder / "cpuset", folder / "systemd", folder / "run/pool"
+        self.steps = -1  # writes until somebody is killed; -1: nobody is
+        self.affinity: dict[int, frozenset[int]] = {}
+        self._real: dict[str, Any] = {
+            name: getattr(Path, name) for name in ("write_text", "read_text", "mkdir", "rmdir")
+        }
+        (folder / "online").write_text("0-7\n")
+        (self.units / "system.slice").mkdir(parents=True)
+        for scope in SCOPES:
+            (self.units / scope[1:]).mkdir(parents=True)
+            (self.units / scope[1:] / "cgroup.procs").write_text("")
+        mounts = [f"32 31 0:27 / {self.units} rw shared:10 - cgroup cgroup rw,xattr,name=systemd"]
+        mounts += [
+            f"40 31 0:3{n} / {folder}/{name} rw - cgroup cgroup rw,{name}" for n, name in enumerate(("cpu", "cpuset"))
+        ]
+        mounts += [f"50 31 0:31 /docker {folder}/elsewhere rw - cgroup cgroup rw,cpuset"]
+        (folder / "mountinfo").write_text("\n".join(mounts) + "\n")
+        monkeypatch.setattr(privileges, "raised", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(os, "sched_getaffinity", lambda tid: self.affinity.get(tid) or self.cpus_of(tid))
+        monkeypatch.setattr(os, "sched_setaffinity", self.affinity.__setitem__)
+        for name in ("write_text", "read_text", "mkdir", "rmdir"):
+            kernels = getattr(self, f"_{name}")
+            monkeypatch.setattr(Path, name, lambda path, *a, _do=kernels, **k: _do(path, *a, **k))
+        self.group("", "0-7", HOST, VCPU0, VCPU1, OTHER0, KTHREAD)
+        (self.mount / "cpuset.mems").write_text("0")
+        self.v1 = V1(folder / "mountinfo", self.memory, folder / "online")
+
+    def group(self, name: str, cpus: str, *tids: int) -> Path:
+        """Another cpuset, made by somebody else."""
+        path = self.mount / name
+        path.mkdir()
+        (path / "cpuset.mems").write_text("0")
+        (path / "cpuset.cpus").write_text(cpus)
+        for tid in tids:
+            self._real["write_text"](path / "tasks", self._real["read_text"](path / "tasks") + f"{tid}\n")
+        return path
+
+    def where(self, tid: int) -> str:
+        """The cpuset of a thread."""
+        [found] = [path for path in self.mount.rglob("tasks") if str(tid) in path.read_text().split()]
+        return str(found.parent.relative_to(self.mount))
+
+    def cpus(self, group: str) -> str:
+        return (self.mount / group / "cpuset.cpus").read_text().strip()
+
+    def cpus_of(self, tid: int) -> frozenset[int]:
+        return parse_cpulist(self.cpus(self.where(tid)))
+
+    def tree(self) -> dict[str, str]:
+        return {str(path.parent.relative_to(self.mount)): path.read_text() for path in self.mount.rglob("cpuset.cpus")}
+
+    def pin(self, which: int, *pins: Pin, others: frozenset[int] = frozenset(), beside: tuple[int, ...] = ()) -> None:
+        """What operations does."""
+        shielded = frozenset[int]().union(*(pin.cpus for pin in pins if pin.shielded))
+        self.v1.settle({SCOPES[which]: shielded, **({SCOPES[1 - which]: frozenset(beside)} if beside else {})})
+        self.v1.apply(SCOPES[which], pins, shielded, others)
+
+    def reconcile(self, live: dict[str, frozenset[int]]) -> None:
+        """What records does."""
+        for scope in self.v1.orphans(frozenset(live)):
+            self.v1.withdraw(scope)
+        self.v1.settle(live)
+
+    def _step(self) -> None:
+        self.steps -= 1
+        if self.steps == -1:
+            raise Killed
+
+    def _ours(self, path: Path) -> bool:
+        return self.mount in (path, *path.parents)
+
+    def _read_text(self, path: Path, *args: object) -> str:
+        if path.name.startswith("cpuset.effective_"):
+            path = path.with_name(path.name.replace("effective_", ""))
+        return str(self._real["read_text"](path, *args))
+
+    def _write_text(self, path: Path, text: str) -> int:
+        real = self._real["write_text"]
+        if not self._ours(path):
+            return int(real(path, text))
+        self._step()
+        if path.name == "tasks":
+            if int(text) == KTHREAD:
+                raise OSError(errno.EINVAL, "PF_NO_SETAFFINITY")
+            if not path.with_name("cpuset.cpus").read_text().strip() or not path.with_name("cpuset.mems").read_text():
+                raise OSError(errno.ENOSPC, "no CPUs or no memory yet")
+            old = self.mount / self.where(int(text)) / "tasks"
+            real(old, "".join(f"{tid}\n" for tid in old.read_text().split() if tid != text))
+            self.affinity.pop(int(text), None)
+            return int(real(path, path.read_text() + f"{text}\n"))
+        if path.name == "cpuset.cpus" and path.parent != self.mount:
+            cpus, group = parse_cpulist(text), path.parent
+            if not cpus <= parse_cpulist(self._read_text(group.parent / "cpuset.cpus")):
+                raise OSError(errno.EACCES, "more than the one above has", str(path))
+            if any(not parse_cpulist(below.read_text()) <= cpus for below in group.glob("*/cpuset.cpus")):
+                raise OSError(errno.EBUSY, "less than one below has", str(path))
+            for other in group.parent.glob("*/"):
+                alone = other != group and (other / "cpuset.cpu_exclusive").read_text().strip() == "1"
+                if alone and cpus & parse_cpulist((other / "cpuset.cpus").read_text()):
+                    raise OSError(errno.EINVAL, "exclusive")
+            if not cpus and (group / "tasks").read_text().split():
+                raise OSError(errno.ENOSPC, "it has tasks")
+        return int(real(path, text.strip() + "\n"))
+
+    def _mkdir(self, path: Path, *args: int, **more: object) -> None:
+        new = not path.exists()
+        if self._ours(path):
+            self._step()
+        self._real["mkdir"](path, *args, **more)
+        if new and self._ours(path):
+            for name, text in FILES.items():
+                self._real["write_text"](path / name, text)
+
+    def _rmdir(self, path: Path) -> None:
+        self._step()
+        if (path / "tasks").read_text().split() or any(path.glob("*/")):
+            raise OSError(errno.EBUSY, "in use", str(path))
+        for name in FILES:
+            (path / name).unlink()
+        self._real["rmdir"](path)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    with monkeypatch.context() as patch:
+        yield Kernel(tmp_path, patch)
+
+
+def has(cpus: dict[int, set[int]]) -> dict[int, frozenset[int]]:
+    return {tid: frozenset(some) for tid, some in cpus.items()}
+
+
+def one(tid: int, *cpus: int, shielded: bool = True) -> Pin:
+    return Pin(tid, frozenset(cpus), shielded)
+
+
+def test_without_a_shield_nothing_is_made(kernel: Kernel) -> None:
+    kernel.v1.settle({SCOPES[0]: frozenset()})
+    assert kernel.tree() == {".": "0-7\n"}
+
+
+def test_the_originals_layout_and_back(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    assert kernel.where(VCPU0) == "qemu-launcher/4"
+    assert kernel.where(VCPU1) == "qemu-launcher/5"
+    assert (kernel.where(HOST), kernel.cpus("qemu-launcher/pool")) == ("qemu-launcher/pool", "0-3,6-7")
+    assert kernel.where(KTHREAD) == ".", "who refuses to move stays, and does not hold up the others"
+    assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {4}, VCPU1: {5}})
+    assert kernel.v1.shielded_threads(SCOPES[1]) is None
+    kernel.reconcile({})
+    assert kernel.tree() == {".": "0-7\n"}
+    assert {kernel.where(tid) for tid in (HOST, VCPU0, VCPU1, OTHER0, KTHREAD)} == {"."}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_vms_end_in_any_order(kernel: Kernel, first: int) -> None:
+    both = {SCOPES[0]: frozenset({4, 5}), SCOPES[1]: frozenset({6})}
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    kernel.pin(1, one(OTHER0, 6), beside=(4, 5))
+    assert kernel.cpus("qemu-launcher/pool") == "0-3,7"
+    left = SCOPES[1 - first]
+    kernel.reconcile({left: both[left]})
+    assert kernel.cpus("qemu-launcher/pool") == ("0-5,7" if first == 0 else "0-3,6-7")
+    assert kernel.v1.shielded_threads(SCOPES[first]) is None
+    assert kernel.v1.shielded_threads(left) is not None
+    kernel.reconcile({})
+    assert kernel.tree() == {".": "0-7\n"}
+
+
+def test_unshielded_pins_and_emulator_threads_stay_off_a_later_shield_and_come_back(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 1, shielded=False), others=frozenset({2, 3, 6}))
+    assert kernel.where(VCPU0) == f"qemu-launcher/pool/{NAMES[0]}/1"
+    assert kernel.where(HOST) == ".", "nothing is shielded"
+    kernel.v1.settle({SCOPES[0]: frozenset(), SCOPES[1]: frozenset({6, 7})})
+    assert kernel.cpus(f"qemu-launcher/pool/{NAMES[0]}/2-3,6") == "2-3"
+    kernel.v1.settle({SCOPES[0]: frozenset(), SCOPES[1]: frozenset({2, 3, 6})})
+    assert kernel.cpus(f"qemu-launcher/pool/{NAMES[0]}/2-3,6") == "0-1,4-5,7", "it cannot be left without any"
+    kernel.v1.settle({SCOPES[0]: frozenset()})
+    assert kernel.cpus(f"qemu-launcher/pool/{NAMES[0]}/2-3,6") == "2-3,6"
+    kernel.reconcile({})
+    assert kernel.tree() == {".": "0-7\n"}
+
+
+def test_another_map_of_the_same_vm(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    kernel.pin(0, one(VCPU0, 5), one(VCPU1, 0, shielded=False))
+    assert (kernel.where(VCPU0), kernel.where(VCPU1)) == ("qemu-launcher/5", f"qemu-launcher/pool/{NAMES[0]}/0")
+    assert not (kernel.mount / "qemu-launcher/4").exists()
+    kernel.pin(0, one(VCPU0, 2, 3), one(VCPU1, 2, 3))
+    assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {2, 3}, VCPU1: {2, 3}})
+    assert sorted(path.name for path in kernel.mount.glob("qemu-launcher/*/")) == ["2-3", "pool"]
+
+
+def test_a_container_loses_the_cpus_and_gets_them_back(kernel: Kernel) -> None:
+    kernel.group("docker", "0-7")
+    kernel.group("docker/a", "0-7", 500)
+    kernel.group("docker/b", "3-5", 501)
+    kernel.group("docker/new", "0")
+    (kernel.mount / "docker/new/cpuset.cpus").write_text("")
+    before = kernel.tree()
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    assert [kernel.cpus(f"docker{name}") for name in ("", "/a", "/b", "/new")] == ["0-3,6-7", "0-3,6-7", "3", ""]
+    assert (kernel.where(500), kernel.where(501)) == ("docker/a", "docker/b"), "its tasks are where they were"
+    assert json.loads(kernel.memory.read_text())["docker/b"][0] == "3-5"
+    kernel.group("docker/late", "0-3,6-7", 502)
+    with pytest.raises(Conflict, match=r"^CPUs 3-5 are all that there are in the cpuset 'docker/b'$"):
+        kernel.v1.settle({SCOPES[0]: frozenset({3, 4, 5})})
+    kernel.reconcile({})
+    assert kernel.tree() == {**before, "docker/late": "0-3,6-7\n"}
+    assert not kernel.memory.exists()
+
+
+def test_cpus_that_another_cpuset_has_for_itself(kernel: Kernel) -> None:
+    kernel.group("rt", "6-7", 500)
+    (kernel.mount / "rt/cpuset.cpu_exclusive").write_text("1")
+    with pytest.raises(Conflict, match=r"^CPUs 6 belong to another cpuset alone \(cpu_exclusive\), or are offline$"):
+        kernel.pin(0, one(VCPU0, 6))
+    kernel.reconcile({})
+    kernel.pin(0, one(VCPU0, 4))
+    assert kernel.cpus("qemu-launcher") == "0-5"
+    assert kernel.cpus("rt") == "6-7"
+    kernel.reconcile({})
+    assert kernel.cpus("rt") == "6-7"
+
+
+def test_a_cpu_that_goes_offline_ends_the_shield(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    kernel._real["write_text"](kernel.mount / "qemu-launcher/4/cpuset.cpus", "\n")
+    assert kernel.v1.shielded_threads(SCOPES[0]) is None
+
+
+def test_a_pool_that_was_let_in_ends_the_shield(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4))
+    (kernel.mount / "qemu-launcher/pool/cpuset.cpus").write_text("0-7")
+    assert kernel.v1.shielded_threads(SCOPES[0]) is None
+    kernel.v1.settle({SCOPES[0]: frozenset({4})})
+    assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {4}})
+
+
+def test_what_taskset_has_chosen_holds_on(kernel: Kernel) -> None:
+    kernel.affinity[HOST] = frozenset({1, 4})
+    kernel.pin(0, one(VCPU0, 4))
+    assert kernel.affinity == {HOST: {1, 4}}
+    kernel.reconcile({})
+    assert kernel.affinity == {HOST: {1, 4}}
+
+
+def test_a_thread_that_the_kernel_does_not_move(kernel: Kernel) -> None:
+    with pytest.raises(Failed, match=f"^Threads {KTHREAD} did not get CPUs 4$"):
+        kernel.pin(0, one(KTHREAD, 4))
+    kernel.reconcile({})
+    assert kernel.tree() == {".": "0-7\n"}
+
+
+def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are in no cpuset of the VM's, where QEMU was before it had any."""
+    me = os.getpid()
+    monkeypatch.setattr(Target, "cgroup", lambda _: SCOPES[0])
+    monkeypatch.setattr(Target, "tids", lambda _: {me, KTHREAD})
+    monkeypatch.setattr(Target, "task_start_time", lambda *_: 1)
+    (kernel.units / SCOPES[0][1:] / "cgroup.procs").write_text(f"{me}\n")
+    kernel.group("elsewhere", "0-1", me)
+    kernel.pin(0, one(VCPU0, 4), others=frozenset({2}))
+    assert kernel.where(me) == f"qemu-launcher/pool/{NAMES[0]}/2"
+    assert kernel.where(KTHREAD) == ".", "an io_uring worker of 6.1 refuses in this way, too"
+    times = iter(range(100))
+    monkeypatch.setattr(Target, "task_start_time", lambda *_: next(times))
+    kernel.pin(0, one(VCPU0, 4))
+    assert kernel.where(me) == "qemu-launcher/pool", "where the number is another's, it is put where everybody is"
+
+
+def test_orphans_are_found_by_their_cpusets(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4))
+    kernel.pin(1, one(OTHER0, 1, shielded=False), beside=(4,))
+    assert kernel.v1.orphans(frozenset(SCOPES)) == []
+    assert kernel.v1.orphans(frozenset(SCOPES[:1])) == [f"/{NAMES[1]}"]
+    assert kernel.v1.orphans(frozenset()) == [f"/{name}" for name in NAMES]
+    (kernel.mount / "qemu-launcher/4/cgroup.procs").write_text("200\n")
+    assert kernel.v1.processes(f"/{NAMES[0]}") == [200]
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_killed_between_any_two_writes(kernel: Kernel, *, ending: bool) -> None:
+    """Each time it comes a step further; whatever was left, the next start leaves the host as it was."""
+    kernel.group("docker", "0-7")
+    kernel.group("docker/a", "2-5", 500)
+    before = kernel.tree()
+    for most in range(200):
+        if ending:
+            kernel.pin(0, one(VCPU0, 4), one(VCPU1, 1, shielded=False), others=frozenset({2}))
+        kernel.steps, ended = most, True
+        try:
+            if ending:
+                kernel.reconcile({})
+            else:
+                kernel.pin(0, one(VCPU0, 4), one(VCPU1, 1, shielded=False), others=frozenset({2}))
+        except Killed:
+            ended = False
+        kernel.steps = -1
+        kernel.reconcile({})
+        assert kernel.tree() == before
+        assert {kernel.where(tid) for tid in (HOST, VCPU0, VCPU1, OTHER0, KTHREAD)} == {"."}
+        assert not kernel.memory.exists()
+        if ended:
+            assert most > 10
+            break
+    else:
+        pytest.fail("it never came to its end")
+
+
+def test_where_it_is_mounted_and_what_it_needs(kernel: Kernel, tmp_path: Path) -> None:
+    assert kernel.v1.lacks() == ""
+    assert kernel.v1.root == kernel.units
+    (tmp_path / "none").write_text("31 22 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
+    bare = V1(tmp_path / "none", kernel.memory, tmp_path / "online")
+    wanted = "Shielding needs cgroup v2, or: mount -t cgroup -o cpuset cpuset /sys/fs/cgroup/cpuset"
+    if not Path("/sys/fs/cgroup/cpuset/cpuset.cpus").exists():
+        assert bare.lacks() == wanted
+        bare.settle({})
+        assert bare.orphans(frozenset()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("0::/user.slice/a\n", "/user.slice/a"),
+        ("12:cpuset:/\n1:name=systemd:/user.slice/a\n", "/user.slice/a"),
+        ("1:name=systemd:/user.slice/a\n0::/\n", "/user.slice/a"),
+        ("1:name=systemd:/b\n0::/user.slice/a\n", "/user.slice/a"),
+        ("9:name=systemdx:/b\n8:name=x:name=systemd:/b\n", ""),
+        ("0::/\n", ""),
+        ("", ""),
+    ],
+)
+def test_which_line_names_the_unit(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """v2's, wherever systemd uses it: what else a root has mounted under systemd's name says nothing then."""
+    with Target(os.getpid()) as process:
+        monkeypatch.setattr(Target, "read", lambda *_: text)
+        assert process.cgroup() == path
