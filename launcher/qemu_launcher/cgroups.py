@@ -1,8 +1,9 @@
-"""What the cgroup v2 tree says of a VM: its scope, whether anything lives in it, whether its shield holds.
+"""What the cgroup tree says of a VM: its scope, whether anything lives in it, whether its shield holds.
 
 Why it exists: the helper's word is not taken for it; `status` and the end of a run read the tree themselves.
-Kernel: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files". Without cgroup v2 there is nothing to tell,
-and every answer is empty.
+Kernel: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files"; cgroup-v1/cpusets.rst for hosts with the
+legacy hierarchy, where systemd has one of its own, and the cpusets are in another. Without systemd there is nothing to
+tell, and every answer is empty.
 """
 
 import os
@@ -15,9 +16,13 @@ from .procfs import PROC
 
 ROOT = Path("/sys/fs/cgroup")
 
-# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)". pool: our word for
-# a shield that is made without one.
-_VALID = {"isolated", "root", "pool"}
+# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)". pool,
+# cpuset-v1: our words for shields that are made without one.
+_VALID = {"isolated", "root", "pool", "cpuset-v1"}
+# systemd's hierarchy, below ROOT, where that is none itself: v2 beside v1 ("hybrid"), or v1 ("legacy").
+_BESIDE = ("unified", "systemd")
+# The helper's cpusets of v1, one for each list of CPUs.
+_V1 = "qemu-launcher"
 # Where the helper makes scopes: in the user's slice; with a pool, as user.slice then leaves the CPUs, in one beside it.
 _SLICES = ("user.slice/user-{}.slice/**", "qemu.slice/qemu-{}.slice")
 _SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
@@ -26,7 +31,7 @@ _SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.s
 def scopes(uid: int) -> Iterator[tuple[str, Path]]:
     """(VM name, directory) of every scope that the helper has made for a VM of this user."""
     for pattern in _SLICES:
-        for directory in ROOT.glob(f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
+        for directory in _units().glob(f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
             found = _SCOPE.fullmatch(directory.name)
             if found is not None:
                 yield found[2], directory
@@ -44,18 +49,19 @@ def members(scope: Path) -> list[int]:
 
 def is_populated(scope: Path) -> bool:
     """Whether any process is left in a scope or below it."""
-    return "populated 1" in _read(scope / "cgroup.events").splitlines()
+    events = _read(scope / "cgroup.events").splitlines()
+    return "populated 1" in events or (not events and bool(members(scope)))  # v1 has none
 
 
 def scope_of(pid: int) -> Path | None:
     """Directory of the VM's scope that `pid` is in, None if it is in none."""
     path = _path(f"{pid}/cgroup")
     found = _SCOPE.search(path)
-    return None if found is None else ROOT / path[: found.end()].lstrip("/")
+    return None if found is None else _units() / path[: found.end()].lstrip("/")
 
 
 def shield_of(pid: int, tid: int) -> str | None:
-    """State of the shield of ours that the thread is in: `isolated`, `isolated invalid (why)`, `pool`; None outside."""
+    """State of the shield of ours that it is in, one of _VALID, or such as `isolated invalid (why)`; or None."""
     path = start = _path(f"{pid}/task/{tid}/cgroup")
     while _SCOPE.search(path):
         state = _read(ROOT / path.lstrip("/") / "cpuset.cpus.partition").strip()
@@ -63,7 +69,10 @@ def shield_of(pid: int, tid: int) -> str | None:
             return state
         path = os.path.dirname(path)  # noqa: PTH120 (a cgroup's name, not a file's)
     shielded = re.fullmatch(r"/(qemu\.slice/[^/]+/[^/]+)/vcpus/[0-9]+", start)
-    return None if shielded is None else _pool_of(ROOT / shielded[1])
+    if shielded is not None:
+        return _pool_of(ROOT / shielded[1])
+    shielded = re.fullmatch(rf"/{_V1}/([0-9,-]+)\n", _read(PROC / f"{pid}/task/{tid}/cpuset"))
+    return None if shielded is None else _v1_of(shielded[1])
 
 
 def _pool_of(scope: Path) -> str:
@@ -82,6 +91,31 @@ def _pool_of(scope: Path) -> str:
     return "pool"
 
 
+def _v1_of(cpulist: str) -> str:
+    """Whether every other cpuset of v1 leaves these CPUs; in the root are only threads that nobody can move."""
+    mount = re.search(
+        r"^(?:\S+ ){3}/ (\S+) .* - cgroup \S+ \S*\bcpuset\b", _read(PROC / "self/mountinfo"), re.MULTILINE
+    )
+    root, cpus = Path(mount[1] if mount else "/nowhere"), parse_cpulist(cpulist)
+    if gone := cpus - _cpus(root / _V1 / cpulist / "cpuset.cpus"):
+        return f"cpuset-v1 invalid (CPUs {format_cpulist(gone)} are offline or taken)"
+    for group in [root / _V1 / "pool", *root.glob("*/")]:
+        if group != root / _V1 and (shared := cpus & _cpus(group / "cpuset.cpus")):
+            return f"cpuset-v1 invalid ({group.name} may use CPUs {format_cpulist(shared)})"
+    return "cpuset-v1"
+
+
+def unit_path(text: str) -> str:
+    """The path in systemd's hierarchy, from /proc/PID/cgroup's text: in v2, always the last line, or else in v1."""
+    found: list[str] = re.findall(r"^(?:0:|[0-9]+:name=systemd):(/.+)$", text, re.MULTILINE)
+    return found[-1] if found else ""
+
+
+def _units() -> Path:
+    beside = [ROOT / name for name in _BESIDE if (ROOT / name / "user.slice").is_dir()]
+    return beside[0] if beside else ROOT
+
+
 def is_shielded(pid: int, tid: int) -> bool:
     """Whether the thread is in a shield of ours that holds."""
     return shield_of(pid, tid) in _VALID
@@ -92,8 +126,7 @@ def _cpus(path: Path) -> frozenset[int]:
 
 
 def _path(relative: str) -> str:
-    found = re.search(r"^0::(.*)$", _read(PROC / relative), re.MULTILINE)
-    return "" if found is None else found[1]
+    return unit_path(_read(PROC / relative))
 
 
 def _read(path: Path) -> str:

@@ -175,7 +175,9 @@ def test_cgroups(tmp_path: Path) -> None:
     def first() -> Finding:
         return next(installation.host_facts(host.tree, "alice"))
 
-    assert (first().severity, first().text) == ("warning", "there is no cgroup v2 in /sys/fs/cgroup")
+    assert (first().severity, first().text[:21]) == ("warning", "there are no cpusets ")
+    host.write("/sys/fs/cgroup/cpuset/cpuset.cpus", "0-7\n")
+    assert (first().severity, first().text.endswith("but v1 with its cpusets")) == ("note", True)
     host.write("/sys/fs/cgroup/cgroup.controllers", "cpu memory\n")
     assert "without the cpuset controller" in first().text
     host.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu memory\n")

@@ -244,3 +244,56 @@ def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> N
     assert cgroups.shield_of(70, 71) == "pool invalid (CPUs 4 are offline or taken)"
     (place / "cgroup").write_text(f"0::{inside.replace('vcpus/71', 'pool/pinned/71')}\n")
     assert cgroups.shield_of(70, 71) is None
+
+
+def test_v1_shields_as_long_as_every_other_cpuset_leaves_the_cpus(tree: Path) -> None:
+    root, proc = tree.parents[2], tree.parents[3] / "proc"
+    mount, units = root.parent / "cpusets", root / "systemd"
+    scope = units / SCOPE.replace("win11", "old")
+    scope.mkdir(parents=True)
+    (scope / "cgroup.procs").write_text("70\n")
+
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+    lines = [f"30 1 0:26 / {units} rw shared:9 - cgroup cgroup rw,xattr,name=systemd"]
+    lines += [f"31 1 0:27 / {root}/cpu rw - cgroup cgroup rw,cpu", f"32 1 0:28 / {mount} rw - cgroup cgroup rw,cpuset"]
+    write(proc / "self/mountinfo", "\n".join(lines))
+    for group, cpus in (("", "0-7"), ("qemu-launcher", "0-7"), ("qemu-launcher/4", "4"), ("qemu-launcher/pool", "0-3")):
+        write(mount / group / "cpuset.cpus", cpus)
+    for path in ("70", "70/task/71"):
+        write(proc / path / "cgroup", f"12:cpuset:/qemu-launcher/4\n1:name=systemd:/{scope.relative_to(units)}\n0::/")
+    write(proc / "70/task/71/cpuset", "/qemu-launcher/4")
+    assert cgroups.shield_of(70, 71) == "cpuset-v1"
+    assert cgroups.is_shielded(70, 71)
+    assert cgroups.scope_of(70) == scope
+    assert list(cgroups.scopes(1000)) == [("old", scope)]
+    assert cgroups.is_populated(scope)
+
+    write(mount / "docker/cpuset.cpus", "4-5")
+    assert cgroups.shield_of(70, 71) == "cpuset-v1 invalid (docker may use CPUs 4)"
+    write(mount / "docker/cpuset.cpus", "5")
+    write(mount / "qemu-launcher/pool/cpuset.cpus", "0-7")
+    assert cgroups.shield_of(70, 71) == "cpuset-v1 invalid (pool may use CPUs 4)"
+    write(mount / "qemu-launcher/4/cpuset.cpus", "")
+    assert cgroups.shield_of(70, 71) == "cpuset-v1 invalid (CPUs 4 are offline or taken)"
+    write(proc / "70/task/71/cpuset", "/qemu-launcher/pool/qemu-launcher-1000-old.scope/1")
+    assert cgroups.shield_of(70, 71) is None
+    write(scope / "cgroup.procs", "")
+    assert not cgroups.is_populated(scope)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("0::/user.slice/a\n", "/user.slice/a"),
+        ("12:cpuset:/\n1:name=systemd:/user.slice/a\n", "/user.slice/a"),
+        ("1:name=systemd:/user.slice/a\n0::/\n", "/user.slice/a"),
+        ("1:name=systemd:/b\n0::/user.slice/a\n", "/user.slice/a"),
+        ("9:name=systemdx:/b\n8:name=x:name=systemd:/b\n", ""),
+        ("", ""),
+    ],
+)
+def test_which_line_names_the_unit(text: str, path: str) -> None:
+    assert cgroups.unit_path(text) == path

@@ -119,9 +119,9 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
     )
     yield Finding("ok", "limits", text)
     if limits.mechanism == "none":
-        fix = "use a host with cgroup v2; isolation: affinity pins without a shield, and without the helper"
+        fix = "use a host with cpusets; isolation: affinity pins without a shield, and without the helper"
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
-    elif limits.mechanism == "pool":
+    elif limits.mechanism in ("pool", "cpuset-v1"):
         text = f"CPUs are shielded without partitions: {limits.reason}"
         fix = "man qemu-launcher-helper, SHIELDS, has the differences; Linux 6.7 or later has none of them"
         yield Finding("note", "shielding", text, fix)
@@ -152,9 +152,14 @@ def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
     """What tuned VMs stand on, besides the helper."""
     controllers = tree.text("/sys/fs/cgroup/cgroup.controllers")
     if controllers is None:
-        text = "there is no cgroup v2 in /sys/fs/cgroup"
-        fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; CPUs are not shielded without it"
-        yield Finding("warning", "cgroup", text, fix)
+        legacy = tree.exists("/sys/fs/cgroup/cpuset/cpuset.cpus")
+        text = (
+            "there is no cgroup v2 in /sys/fs/cgroup, but v1 with its cpusets"
+            if legacy
+            else ("there are no cpusets in /sys/fs/cgroup, of cgroup v2 or of v1")
+        )
+        fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; shields are better with cgroup v2"
+        yield Finding("note" if legacy else "warning", "cgroup", text, fix)
     elif "cpuset" not in controllers.split():
         fix = "boot without cgroup_disable=cpuset, and with a kernel that has CONFIG_CPUSETS"
         yield Finding("warning", "cgroup", "cgroup v2 is there, but without the cpuset controller", fix)

@@ -14,7 +14,7 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .. import access, agent, cmdline, host, identity, plan, procfs, runtime, stdout, table
+from .. import access, agent, cgroups, cmdline, host, identity, plan, procfs, runtime, stdout, table
 from ..definition import VmDefinition, validate_tunable
 from ..errors import LauncherError, TuningFailed, printable
 from ..patience import patiently
@@ -191,9 +191,7 @@ class _Vm:
         yield from self._mildly(cpusets.others(definition, wanted, facts.online, os.geteuid(), self._tree))
 
     def _place(self) -> Iterator[Finding]:
-        path = next(
-            (line[3:] for line in (self._tree.text("/proc/self/cgroup") or "").splitlines() if line[:3] == "0::"), ""
-        )
+        path = cgroups.unit_path(self._tree.text("/proc/self/cgroup") or "")
         yield from self._mildly(session_of(path, os.geteuid()))
 
     def _helper(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
@@ -241,11 +239,13 @@ def _where_we_are() -> Path:
 
 
 def session_of(cgroup: str, uid: int) -> Iterator[Finding]:
-    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are. `cgroup`: v2 path."""
+    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are, in `cgroup`."""
     own = f"/user.slice/user-{uid}.slice/"
     if not cgroup:
-        text = "this host has no cgroup v2 here, or hides it (a container): the helper finds no session of yours"
-        yield Finding("error", "session", text, "run qemu-launcher on the host itself, in a login with cgroup v2")
+        text = "you are in no cgroup of systemd's, or it is hidden (a container): the helper finds no session of yours"
+        yield Finding(
+            "error", "session", text, "run qemu-launcher on the host itself, in a login that systemd has made"
+        )
     elif not cgroup.startswith(own):
         text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
         fix = "log in as yourself (su and sudo keep the session), or name the service under services in helper.toml"
