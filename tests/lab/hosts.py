@@ -41,12 +41,15 @@ class Host:
     usual: bool = True
 
 
+LEGACY = ("systemd.unified_cgroup_hierarchy=0", "systemd.legacy_systemd_cgroup_controller=1")
 HOSTS = {
     host.name: host
     for host in (
         Host("trixie", TRIXIE),  # cgroup v2 with remote partitions
         # cgroup v2 without them. By name, and with `all`, until every test has been seen to pass there.
         Host("bookworm", BOOKWORM, usual=False),
+        # cgroup v1 alone: "legacy", in the words of systemd. By name, and with `all`.
+        Host("legacy", BOOKWORM, Machine(kernel_arguments=LEGACY), usual=False),
         # Fedora's and Arch's bus: what it does to those who flood it, and to those whom it does not know.
         Host("broker", TRIXIE, Machine(kernel_arguments=("lab.bus=dbus-broker",)), usual=False),
         Host("isolcpus", TRIXIE, Machine(kernel_arguments=("isolcpus=5-6",)), usual=False),  # parts of two cores

@@ -18,6 +18,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from system import legacy
+
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 GRANTS = Path("/run/qemu-launcher/grants")
@@ -75,7 +77,12 @@ def online() -> frozenset[int]:
 
 
 def mechanism() -> str:
-    """The one that this kernel allows: partition, since Linux 6.7 (cgroup-v2.rst, cpuset.cpus.isolated), or pool."""
+    """The one that this kernel allows: partition, since Linux 6.7 (cgroup-v2.rst, cpuset.cpus.isolated), or pool.
+
+    And cpuset-v1, where it was told to use the legacy hierarchy.
+    """
+    if legacy.is_legacy():
+        return "cpuset-v1"
     return "partition" if (CGROUP / "cpuset.cpus.isolated").exists() else "pool"
 
 
@@ -109,6 +116,10 @@ def isolated() -> frozenset[int]:
     """
     if mechanism() == "partition":
         return parse((CGROUP / "cpuset.cpus.isolated").read_text())
+    if mechanism() == "cpuset-v1":
+        return online() - frozenset[int]().union(
+            *map(parse, legacy.shared() or [Path("/sys/devices/system/cpu/online").read_text()])
+        )
     outside = [*groups(), *VMS.glob("**/qemu-launcher-*.scope/pool")]
     return online() - frozenset[int]().union(*map(effective, outside))
 
@@ -223,12 +234,16 @@ def locked(pid: int) -> int:
 def cgroup(pid: int, tid: int | None = None) -> Path:
     """Where in the tree a process or thread is."""
     path = PROC / f"{pid}/cgroup" if tid is None else PROC / f"{pid}/task/{tid}/cgroup"
+    if mechanism() == "cpuset-v1":
+        return legacy.UNITS / path.read_text().partition(":name=systemd:/")[2].partition("\n")[0]
     line = next(line for line in path.read_text().splitlines() if line.startswith("0::"))
     return CGROUP / line[3:].lstrip("/")
 
 
 def scope_of(uid: int, vm: str) -> Path:
     """The scope of a VM. It is in its user's slice, unless that slice has to leave the VM's CPUs itself."""
+    if mechanism() == "cpuset-v1":
+        return legacy.UNITS / f"user.slice/user-{uid}.slice/qemu-launcher-{uid}-{vm}.scope"
     slices = CGROUP / f"user.slice/user-{uid}.slice" if mechanism() == "partition" else VMS / f"qemu-{uid}.slice"
     return slices / f"qemu-launcher-{uid}-{vm}.scope"
 
@@ -255,6 +270,8 @@ def records() -> set[str]:
 
 def exclusive() -> dict[str, frozenset[int]]:
     """Every cgroup that claims CPUs for itself, with these."""
+    if mechanism() == "cpuset-v1":
+        return {name: parse(cpus) for name, cpus in legacy.claims().items()}
     pool = mechanism() == "pool"
     found = {}
     for group in _tree():
@@ -338,6 +355,8 @@ def traces() -> list[str]:
     if mechanism() == "pool":
         confined = {group.name: effective(group) for group in groups() if effective(group) not in (online(), set())}
         found += [f"{name} may use CPUs {sorted(cpus)} only" for name, cpus in sorted(confined.items())]
+    if legacy.OURS.exists():
+        found.append("our cpusets are still there")
     if MEMORY.exists():
         found.append("what the groups of the host were like is still remembered")
     if cpus_of(1) != online():
