@@ -75,6 +75,25 @@ def test_a_call_in_flight_keeps_it_here(member: User) -> None:
         assert Path(f"/proc/{pid}").exists()
 
 
+def test_calls_that_are_refused_keep_it_here_but_not_from_looking_after_vms(member: User) -> None:
+    """A VM that ends cannot start it while it is there. With a pool nobody else gives its CPUs back."""
+    with world(idle=1.0) as host:
+
+        def calls() -> int:
+            with Client(host.socket) as client:
+
+                def looked_three_times() -> bool:
+                    assert client.call("NoSuchMethod").short == "UnknownMethod"
+                    looks = (host.folder / "looks").read_text().split()
+                    return looks.count(looks[-1]) >= 3
+
+                wait_until(looked_three_times, "it to look again, and again")
+                return host.helper_pid()
+
+        pid = as_user(member, calls).result()
+        wait_until(lambda: pid in exits(host), "it to leave when nobody calls any more")
+
+
 def test_sigterm_is_an_orderly_end(member: User) -> None:
     with world() as host:
         assert using(host, member, lambda client: client.call("GetLimits").short) == "ok"

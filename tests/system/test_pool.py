@@ -77,6 +77,15 @@ def test_where_everything_is(program: Claimant) -> None:
     assert {*everybody().values()} == {ALL}
 
 
+def test_tasks_of_a_users_vms_are_limited(program: Claimant) -> None:
+    """His slice's limit on tasks, systemd's against fork bombs, does not reach there: it has one of its own."""
+    child = program.spawn(1)
+    assert program.pin(child, "vm", 4).error == "ok"
+    vms = host.scope_of(program.user.uid, "vm").parent
+    assert (vms / "pids.max").read_text() == (program.user.slice / "pids.max").read_text() != "max\n"
+    end(program, child)
+
+
 def test_what_an_administrator_allows_is_merged_and_comes_back(
     program: Claimant, allowed: Callable[[str, str], None]
 ) -> None:

@@ -101,7 +101,7 @@ def test_a_group_that_comes_later(host: Host) -> None:
 
 
 def test_a_group_that_would_have_nothing_left(host: Host) -> None:
-    with pytest.raises(Conflict, match=r"^CPUs 2-3,6 are all that 'docker' may have"):
+    with pytest.raises(Conflict, match=r"^CPUs 2-3,6 are all that AllowedCPUs= leaves to 'docker'$"):
         host.settle(2, 3, 6, 7)
     assert host.cpus("docker") == "2-3,6"
     assert host.cpus("user.slice") == "0-1,4-5", "the others are as they should be all the same"

@@ -91,7 +91,7 @@ class Pool(Partition):
                 wanted[path] = cpulist(left) or before
                 memory[name] = [before, now, wanted[path]]
             if shielded and not left & parse_cpulist(online):  # such a group gets its parent's
-                bare = f"CPUs {before or online} are all that {name!a} may have (AllowedCPUs=), or all that are online"
+                bare = f"CPUs {before or online} are all that AllowedCPUs= leaves to {name!a}"
         if shielded:
             self._remember(memory)
         return wanted, bare
