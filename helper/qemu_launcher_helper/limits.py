@@ -189,9 +189,8 @@ def free_for(limits: Limits, cores: Sequence[Cpus], records: Iterable[Record]) -
     live = [record for record in records if not record.stray]
     shielded, taken = union(record.shielded for record in live), union(record.cpus for record in live)
     free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
-    if not any(core.isdisjoint(shielded) for core in cores if core not in free):
-        free = free[1:]
-    return union(free)
+    host_keeps_one = any(core.isdisjoint(shielded) for core in cores if core not in free)
+    return union(free if host_keeps_one else free[1:])
 
 
 def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, records: Iterable[Record]) -> Record:

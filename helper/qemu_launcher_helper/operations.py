@@ -211,15 +211,18 @@ class Operation(NamedTuple):
         ]
         PENDING.add(record.key)
         try:
-            # A scope whose process was dead, but not reaped, when it was moved in is "running" until somebody stops it.
-            # One that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it does
-            # when a reference to it goes.
-            for member, *mode in ("StopUnit", "fail"), ("RefUnit",), ("UnrefUnit",):
+            # A scope that ended, and whose OnSuccess= had us started, stays loaded until systemd looks at it again; it
+            # does when a reference to it goes.
+            for member in ("RefUnit", "UnrefUnit"):
                 with suppress(CallFailed):
-                    await self.bus.call(SYSTEMD, member, "s" + "s" * len(mode), [name, *mode], "o" if mode else "")
+                    await self.bus.call(SYSTEMD, member, "s", [name], "")
             await self.bus.start_unit(name, properties)
             if not target.is_alive():
                 _give_back(target.pid, record.scope)
+                # Of a process that is dead, but not reaped, systemd makes a scope that nobody ends, and that is in the
+                # way of the VM's next start.
+                with suppress(CallFailed):
+                    await self.bus.call(SYSTEMD, "StopUnit", "ss", [name, "fail"], "o")
             self.live[:] = reconcile()  # what others did meanwhile; and whether our own record is still there
         except CallFailed as err:
             raise Failed(f"systemd does not make a scope for VM {record.vm}, {err.name}: try again") from err
@@ -231,7 +234,6 @@ class Operation(NamedTuple):
 
 def _give_back(pid: int, scope: str) -> None:
     """Put a process that inherited the target's number, and was moved in its place, back beside its parent."""
-    with suppress(OSError, TargetRefused), Target(pid) as stranger:
+    with suppress(OSError, TargetRefused), Target(pid) as stranger, Target(int(stranger.status()["PPid"])) as parent:
         if stranger.cgroup() == scope:
-            with Target(int(stranger.status()["PPid"])) as parent:
-                (MECHANISM.root / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))
+            (MECHANISM.root / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))

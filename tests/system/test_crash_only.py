@@ -5,6 +5,8 @@ systemd's AttachProcessesToUnit (SECURITY.md, S20).
 """
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +99,21 @@ def test_a17_killed_while_two_threads_change_places(program: Claimant, stepping:
     assert program.schedule(child, "vm", "fifo", 1).error == "TargetRefused"
     assert host.isolated() == frozenset()
     assert host.realtime_threads() == set()
+
+
+def test_a17_dead_but_not_reaped_when_systemd_moves_it(program: Claimant, stepping: Stepping) -> None:
+    """systemd takes the scope of such a process for running, with nobody in it. It goes, and its name is free again."""
+    child = program.spawn(2)
+    with stepping.halted_at("before scope") as halt:
+        program.begin("PinThreads", "usa(uaub)au", child.pid, "vm", [[tid, [4], True] for tid in child.tids[:1]], [])
+        host.wait_for("the helper stands still", lambda: halt.reached)
+        os.kill(child.pid, signal.SIGKILL)
+        host.wait_for("the VM has ended", lambda: not host.is_alive(child.pid))
+    assert program.finish().error == "TargetRefused"
+    program.end(child.pid)
+    host.wait_until_as_before()
+    assert program.pin(program.spawn(2), "vm", 4, 5).error == "ok"
+    assert host.isolated() == {4, 5}
 
 
 def test_a_launcher_whose_helper_dies_starts_no_guest(alice: User, stepping: Stepping) -> None:
