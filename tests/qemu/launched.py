@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +287,20 @@ def is_alive(pid: int) -> bool:
 
 
 def _read_until(fd: int, seconds: float) -> bytes:
-    assert select.select([fd], [], [], seconds)[0], "the launcher did not end"
+    if not select.select([fd], [], [], seconds)[0]:
+        raise AssertionError(f"the launcher did not end: its stderr is still open in {list(_others_with(fd))}")
     return os.read(fd, 65536)
+
+
+def _others_with(fd: int) -> Iterator[str]:
+    """Who else has the pipe open, with what he is and what he does."""
+    pipe = Path(f"/proc/self/fd/{fd}").readlink()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if process.name != str(os.getpid()) and pipe in (one.readlink() for one in (process / "fd").iterdir()):
+                state = next(line for line in (process / "status").read_text().splitlines() if line[:6] == "State:")
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                yield f"{process.name} {state.split()[1]} {' '.join(words)[:200]}"
 
 
 @contextmanager

@@ -129,10 +129,15 @@ def test_calls_do_not_make_it_grow(alice: User) -> None:
         assert program.pin(child, "vm", 4).error == "ok"
         pid = host.helper()
         assert pid is not None
-        before = len(list((host.PROC / f"{pid}/fd").iterdir()))
+
+        def descriptors() -> int:
+            return len(list((host.PROC / f"{pid}/fd").iterdir()))
+
+        before = descriptors()
         for _ in range(20):
             assert program.call("ListVms", "b", False).error == "ok"
             assert program.pin(child, "vm", 4).error == "ok"
         assert host.helper() == pid
-        assert len(list((host.PROC / f"{pid}/fd").iterdir())) == before
+        # It looks after its VMs by itself as well, every now and then, and has their descriptors open for a moment.
+        host.wait_for(f"no more than the {before} descriptors from before", lambda: descriptors() <= before)
         program.end(child.pid)
