@@ -39,13 +39,15 @@ class LoginEnded(Exception):  # noqa: N818  that is what happened
 def login_command(user: str, *command: str) -> list[str]:
     """The argument vector that runs `command` in a new login of `user`, with this process's standard streams.
 
-    Its limit on locked memory is the one that systemd gives since version 254; before, it was an eighth of the memory.
+    Its limit on locked memory is the one that systemd gives since version 254; before, it was an eighth of the memory,
+    which pam_limits(8) gives again to whoever logs in.
     """
     home = pwd.getpwnam(user).pw_dir
     return [
         *("systemd-run", "--quiet", "--pipe", "--wait", "--collect"),
-        *(f"--uid={user}", "--property=PAMName=login", "--property=LimitMEMLOCK=8M"),
+        *(f"--uid={user}", "--property=PAMName=login"),
         *(f"--working-directory={home}", f"--setenv=HOME={home}"),
+        *("prlimit", f"--memlock={8 << 20}"),
         *command,
     ]
 
