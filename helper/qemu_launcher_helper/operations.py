@@ -205,7 +205,7 @@ class Operation(NamedTuple):
             *([end, Variant("as", ["qemu-launcher-helper.service"])] for end in ("OnSuccess", "OnFailure")),
             # Stopping runs in the opposite order: at logout and shutdown the launcher has time to power the guest down.
             # It ends with the slice that its user is in, also where it cannot be in there itself (pool.py).
-            *([name, Variant("as", [other])] for name, other in (("Before", unit), ("PartOf", above))),
+            *([relation, Variant("as", [other])] for relation, other in (("Before", unit), ("PartOf", above))),
             # Whoever stops the scope has systemd ask the launcher first (RequestStop), which powers the guest down.
             ["Controller", Variant("s", self.caller.sender)],
         ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from . import cgroups, control, procfs, runtime, stdout, table, threads
 from .control import State
-from .cpulist import format_cpulist
+from .cpulist import format_cpulist, named
 from .errors import LauncherError, QmpError, printable
 from .procfs import Scheduling
 from .record import Record
@@ -189,7 +189,6 @@ def lost_shield(name: str, record: Record, vcpus: Sequence[Vcpu], online: frozen
     if record.isolation != "shield" or not vcpus:
         return None
     offline = record.cpus - (record.cpus if online is None else online)
-    which = f"CPU{'s' * (len(offline) > 1)} {format_cpulist(offline)}"
     of_it, anew = f"its shield of CPUs {format_cpulist(record.cpus)}", "for a new shield: start it anew"
     remedy = [_to_bring_online(offline)] if offline else []
     held = frozenset[int]().union(*(vcpu.cpus for vcpu in vcpus if vcpu.shielded))
@@ -197,13 +196,13 @@ def lost_shield(name: str, record: Record, vcpus: Sequence[Vcpu], online: frozen
     if held & record.cpus:  # not all of them: a vCPU that was unplugged has left its CPU
         if not offline:
             return None
-        what = f"of {of_it} {which} went offline: its vCPUs share what is left, {format_cpulist(held)}"
+        what = f"of {of_it} {named(offline)} went offline: its vCPUs share what is left, {format_cpulist(held)}"
     elif broken:
         what = f"{of_it} does not hold: {min(broken)}"
         # Nobody has looked since: whatever had real time has it still, among all others.
         remedy += [f"to take back the real time that it may have: qemu-launcher release {name}", anew]
     elif offline:
-        what = f"{of_it} was taken back: {which} went offline"
+        what = f"{of_it} was taken back: {named(offline)} went offline"
         remedy += [anew]
     else:
         what = (

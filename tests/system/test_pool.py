@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from system import host
-from system.claims import Child, Claimant
+from system.claims import Claimant, end
 from system.fixtures import start_helper, stop_helper
 from system.people import User
 
@@ -30,13 +30,6 @@ def said(group: str) -> str:
 def everybody() -> dict[str, frozenset[int]]:
     """What each group of the host may use."""
     return {group.name: host.effective(group) for group in host.groups() if host.effective(group)}
-
-
-def end(program: Claimant, *children: Child) -> None:
-    """These VMs end, and a helper has been started since."""
-    for child in children:
-        program.end(child.pid)
-    assert program.call("GetLimits", "").error == "ok"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from system import host, legacy
-from system.claims import Child, Claimant
+from system.claims import Claimant, end
 from system.fixtures import start_helper
 from system.people import User
 from system.vms import HELPER_UNIT, Launch, define
@@ -21,13 +21,6 @@ from system.vms import HELPER_UNIT, Launch, define
 pytestmark = pytest.mark.hosts(more=("legacy",), why="it is about hosts with the legacy hierarchy")
 
 ALL = "0-7"
-
-
-def end(program: Claimant, *children: Child) -> None:
-    """These VMs end, and a helper has been started since."""
-    for child in children:
-        program.end(child.pid)
-    assert program.call("GetLimits", "").error == "ok"
 
 
 @pytest.fixture

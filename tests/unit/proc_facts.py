@@ -26,3 +26,15 @@ class Facts:
 
     def say(self, **changes: str) -> None:
         self.write("status", "".join(f"{key}:\t{value}\n" for key, value in (self.status | changes).items()))
+
+
+# What /proc/PID/cgroup can say, and which unit's path that is: helper and launcher each read it for themselves.
+UNIT_LINES = [
+    ("0::/user.slice/a\n", "/user.slice/a"),
+    ("12:cpuset:/\n1:name=systemd:/user.slice/a\n", "/user.slice/a"),
+    ("1:name=systemd:/user.slice/a\n0::/\n", "/user.slice/a"),
+    ("1:name=systemd:/b\n0::/user.slice/a\n", "/user.slice/a"),
+    ("9:name=systemdx:/b\n8:name=x:name=systemd:/b\n", ""),
+    ("0::/\n", ""),
+    ("", ""),
+]

@@ -20,6 +20,7 @@ from qemu_launcher_helper import privileges
 from qemu_launcher_helper.contract import Conflict, Failed, Pin, parse_cpulist
 from qemu_launcher_helper.cpuset.v1 import V1
 from qemu_launcher_helper.target import Target
+from unit.proc_facts import UNIT_LINES
 
 SCOPES = [f"/user.slice/user-{uid}.slice/qemu-launcher-{uid}-vm.scope" for uid in (1000, 1001)]
 NAMES = [scope.rpartition("/")[2] for scope in SCOPES]
@@ -357,18 +358,7 @@ def test_where_it_is_mounted_and_what_it_needs(kernel: Kernel, tmp_path: Path) -
         assert bare.orphans(frozenset()) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("0::/user.slice/a\n", "/user.slice/a"),
-        ("12:cpuset:/\n1:name=systemd:/user.slice/a\n", "/user.slice/a"),
-        ("1:name=systemd:/user.slice/a\n0::/\n", "/user.slice/a"),
-        ("1:name=systemd:/b\n0::/user.slice/a\n", "/user.slice/a"),
-        ("9:name=systemdx:/b\n8:name=x:name=systemd:/b\n", ""),
-        ("0::/\n", ""),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize(("text", "path"), UNIT_LINES)
 def test_which_line_names_the_unit(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """v2's, wherever systemd uses it: what else a root has mounted under systemd's name says nothing then."""
     with Target(os.getpid()) as process:

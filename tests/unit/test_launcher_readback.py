@@ -13,6 +13,7 @@ from qemu_launcher import cgroups, cpulist, procfs, readback, unaided
 from qemu_launcher.definition import Scheduling
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import Pin, ThreadPlan
+from unit.proc_facts import UNIT_LINES
 
 ALL = frozenset(os.sched_getaffinity(0))
 CPU = frozenset({max(ALL)})
@@ -284,16 +285,6 @@ def test_v1_shields_as_long_as_every_other_cpuset_leaves_the_cpus(tree: Path) ->
     assert not cgroups.is_populated(scope)
 
 
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("0::/user.slice/a\n", "/user.slice/a"),
-        ("12:cpuset:/\n1:name=systemd:/user.slice/a\n", "/user.slice/a"),
-        ("1:name=systemd:/user.slice/a\n0::/\n", "/user.slice/a"),
-        ("1:name=systemd:/b\n0::/user.slice/a\n", "/user.slice/a"),
-        ("9:name=systemdx:/b\n8:name=x:name=systemd:/b\n", ""),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize(("text", "path"), UNIT_LINES)
 def test_which_line_names_the_unit(text: str, path: str) -> None:
     assert cgroups.unit_path(text) == path

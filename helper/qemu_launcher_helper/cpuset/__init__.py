@@ -10,5 +10,5 @@ from .v1 import V1
 
 # Where none can be used, the one that says what is missing.
 _ALL = Partition(), Pool(), V1()
-_LAST = Partition() if (CGROUP / "cgroup.controllers").exists() else V1()
+_LAST = _ALL[0] if (CGROUP / "cgroup.controllers").exists() else _ALL[-1]
 MECHANISM: Partition = next((one for one in _ALL if not one.lacks()), _LAST)
