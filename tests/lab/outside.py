@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,21 @@ KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of 
 PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
+# What the tests of a file take in a lab, for files where their number says little: seconds, all else as on a machine of
+# two cores. A guess for a test of any other file; what is wrong by half makes no lab wait for long.
+A_TEST = 15.0
+SLOW = {
+    "test_access.py": 200.0,
+    "test_administrators.py": 250.0,
+    "test_attack_greed.py": 500.0,
+    "test_crash_launcher.py": 120.0,
+    "test_crash_only.py": 250.0,
+    "test_crash_points.py": 300.0,
+    "test_crowd.py": 150.0,
+    "test_floods.py": 350.0,
+    "test_limits.py": 150.0,
+    "test_scale.py": 150.0,
+}
 # Without a report: a single test in there may take minutes, never that many; hours, if it is told to try everything.
 SILENCE_SECONDS = 12 * 3600.0 if "QEMU_LAUNCHER_ROUNDS" in os.environ else 1800.0
 BUILDING = threading.Lock()
@@ -109,7 +124,8 @@ class SystemRun:
         environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
         files = shlex.join(sorted({node_id.partition("::")[0] for node_id in self.node_ids}))
-        inner = f"python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 {files}"
+        # Hypothesis takes seconds to import in there, and no system test uses it.
+        inner = f"python3 -m pytest -q -p no:cacheprovider -p no:hypothesispytest -o faulthandler_timeout=900 {files}"
         line = f"cd {REMOTE} && echo $$ >pid && exec env {settings} {inner} {REPORT_FD}>&1 >{INNER_LOG} 2>&1"
         self._process = self.stack.enter_context(
             subprocess.Popen([*vm.ssh("root"), line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
@@ -242,11 +258,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what is for hosts that are not wanted.
 
-    Puts the tests that want a lab to themselves behind those that share one, since there may be but one slot.
+    Puts the tests that want a lab to themselves behind those that share one, if there is but one slot. Otherwise before
+    them: these only wait, for labs that work already.
     """
     wanted = config.stash[WANTED_KEY]
     hosts.keep(config, items, lambda item: not item.path.is_relative_to(SYSTEM) or hosts.is_wanted(item, wanted))
-    items.sort(key=lambda item: item.get_closest_marker(OUTSIDE_MARKER) is not None)
+    last = is_system_test if slot_count() > 1 else lambda item: item.get_closest_marker(OUTSIDE_MARKER) is not None
+    items.sort(key=last)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -312,7 +330,7 @@ def _runs_of(session: pytest.Session) -> dict[tuple[str, Path], SystemRun]:
         runs = session.stash[RUNS_KEY] = {}
         for name, host in hosts.HOSTS.items():
             there = [item for item in wanted if hosts.host_of(item) == name]
-            for files in shared_out(Counter(item.path for item in there), labs):
+            for files in shared_out(seconds(item.path for item in there), labs):
                 node_ids = [item.nodeid for item in there if item.path in files]
                 run = SystemRun(session.config, host, node_ids, permits)
                 runs |= {(name, path): run for path in files}
@@ -320,11 +338,16 @@ def _runs_of(session: pytest.Session) -> dict[tuple[str, Path], SystemRun]:
     return runs
 
 
-def shared_out(numbers: Mapping[Path, int], labs: int) -> list[set[Path]]:
-    """Shares files with so many tests each among at most `labs` labs, the largest first, to the one that has least."""
+def seconds(files: Iterable[Path]) -> dict[Path, float]:
+    """What each file may take; it is given once for each of its tests."""
+    return {path: SLOW.get(path.name, A_TEST * number) for path, number in Counter(files).items()}
+
+
+def shared_out(lasting: Mapping[Path, float], labs: int) -> list[set[Path]]:
+    """Shares files that last so long among at most `labs` labs, the longest first, to the one that has least."""
     shares: list[set[Path]] = [set() for _ in range(labs)]
-    for path in sorted(numbers, key=lambda path: (-numbers[path], path)):
-        min(shares, key=lambda share: sum(numbers[other] for other in share)).add(path)
+    for path in sorted(lasting, key=lambda path: (-lasting[path], path)):
+        min(shares, key=lambda share: sum(lasting[other] for other in share)).add(path)
     return [share for share in shares if share]
 
 

@@ -16,7 +16,7 @@ import pytest
 from lab import hosts
 from lab.errors import LabError, MissingTool
 from lab.inside import REPORT_FD, REQUEST_VARIABLE
-from lab.outside import REMOTE, SYSTEM, SystemRun, _results, shared_out
+from lab.outside import REMOTE, SLOW, SYSTEM, SystemRun, _results, seconds, shared_out
 from lab.recipe import PROJECT
 
 CONFTEST = "from lab.inside import pytest_configure\n"
@@ -164,6 +164,14 @@ def test_lab_that_cannot_be_had(
         (report,) = _results(item)
         assert report.outcome == expected
         assert str(error) in str(report.longrepr)
+
+
+def test_what_files_take_is_known_or_guessed() -> None:
+    few, many, slow = (SYSTEM / f"test_{name}.py" for name in ("few", "many", "floods"))
+    expected = seconds([few, many, many, many, slow, slow])
+    assert 3 * expected[few] == expected[many]
+    assert expected[slow] == SLOW[slow.name]
+    assert {path.name for path in SYSTEM.glob("test_*.py")} >= SLOW.keys(), "all of them exist"
 
 
 def test_files_are_shared_out_evenly() -> None:
