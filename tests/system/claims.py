@@ -73,11 +73,17 @@ class Claimant:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.end_all()
+            if self.is_alive:
+                self.end_all()
         finally:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process.wait(host.PATIENCE)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the program still runs."""
+        return self._process.poll() is None
 
     def spawn(self, threads: int, *, spin: bool = False) -> Child:
         """Make a child, whose threads sleep or keep their CPUs busy."""

@@ -20,6 +20,7 @@ from system import host
 from system.claims import Claimant
 from system.people import DESK, User, let_into_group
 from system.vms import HELPER_UNIT, Launch, running
+from system.watch import INTERFACE
 
 TOML = Path("/etc/qemu-launcher/helper.toml")
 # What desktop sessions hand down (RLIMIT_RTTIME, microseconds, soft and hard), under which real time is soon killed.
@@ -62,9 +63,9 @@ def carol(members: tuple[User, User]) -> User:
     return members[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def bob() -> Iterator[User]:
-    """A user who is not in the group."""
+    """A user who is not in the group; his login, which takes seconds, serves all tests of a module."""
     user = User("bob")
     yield user
     user.log_out()
@@ -77,11 +78,25 @@ def vm() -> Iterator[Callable[..., Launch]]:
         yield lambda *arguments, **more: stack.enter_context(running(*arguments, **more))
 
 
+@pytest.fixture(scope="session")
+def programs_of_alice(members: tuple[User, User]) -> Iterator[Callable[[], Claimant]]:
+    """Gives the one program of alice's, under the limits of a desktop; another, when she was logged out meanwhile."""
+    with contextlib.ExitStack() as stack:
+        made: list[Claimant] = []
+
+        def give() -> Claimant:
+            if not (made and made[-1].is_alive):
+                program = Claimant(members[0], "prlimit", "--rttime={}:{}".format(*DESKTOP_RTTIME))
+                made.append(stack.enter_context(program))
+            return made[-1]
+
+        yield give
+
+
 @pytest.fixture(scope="module")
-def program_of_alice(members: tuple[User, User]) -> Iterator[Claimant]:
-    """A program of alice's, for all tests of a module, under the limits of a desktop."""
-    with Claimant(members[0], "prlimit", "--rttime={}:{}".format(*DESKTOP_RTTIME)) as claimant:
-        yield claimant
+def program_of_alice(programs_of_alice: Callable[[], Claimant]) -> Claimant:
+    """A program of alice's, for all tests of a module."""
+    return programs_of_alice()
 
 
 @pytest.fixture
@@ -109,19 +124,14 @@ SHARED = Shared()
 def host_as_before() -> Iterator[None]:
     """See to it that nothing is left of the test's VMs; what is left fails the test, and is removed for the next.
 
-    A helper that serves is told to leave, which it would do by itself 15 s after its last call, as test_ends.py shows;
-    one that is not there yet, or just starting, is left to systemd.
+    A helper that serves would clean up when it leaves, 15 s after its last call, as test_ends.py shows; it is called
+    instead, upon which it does so at once. One that is not there yet, or just starting, is left to systemd.
     """
     yield
     if SHARED.launch is not None and SHARED.launch.is_alive:
         return
     try:
-        if (
-            host.records()
-            and subprocess.run(["systemctl", "is-active", "--quiet", HELPER_UNIT], check=False).returncode == 0
-        ):
-            stop_helper()
-        host.wait_until_as_before()
+        host.wait_until_as_before(call_helper)
     except BaseException:
         clean_up()
         raise
@@ -182,6 +192,13 @@ def reload_polkit() -> None:
 def stop_helper() -> None:
     """End the helper in order, as `systemctl stop` does; the next call starts another."""
     subprocess.run(["systemctl", "stop", HELPER_UNIT], check=True)
+
+
+def call_helper() -> None:
+    """Have a helper that serves look at its records, which it does before it answers; none is started for that."""
+    limits = (INTERFACE, "/org/qemulauncher/Helper1", INTERFACE, "GetLimits")
+    command = ["busctl", "call", "--quiet", "--auto-start=no", *limits]
+    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
 
 
 def start_helper() -> None:

@@ -369,16 +369,30 @@ def traces() -> list[str]:
 
 
 def wait_for(what: str, holds: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Return when `holds()` is true; AssertionError, naming `what`, when it never becomes so."""
+    """Return when `holds()` is true; AssertionError, naming `what`, when it never becomes so.
+
+    A look that takes long is taken less often: an emulated host has one CPU's time for it and for what is waited for.
+    """
     end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.1)
+    while True:
+        began = time.monotonic()
+        if holds():
+            return
+        now = time.monotonic()
+        assert now < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(max(0.1, now - began))
 
 
-def wait_until_as_before() -> None:
-    """Return when nothing of any VM is left on the host; AssertionError with what is left otherwise."""
+def wait_until_as_before(hurry: Callable[[], None] = lambda: None) -> None:
+    """Return when nothing of any VM is left on the host; AssertionError with what is left otherwise.
+
+    `hurry` is called before each look at it while there are records.
+    """
     end = time.monotonic() + PATIENCE
-    while left := traces():
+    while True:
+        if records():
+            hurry()
+        if not (left := traces()):
+            return
         assert time.monotonic() < end, f"after {PATIENCE:.0f} s: {'; '.join(left)}"
         time.sleep(0.3)

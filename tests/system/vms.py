@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,14 +248,14 @@ class Launch:
 
     def until_settled(self) -> Launch:
         """Wait until the launcher's last call to the helper is done: the second PinThreads, by the helper's journal."""
-        command = ["journalctl", "--quiet", "--output=cat", f"--since=@{self._since}", f"--unit={HELPER_UNIT}"]
         wanted = f"granted PinThreads uid={self.user.uid} "
-
-        def settled() -> bool:
-            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-            return sum(line.startswith(wanted) and f" vm={self.name} " in line for line in lines) >= 2
-
-        host.wait_for(f"the launcher of {self.name} has made its last call", settled)
+        options = ("--no-tail", "--output=cat", f"--since=@{self._since}", f"--unit={HELPER_UNIT}")
+        lines = _follow_journal(*options, what=f"the launcher of {self.name} has made its last call")
+        with contextlib.closing(lines):
+            seen = 0
+            while seen < 2:
+                line = next(lines)
+                seen += line.startswith(wanted) and f" vm={self.name} " in line
         return self
 
     def until_ended(self) -> int:
@@ -301,6 +301,26 @@ def refused(user: User, name: str, *arguments: str, before: str = "", login: Log
         return launch.until_ended(), launch.said
     finally:
         launch.close()
+
+
+def _follow_journal(*options: str, what: str) -> Generator[str]:
+    """Lines of the journal as they come; AssertionError, naming `what` is waited for, when none comes any more.
+
+    Followed, not asked for again and again, which would take the time from what is waited for.
+    """
+    command = ["journalctl", "--quiet", "--follow", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as journal:
+        assert journal.stdout is not None
+        try:
+            buffer = b""
+            while True:
+                assert select.select([journal.stdout], [], [], host.PATIENCE)[0], f"it never came that {what}"
+                data = os.read(journal.stdout.fileno(), 65536)
+                assert data, "journalctl has ended"
+                *lines, buffer = (buffer + data).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+        finally:
+            journal.kill()
 
 
 def _listens(path: Path) -> bool:
