@@ -9,7 +9,11 @@ from system.people import Login, User, let_into_group, put_out_of_group
 from system.vms import Launch, define, refused
 
 # Whom the bus lets through is the bus's to say: on all of them.
-pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("broker",), why="another bus is another policy's reader")
+pytestmark = pytest.mark.hosts(
+    "trixie",
+    more=("bookworm", "broker"),
+    why="test_managing_others.py asks each polkit; another bus reads the policy anew",
+)
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}
 
 
