@@ -72,6 +72,10 @@ class Claimant:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the program and its children."""
         try:
             if self.is_alive:
                 self.end_all()
@@ -200,7 +204,8 @@ class Apprentice(Claimant):
         self.pid: int = master._ask(do="apprentice")["pid"]
         self._master = master
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Leave its master as it was without it."""
         self.end_all()
         self._master.end(self.pid)
 

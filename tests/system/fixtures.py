@@ -78,25 +78,39 @@ def vm() -> Iterator[Callable[..., Launch]]:
         yield lambda *arguments, **more: stack.enter_context(running(*arguments, **more))
 
 
+class Program:
+    """A program of alice's, under the limits of a desktop, in a login of its own. Started when it is first needed."""
+
+    def __init__(self, user: User) -> None:
+        self._user = user
+        self._claimant: Claimant | None = None
+
+    def get(self) -> Claimant:
+        """The program; another one, when somebody has ended it meanwhile."""
+        if self._claimant is None or not self._claimant.is_alive:
+            self.end()
+            self._claimant = Claimant(self._user, "prlimit", "--rttime={}:{}".format(*DESKTOP_RTTIME))
+        return self._claimant
+
+    def end(self) -> None:
+        """End it, and its login."""
+        claimant, self._claimant = self._claimant, None
+        if claimant is not None:
+            claimant.close()
+
+
 @pytest.fixture(scope="session")
-def programs_of_alice(members: tuple[User, User]) -> Iterator[Callable[[], Claimant]]:
-    """Gives the one program of alice's, under the limits of a desktop; another, when she was logged out meanwhile."""
-    with contextlib.ExitStack() as stack:
-        made: list[Claimant] = []
-
-        def give() -> Claimant:
-            if not (made and made[-1].is_alive):
-                program = Claimant(members[0], "prlimit", "--rttime={}:{}".format(*DESKTOP_RTTIME))
-                made.append(stack.enter_context(program))
-            return made[-1]
-
-        yield give
+def alices_program(members: tuple[User, User]) -> Iterator[Program]:
+    """One for all tests: to start it takes as long as some of them."""
+    program = Program(members[0])
+    yield program
+    program.end()
 
 
 @pytest.fixture(scope="module")
-def program_of_alice(programs_of_alice: Callable[[], Claimant]) -> Claimant:
+def program_of_alice(alices_program: Program) -> Claimant:
     """A program of alice's, for all tests of a module."""
-    return programs_of_alice()
+    return alices_program.get()
 
 
 @pytest.fixture

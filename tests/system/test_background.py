@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from system import host
+from system.fixtures import Program
 from system.people import User
 from system.vms import define
 
@@ -13,9 +14,10 @@ TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "shutdown_
 
 
 @pytest.fixture
-def in_background(alice: User) -> Iterator[User]:
+def in_background(alice: User, alices_program: Program) -> Iterator[User]:
     """alice, with a user manager that knows her groups: one of an earlier login may be there for some seconds yet."""
     manager_ends = ["systemctl", "stop", f"user@{alice.uid}.service"]
+    alices_program.end()  # that is a login too
     alice.log_out()
     subprocess.run(manager_ends, check=True)
     yield alice
