@@ -27,6 +27,7 @@ def test_iothreads_and_emulator_threads_beside_a_shield(alice: User, vm: Callabl
     assert {host.scheduling(tid)[0] for tid in (*running.vcpu_tids, iothread)} == {"other"}
     assert host.cpus_of(1) == host.online() - {4, 5, 6, 7}, "whole cores, as CPU 7 is the sibling of 6"
     assert running.quit() == 0
+    host.wait_until_as_before()
     assert host.cpus_of(1) == host.online()
 
 
