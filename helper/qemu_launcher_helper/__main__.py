@@ -14,10 +14,12 @@ import sys
 from . import bus, contract, limits, privileges, service
 from .operations import Operations
 from .records import reconcile
+from .target import SYSTEMD
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 # How long the journal may take to accept a record.
 _STOP_SECONDS, _JOURNAL_SECONDS = 20.0, 1.0
+_LOG = "/run/systemd/journal/socket" if SYSTEMD else "/dev/log"
 
 
 class Journal(logging.handlers.DatagramHandler):
@@ -26,10 +28,14 @@ class Journal(logging.handlers.DatagramHandler):
     The names are ours, and no value has a second line: text from elsewhere is logged through ascii() (%a). A journal
     that others flood holds us up for a moment only: then logging writes to stderr, which systemd reads on its own.
     https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+
+    Without systemd it goes to syslog, as one line for people, with facility daemon (3): RFC 3164.
     """
 
     def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802  what the library has one override
         """Return the datagram."""
+        if self.address == "/dev/log":
+            return f"<{3 * 8 + 8 - record.levelno // 10}>qemu-launcher-helper: {record.getMessage()}".encode()
         fields = {"SYSLOG_IDENTIFIER": "qemu-launcher-helper", "PRIORITY": 8 - record.levelno // 10}
         fields |= record.args if isinstance(record.args, dict) else {"MESSAGE": record.getMessage()}
         return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
@@ -59,13 +65,14 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
 
 def main() -> int:
     """Serve, or read helper.toml and say what is wrong with it; return the exit status."""
-    logs = [Journal("/run/systemd/journal/socket", None) if "--serve" in sys.argv else logging.StreamHandler()]
+    logs = [Journal(_LOG, None) if "--serve" in sys.argv else logging.StreamHandler()]
     logging.basicConfig(handlers=logs, level=logging.INFO, format="%(message)s")
     socket.setdefaulttimeout(_JOURNAL_SECONDS)
     os.umask(0o077)
     try:
         match sys.argv[1:]:
             case ["--serve"]:
+                os.chdir("/")
                 privileges.drop()
                 return asyncio.run(serve())
             case ["--check", *path] if len(path) <= 1:

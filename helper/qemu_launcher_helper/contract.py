@@ -23,9 +23,8 @@ Texts of refusals are complete sentences for the user without the full stop, mad
 validated names; never of anything a client sent unchecked.
 """
 
-import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -234,20 +233,3 @@ def _vm(value: str) -> str:
     if not VM_NAME.fullmatch(value):
         raise InvalidArguments("The VM's name is not 1 to 48 of A-Z a-z 0-9 _ -, beginning with a letter or digit")
     return value
-
-
-def parse_cpulist(text: str) -> frozenset[int]:
-    """Return the CPUs that `text` names; an empty or blank text is the empty set."""
-    ranges = [(int(first), int(last or first)) for first, last in re.findall(r"([0-9]+)-?([0-9]*)", text)]
-    # "List format" in cpuset(7): "0-3,8".
-    if not re.fullmatch(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?", text.strip()) or any(a > b for a, b in ranges):
-        raise ValueError(f"not a cpulist: {text!r}")
-    return frozenset(cpu for first, last in ranges for cpu in range(first, last + 1))
-
-
-def cpulist(cpus: Iterable[int]) -> str:
-    """Return `cpus` in cpulist notation, ascending; the empty set is the empty string."""
-    # Within a run of successive CPUs, number less place is always the same.
-    groups = itertools.groupby(enumerate(sorted(cpus)), lambda pair: pair[1] - pair[0])
-    runs = [[cpu for _, cpu in group] for _, group in groups]
-    return ",".join(f"{run[0]}-{run[-1]}" if run[1:] else f"{run[0]}" for run in runs)

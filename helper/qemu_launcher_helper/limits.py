@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import contract
-from .contract import Conflict, Failed, InvalidArguments, LimitExceeded, TargetRefused, cpulist, parse_cpulist
+from .contract import Conflict, Failed, InvalidArguments, LimitExceeded, TargetRefused
+from .cpuset.cpulist import cpulist, parse_cpulist
 from .records import Record
 
 PATH = "/etc/qemu-launcher/helper.toml"

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from . import contract, limits
 from .bus import SYSTEMD, SystemBus, Variant
-from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported, cpulist
+from .contract import Caller, CallFailed, Conflict, Failed, LimitExceeded, Pin, TargetRefused, Unsupported
+from .cpuset.cpulist import cpulist
 from .limits import Limits, Settings
 from .records import MECHANISM, PENDING, Record, reconcile, settle
 from .target import Target
@@ -175,9 +176,9 @@ class Operation(NamedTuple):
         record._replace(settled=repeated).write()
         try:
             unit = target.verify(self.caller, record.vm, self.settings.services)
-            if unit != record.scope and not record.settled:
+            if unit != record.scope and not record.settled and not MECHANISM.enclose(record.scope, target):
                 await self._start_scope(target, record, *unit.split("/")[-2:])
-            # systemd moved a number: only a process that passes every check again, from inside the scope, is ours.
+            # A number was moved: only a process that passes every check again, from inside the scope, is ours.
             self._verify_inside(target, record)
             yield
             self._verify_inside(target, record)
@@ -218,7 +219,7 @@ class Operation(NamedTuple):
                     await self.bus.call(SYSTEMD, member, "s", [name], "")
             await self.bus.start_unit(name, properties)
             if not target.is_alive():
-                _give_back(target.pid, record.scope)
+                MECHANISM.give_back(target.pid, record.scope)
                 # Of a process that is dead, but not reaped, systemd makes a scope that nobody ends, and that is in the
                 # way of the VM's next start.
                 with suppress(CallFailed):
@@ -230,10 +231,3 @@ class Operation(NamedTuple):
             PENDING.discard(record.key)
         if record.key not in {live.key for live in self.live}:
             raise TargetRefused(f"VM {record.vm} has ended meanwhile")
-
-
-def _give_back(pid: int, scope: str) -> None:
-    """Put a process that inherited the target's number, and was moved in its place, back beside its parent."""
-    with suppress(OSError, TargetRefused), Target(pid) as stranger, Target(int(stranger.status()["PPid"])) as parent:
-        if stranger.cgroup() == scope:
-            (MECHANISM.root / parent.cgroup().lstrip("/") / "cgroup.procs").write_text(str(pid))

@@ -1,8 +1,8 @@
 """The three capabilities the helper holds, and the one way to use them: each by name, around one act.
 
 python-prctl's only importer. Guarantees, after `drop()`: permitted and bounding sets hold at most the three; the
-effective, inheritable and ambient sets are empty; no_new_privs is set; the process is not dumpable. So the helper is
-confined the same way on hosts where no systemd does it. capabilities(7).
+effective, inheritable and ambient sets are empty; no_new_privs is set; the process is not dumpable; descriptors and
+memory are limited. So the helper is confined the same way on hosts where no systemd does it. capabilities(7).
 
 What this does not do: a process with uid 0 can still ask systemd for anything over the bus. The real defence is that
 little code parses little input.
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from resource import RLIMIT_DATA, RLIMIT_NOFILE, setrlimit
 
 import prctl
 
@@ -21,6 +22,9 @@ from .contract import Failed
 # host's tasks between cpusets (security_task_setscheduler). sys_resource: prlimit(2) on the caller's
 # process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
 KEPT = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}
+
+# What the helper's unit sets too. Descriptors: select(2) takes numbers below 1024 only. Memory in bytes: as MemoryMax=.
+LIMITS = {RLIMIT_NOFILE: 256, RLIMIT_DATA: 128 << 20}
 
 
 @contextmanager
@@ -38,6 +42,8 @@ def raised(name: str) -> Iterator[None]:
 
 def drop() -> None:
     """Give up everything but the three, for good. Raises Failed or OSError where that is not possible."""
+    for which, most in LIMITS.items():
+        setrlimit(which, (most, most))
     # The kernel's own number, not the library's: a newer kernel may have capabilities that python-prctl cannot name.
     for number in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
         if number not in KEPT.values() and prctl.capbset_read(number):

@@ -19,8 +19,9 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import NamedTuple
 
-from .contract import MESSAGE_ID, Refusal, TargetRefused, cpulist
+from .contract import MESSAGE_ID, Refusal, TargetRefused
 from .cpuset import MECHANISM as MECHANISM  # noqa: PLC0414  for all who act on the records
+from .cpuset.cpulist import cpulist
 from .target import Target
 
 GRANTS = Path("/run/qemu-launcher/grants")
@@ -90,9 +91,7 @@ def reconcile(release: str | None = None) -> list[Record]:
     for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
         logging.warning("withdrawing a shield without a record: %a", scope)
         with _logged("giving CPUs back"):
-            for pid in MECHANISM.processes(scope):
-                with suppress(TargetRefused), Target(pid) as process:
-                    process.take_realtime()
+            MECHANISM.take_realtime(scope)
             MECHANISM.withdraw(scope)
     with _logged("giving CPUs back"):
         settle(live)
@@ -127,10 +126,7 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
         MECHANISM.withdraw(record.scope)
         left = left and left._replace(settled=not (left.realtime or left.memlock_before or left.rttime_before))
     with _logged("keeping the record"):
-        if left:
-            left.write()
-        else:
-            (GRANTS / record.key).unlink(missing_ok=True)
+        left.write() if left else (GRANTS / record.key).unlink(missing_ok=True)
     named = record._asdict() | {"cpus": cpulist(record.cpus), "bytes": record.memlock or ""}
     facts = {name: str(named[name]) for name in ("uid", "pid", "vm", "cpus", "bytes")}
     # A stray has left its scope or lost its shield.

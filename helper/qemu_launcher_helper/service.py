@@ -18,9 +18,10 @@ from typing import Any
 
 from . import contract, limits
 from .bus import INTERACTIVE, Call, SystemBus, Variant
-from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, Caller, cpulist
+from .contract import CALLS_IN_FLIGHT, CALLS_PER_WINDOW, INTERFACE, METHODS, OBJECT_PATH, Caller
+from .cpuset.cpulist import cpulist
 from .operations import Operations
-from .records import tell
+from .records import MECHANISM, read_all, tell
 
 POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority")
 
@@ -33,7 +34,7 @@ class Service:
         self.tasks: set[asyncio.Task[None]] = set()
         self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
         self.idle, self._idle_seconds = asyncio.Event(), idle_seconds
-        self._timer = asyncio.get_running_loop().call_later(idle_seconds, self.idle.set)
+        self._timer = asyncio.get_running_loop().call_later(idle_seconds, self._leave)
 
     def receive(self, call: Call) -> None:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
@@ -49,7 +50,13 @@ class Service:
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self.tasks.discard(task)
         if not self.tasks:
-            self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.idle.set)
+            self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._leave)
+
+    def _leave(self) -> None:
+        """Be idle; but where nobody starts the helper when a VM ends, stay as long as there is one."""
+        self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._leave)
+        if not (MECHANISM.resident and any(read_all())):
+            self.idle.set()
 
     async def _serve(self, call: Call) -> None:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""

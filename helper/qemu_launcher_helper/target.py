@@ -27,6 +27,7 @@ from .contract import SCOPE, Caller, TargetRefused
 REALTIME = {"fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK}
 POLICY = REALTIME | {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 PROC = Path("/proc")
+SYSTEMD = Path("/run/systemd/system").exists()  # sd_booted(3)
 
 
 class Target(ExitStack):
@@ -113,6 +114,8 @@ class Target(ExitStack):
             raise TargetRefused(f"Process {self.pid} {wrong[0]}")
         own = rf"/user\.slice/user-{uid}\.slice/(session-[^/]+\.scope|user@{uid}\.service|{scope})"
         own += rf"|/qemu\.slice/qemu-{uid}\.slice/{scope}"  # root alone makes units there
+        # elogind's sessions, which older ones only count. The root's group, too, has no limits to escape from.
+        own += "" if SYSTEMD else rf"|/{scope}|/c?[0-9]+|\Z"
         system = rf"/system\.slice/({'|'.join([scope, *map(re.escape, services)])})" if services else own
         if unit := re.match(f"({own}|{system})(?=/|$)", self.cgroup()):
             return unit[0]

@@ -17,10 +17,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helper"))
 
-from qemu_launcher_helper import __main__ as helper, limits, privileges
-from qemu_launcher_helper.bus import Variant
-from qemu_launcher_helper.contract import Caller, Conflict
-from qemu_launcher_helper.operations import Operations
+from qemu_launcher_helper import target
+
+target.SYSTEMD = True  # whatever this machine has: a stand-in for systemd is on the bus (systemd1.py)
+
+from qemu_launcher_helper import __main__ as helper, limits, privileges  # noqa: E402
+from qemu_launcher_helper.bus import Variant  # noqa: E402
+from qemu_launcher_helper.contract import Caller, Conflict  # noqa: E402
+from qemu_launcher_helper.operations import Operations  # noqa: E402
 
 FOLDER, IDLE, MODE = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 sys.argv[1:] = ["--serve"]  # as the unit has it, or will have; without it the helper only says what it is for

@@ -11,7 +11,11 @@ PACKAGE = Path(__file__).parents[2] / "helper/qemu_launcher_helper"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines of code that the helper may have; and the mechanisms of shielding together, for each that there is.
 MOST_LINES, MOST_LINES_EACH = 1000, 150
-MECHANISMS = {name for name in ("cpuset/partition.py", "cpuset/pool.py", "cpuset/v1.py") if (PACKAGE / name).exists()}
+MECHANISMS = {
+    name
+    for name in ("cpuset/partition.py", "cpuset/pool.py", "cpuset/v1.py", "cpuset/raw.py")
+    if (PACKAGE / name).exists()
+}
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
     tokenize.ENDMARKER,

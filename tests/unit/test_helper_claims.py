@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from qemu_launcher_helper.contract import (
-    INFINITY,
-    Conflict,
-    InvalidArguments,
-    LimitExceeded,
-    Refusal,
-    cpulist,
-    parse_cpulist,
-)
+from qemu_launcher_helper.contract import INFINITY, Conflict, InvalidArguments, LimitExceeded, Refusal
+from qemu_launcher_helper.cpuset.cpulist import cpulist, parse_cpulist
 from qemu_launcher_helper.limits import Cores, Limits, check_cpus, free_for, grant_memlock, union
 from qemu_launcher_helper.records import Record
 

@@ -103,3 +103,13 @@ def test_other_words_are_no_part_of_the_trail(sent: Callable[[], dict[str, str]]
     assert record["MESSAGE"] == "polkit gave no answer: 'a\\nb'"
     assert "MESSAGE_ID" not in record
     assert record["SYSLOG_IDENTIFIER"] == "qemu-launcher-helper"
+
+
+def test_without_systemd_it_is_one_line_of_syslog() -> None:
+    """RFC 3164: 30 is facility daemon (3), severity informational (6)."""
+    handler = Journal("/dev/log", None)
+    line = "%(MESSAGE)s"
+    record = logging.LogRecord("x", logging.INFO, "x", 1, line, ({"MESSAGE": "granted PinThreads uid=1000"},), None)
+    assert handler.makePickle(record) == b"<30>qemu-launcher-helper: granted PinThreads uid=1000"
+    record.levelno, record.msg, record.args = logging.CRITICAL, "cannot serve: %a", ("a\nb",)
+    assert handler.makePickle(record) == b"<27>qemu-launcher-helper: cannot serve: 'a\\nb'"

@@ -93,3 +93,13 @@ except Failed as err:
 """
     [line] = in_child(code)
     assert "start the helper through its systemd unit" in line
+
+
+def test_what_no_unit_limits() -> None:
+    """Descriptors, for select(2), and memory: both soft and hard."""
+    code = """
+import resource
+privileges.drop()
+print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_DATA))
+"""
+    assert in_child(code) == ["(256, 256) (134217728, 134217728)"]

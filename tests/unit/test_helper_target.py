@@ -28,6 +28,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 @pytest.fixture
 def facts(tmp_path: Path, child: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch) -> Facts:
     monkeypatch.setattr(target, "PROC", tmp_path)
+    monkeypatch.setattr(target, "SYSTEMD", True)
     return Facts(tmp_path, child.pid)
 
 
@@ -112,6 +113,50 @@ def test_places_a_target_may_live_in(facts: Facts, cgroup: str, unit: str) -> No
     ],
 )
 def test_places_it_may_not(facts: Facts, cgroup: str) -> None:
+    facts.write("cgroup", f"0::{cgroup}\n")
+    with pytest.raises(TargetRefused, match="in no session or service of yours"):
+        verify(facts)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("/", ""),
+        ("/3", "/3"),
+        ("/c12", "/c12"),
+        ("/c12/x", "/c12"),
+        (f"/{SCOPE}", f"/{SCOPE}"),
+        (f"/{SCOPE}/emulator", f"/{SCOPE}"),
+        ("/user.slice/user-1000.slice/session-3.scope", "/user.slice/user-1000.slice/session-3.scope"),
+        (f"/user.slice/user-1000.slice/{SCOPE}/vcpus/7", f"/user.slice/user-1000.slice/{SCOPE}"),
+    ],
+)
+def test_places_it_may_be_in_without_systemd(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, cgroup: str, unit: str
+) -> None:
+    monkeypatch.setattr(target, "SYSTEMD", False)
+    facts.write("cgroup", f"0::{cgroup}\n")
+    assert verify(facts) == unit
+
+
+@pytest.mark.parametrize(
+    "cgroup",
+    [
+        "/openrc.ssh",
+        "/openrc.ssh/3",
+        "/3x",
+        "/cc3",
+        "/x/3",
+        "/docker/4711",
+        "/qemu-launcher-1000-other.scope",
+        "/qemu-launcher-1001-win11.scope",
+        "/user.slice/user-1000.slice",
+        "/user.slice/user-1001.slice/session-3.scope",
+        "//",
+    ],
+)
+def test_places_it_may_not_be_in_without_systemd(facts: Facts, monkeypatch: pytest.MonkeyPatch, cgroup: str) -> None:
+    monkeypatch.setattr(target, "SYSTEMD", False)
     facts.write("cgroup", f"0::{cgroup}\n")
     with pytest.raises(TargetRefused, match="in no session or service of yours"):
         verify(facts)

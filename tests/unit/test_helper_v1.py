@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from qemu_launcher_helper import privileges
-from qemu_launcher_helper.contract import Conflict, Failed, Pin, parse_cpulist
+from qemu_launcher_helper.contract import Conflict, Failed, Pin
+from qemu_launcher_helper.cpuset.cpulist import parse_cpulist
 from qemu_launcher_helper.cpuset.v1 import V1
 from qemu_launcher_helper.target import Target
 from unit.proc_facts import UNIT_LINES

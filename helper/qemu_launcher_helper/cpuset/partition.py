@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import privileges
-from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
+from ..contract import Conflict, Failed, Pin, TargetRefused
+from ..target import Target
+from .cpulist import cpulist, parse_cpulist
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here, and everybody else waiting.
 # A look that comes late moves a few threads of a group all the same: those that QEMU's own vCPU threads have made.
@@ -35,6 +37,8 @@ class Partition:
     # Where scopes of VMs may be; and the slice that a new one goes to, "" for the one in which the caller is.
     slices: tuple[str, ...] = ("user.slice/user-*.slice", "system.slice")
     slice = ""
+    # Whether the helper has to stay while there are VMs, as nobody starts it when one ends.
+    resident = False
     # What the file of CPUs of a group says that is to be on all that are left: nothing, and the kernel does it.
     everything: frozenset[int] = frozenset()
 
@@ -45,6 +49,27 @@ class Partition:
         """Tell what this host lacks for it; "" when it can be used."""
         usable = (self.root / "cpuset.cpus.isolated").exists()
         return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+
+    def enclose(self, scope: str, target: Target) -> bool:
+        """Move the process into the scope, and tell whether that is done: not where systemd has to be asked for it."""
+        del scope, target
+        return False
+
+    def give_back(self, pid: int, scope: str) -> None:
+        """Put a process that inherited a target's number, and was moved in its place, back beside its parent."""
+        with (
+            suppress(OSError, TargetRefused),
+            Target(pid) as stranger,
+            Target(int(stranger.status()["PPid"])) as parent,
+        ):
+            if stranger.cgroup() == scope:
+                (self._dir(parent.cgroup()) / "cgroup.procs").write_text(str(pid))
+
+    def take_realtime(self, scope: str) -> None:
+        """Put every real-time thread in the scope back to SCHED_OTHER."""
+        for pid in self.processes(scope):
+            with suppress(TargetRefused), Target(pid) as process:
+                process.take_realtime()
 
     def processes(self, scope: str) -> list[int]:
         """Return the PIDs of all processes in the scope."""

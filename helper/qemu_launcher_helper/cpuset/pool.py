@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..contract import Conflict, Failed, Pin, cpulist, parse_cpulist
+from ..contract import Conflict, Failed, Pin
+from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, Partition, read, threaded, write
 
 # What each group's file said before, and what has been written to it since: by the group's name, a list of texts.

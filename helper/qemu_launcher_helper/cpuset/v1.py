@@ -29,8 +29,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import privileges
-from ..contract import Conflict, Failed, Pin, TargetRefused, cpulist, parse_cpulist
+from ..contract import Conflict, Failed, Pin, TargetRefused
 from ..target import Target
+from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, SWEEP_SECONDS, Partition, read
 from .pool import MEMORY, Pool, change, text
 
@@ -45,13 +46,15 @@ class V1(Pool):
     name = "cpuset-v1"
     reason = "The host has the legacy cgroup hierarchy: most threads of the kernel's own are not kept away"
     slices, slice = Partition.slices, Partition.slice
+    # What there is in the hierarchy where scopes are.
+    units = "system.slice"
 
     def __init__(self, mounts: Path = MOUNTS, memory: Path = MEMORY, online: Path = ONLINE) -> None:
         # proc_pid_mountinfo(5): whole hierarchies, by their options. systemd's own one may be v2 beside v1 ("hybrid").
         found = re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
         units = [Path(at) for at, kind, options in found if kind == "cgroup2" or "name=systemd" in options.split(",")]
         cpusets = [Path(at) for at, kind, options in found if kind == "cgroup" and "cpuset" in options.split(",")]
-        units = [path for path in units if (path / "system.slice").exists()]
+        units = [path for path in units if (path / self.units).exists()]
         super().__init__([*units[::-1], CGROUP][0], memory, online)
         self._online, self._tree = online, [*cpusets, CGROUP / "cpuset"][0]
         self._prefix, self._pool = self._tree / PREFIX, self._tree / PREFIX / "pool"

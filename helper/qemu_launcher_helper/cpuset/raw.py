@@ -1,0 +1,83 @@
+"""Hosts without systemd: who makes the group of a VM, where nobody else does. The rest is partition.py's and v1.py's.
+
+    qemu-launcher-1000-win11.scope     in cgroup v2, at the top; or where elogind has made groups as systemd makes them,
+                                       in its user's slice, whose limits go on to hold
+
+All groups are root's, as with systemd: users can move nothing in or out. Nobody starts the helper when a VM ends, so it
+stays as long as there is one (service.py), and `settle` removes the groups in which nothing is left.
+
+With v1 the group only says whose a process is, and kills what a VM has left behind; the cpusets are in the other
+hierarchy. cgroup v2 can be mounted beside v1 with every kernel, there without a controller.
+
+There is no pool: most tasks of a host without systemd are in the root's group, which cannot leave any CPU.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..contract import Unsupported
+from ..target import Target
+from .partition import CGROUP, Partition
+from .v1 import MOUNTS, V1
+
+BESIDE = "mkdir -p /sys/fs/cgroup/unified; mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
+
+
+class Raw(Partition):
+    """What is different where systemd makes no scopes."""
+
+    resident = True
+    slices: tuple[str, ...] = (".", "user.slice/user-*.slice")
+
+    def enclose(self, scope: str, target: Target) -> bool:
+        """Make the VM's group, and move the process into it. Raises Unsupported where there is no cgroup v2."""
+        if not (self.root / "cgroup.procs").exists():
+            raise Unsupported(f"Without systemd, VMs need a group in cgroup v2: {BESIDE}")
+        group = self._dir(scope)
+        if "cpuset" in (self.root / "cgroup.controllers").read_text().split():
+            for level in [*group.parents][: -len(self.root.parents)][::-1]:
+                (level / "cgroup.subtree_control").write_text("+cpuset")
+        group.parent.chmod(0o755)  # the root is read-only even to root without CAP_DAC_OVERRIDE, but it is root's
+        group.mkdir(exist_ok=True)
+        group.chmod(0o755)  # the umask would hide from its user whether the partition he was granted is valid
+        (group / "cgroup.procs").write_text(str(target.pid))
+        if not target.is_alive():
+            self.give_back(target.pid, scope)
+        return True
+
+    def settle(self, live: Mapping[str, frozenset[int]]) -> None:
+        """Remove the groups of VMs that have ended; then as the mechanism does it."""
+        for group in map(self._dir, self._scopes()):
+            with suppress(OSError):  # what was killed may take a moment to end: next time
+                if "populated 0" in (group / "cgroup.events").read_text():
+                    for path in sorted(group.glob("**/"), reverse=True):
+                        path.rmdir()
+        super().settle(live)
+
+
+class RawPartition(Raw):
+    """Partitions, in groups of the helper's own, wherever cgroup v2 is: OpenRC's "hybrid" mode has it beside v1."""
+
+    def __init__(self, mounts: Path = MOUNTS) -> None:
+        found = re.findall(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", mounts.read_text(), re.MULTILINE)
+        super().__init__(Path([*found, CGROUP][0]))
+
+    def lacks(self) -> str:
+        """Tell what this host lacks for it; "" when it can be used."""
+        why = "most tasks are in the root of cgroup v2, which has all CPUs"
+        return (
+            super().lacks() and f"Without systemd, shielding needs Linux 6.7 or newer, or cpusets of cgroup v1: {why}"
+        )
+
+
+class RawV1(Raw, V1):
+    """cpusets of v1, and beside them groups of the helper's own."""
+
+    units = "cgroup.controllers"
+
+    def lacks(self) -> str:
+        """Tell what this host lacks for it; "" when it can be used."""
+        beside = (self.root / "cgroup.procs").exists()
+        return super().lacks() or ("" if beside else f"Without systemd, cgroup v1 needs v2 beside it: {BESIDE}")
