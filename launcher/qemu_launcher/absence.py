@@ -10,8 +10,8 @@ from pathlib import Path
 
 HOW_TO_INSTALL = (
     "on Debian: sudo apt install qemu-launcher, or the .deb that make deb builds in its sources\n"
-    "on other distributions: sudo make install in its sources, then sudo systemctl daemon-reload\n"
-    "it needs a host with systemd, a system bus (dbus) and polkit"
+    "on other distributions: sudo make install in its sources\n"
+    "it needs a host with a system bus (dbus) and polkit"
 )
 WITHOUT_HELPER = "to pin without the helper, with your own rights: isolation: affinity; nothing is shielded then"
 
@@ -20,6 +20,11 @@ _CONTAINER_NAME = "run/systemd/container"
 _CONTAINER_MARKS = {".dockerenv": "docker", "run/.containerenv": "podman", ".flatpak-info": "flatpak"}
 _ACTIVATION = "dbus-1/system-services/org.qemulauncher.Helper1.service"
 _SHARED = ("usr/share", "usr/local/share", "run", "etc")  # dbus-daemon(1), <standard_system_servicedirs/>
+
+
+def has_systemd(root: Path = Path("/")) -> bool:
+    """Whether systemd is this host's init: sd_booted(3)."""
+    return (root / "run/systemd/system").exists()
 
 
 def remedy(root: Path = Path("/")) -> str:

@@ -19,7 +19,8 @@ NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of
 TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
 # In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
 _FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
-LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper"
+LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper (without systemd: in syslog's files)"
+_MAKE_GROUP = {True: "sudo systemd-sysusers", False: f"sudo groupadd --system {GROUP}"}  # by whether there is systemd
 NO_BUS = "org.freedesktop.DBus.Error.NoServer"  # nobody listens there; our own use of the name, as libdbus does
 
 # dbus-daemon's, when who is to be activated has not come in time; the helper has no error of that name.
@@ -92,7 +93,8 @@ def not_a_member() -> tuple[str, str] | None:
     if gid is None:
         return (
             f"there is no group {GROUP} on this host, so nobody may use qemu-launcher-helper",
-            f"sudo systemd-sysusers makes it; then sudo usermod -aG {GROUP} {user}\nthen log out and in again",
+            f"{_MAKE_GROUP[absence.has_systemd()]} makes it; then sudo usermod -aG {GROUP} {user}\n"
+            "then log out and in again",
         )
     if not _is_member(gid):
         return (

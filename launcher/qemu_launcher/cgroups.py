@@ -2,8 +2,8 @@
 
 Why it exists: the helper's word is not taken for it; `status` and the end of a run read the tree themselves.
 Kernel: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files"; cgroup-v1/cpusets.rst for hosts with the
-legacy hierarchy, where systemd has one of its own, and the cpusets are in another. Without systemd there is nothing to
-tell, and every answer is empty.
+legacy hierarchy, where systemd has one of its own, and the cpusets are in another. Without systemd the helper itself
+makes the group of a VM, in cgroup v2, and calls it as systemd would: scope means that as well.
 """
 
 import os
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import absence
 from .cpulist import format_cpulist, parse_cpulist
 from .procfs import PROC
 
@@ -19,12 +20,13 @@ ROOT = Path("/sys/fs/cgroup")
 # cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)". pool,
 # cpuset-v1: our words for shields that are made without one.
 _VALID = {"isolated", "root", "pool", "cpuset-v1"}
-# systemd's hierarchy, below ROOT, where that is none itself: v2 beside v1 ("hybrid"), or v1 ("legacy").
+# The hierarchy of scopes, below ROOT, where that is none itself: v2 beside v1 ("hybrid"), or systemd's v1 ("legacy").
 _BESIDE = ("unified", "systemd")
 # The helper's cpusets of v1, one for each list of CPUs.
 _V1 = "qemu-launcher"
 # Where the helper makes scopes: in the user's slice; with a pool, as user.slice then leaves the CPUs, in one beside it.
-_SLICES = ("user.slice/user-{}.slice/**", "qemu.slice/qemu-{}.slice")
+# Without systemd, at the top, or in the user's slice where elogind makes one.
+_SLICES = ("user.slice/user-{}.slice/**", "qemu.slice/qemu-{}.slice", ".")
 _SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
 
 
@@ -53,6 +55,11 @@ def is_populated(scope: Path) -> bool:
     return "populated 1" in events or (not events and bool(members(scope)))  # v1 has none
 
 
+def ends_by_itself(scope: Path) -> bool:
+    """Whether somebody sees a scope end, and has its CPUs given back: systemd, once nothing is left in it."""
+    return absence.has_systemd() and not is_populated(scope)
+
+
 def scope_of(pid: int) -> Path | None:
     """Directory of the VM's scope that `pid` is in, None if it is in none."""
     path = _path(f"{pid}/cgroup")
@@ -64,7 +71,7 @@ def shield_of(pid: int, tid: int) -> str | None:
     """State of the shield of ours that it is in, one of _VALID, or such as `isolated invalid (why)`; or None."""
     path = start = _path(f"{pid}/task/{tid}/cgroup")
     while _SCOPE.search(path):
-        state = _read(ROOT / path.lstrip("/") / "cpuset.cpus.partition").strip()
+        state = _read(_units() / path.lstrip("/") / "cpuset.cpus.partition").strip()
         if state not in ("", "member"):
             return state
         path = os.path.dirname(path)  # noqa: PTH120 (a cgroup's name, not a file's)
@@ -112,7 +119,8 @@ def unit_path(text: str) -> str:
 
 
 def _units() -> Path:
-    beside = [ROOT / name for name in _BESIDE if (ROOT / name / "user.slice").is_dir()]
+    trees = [ROOT / name for name in _BESIDE]
+    beside = [tree for tree in trees if (tree / "user.slice").is_dir() or (tree / "cgroup.controllers").exists()]
     return beside[0] if beside else ROOT
 
 

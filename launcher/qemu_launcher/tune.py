@@ -145,9 +145,12 @@ class Tuning:
         ]
 
     async def after_end(self) -> None:
-        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back."""
+        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back.
+
+        Without systemd the helper, too, would see the end of the VM only when it looks again.
+        """
         await self._helper.leave()
-        if self._helper.has_acted and (self._scope is None or cgroups.is_populated(self._scope)):
+        if self._helper.has_acted and (self._scope is None or not cgroups.ends_by_itself(self._scope)):
             await self._helper.release()
 
     def suspicion(self) -> str | None:

@@ -80,6 +80,22 @@ def test_session(cgroup: str, severity: str | None) -> None:
     assert [one.severity for one in report.session_of(cgroup, 1000)] == ([severity] if severity else [])
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "wrong"),
+    [
+        ("", False),
+        ("/3", False),
+        ("/c3", False),
+        ("/user.slice/user-1000.slice/session-2.scope", False),
+        ("/user.slice/user-10.slice/session-2.scope", True),
+        ("/openrc.sshd", True),
+    ],
+)
+def test_session_without_systemd(cgroup: str, wrong: bool) -> None:
+    found = list(report.session_of(cgroup, 1000, systemd=False))
+    assert [(one.severity, "pam_elogind.so" in (one.fix or "")) for one in found] == [("error", True)] * wrong
+
+
 # The threads that QEMU would have
 
 

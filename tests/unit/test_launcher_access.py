@@ -92,12 +92,18 @@ def test_a_password_that_nobody_was_asked_for(alice: SimpleNamespace) -> None:
     assert "in a terminal" in error.hint
 
 
-def test_group_that_does_not_exist(alice: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    ("systemd", "command"), [(True, "sudo systemd-sysusers"), (False, "sudo groupadd --system qemu-launcher")]
+)
+def test_group_that_does_not_exist(
+    alice: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, systemd: bool, command: str
+) -> None:
     alice.group = False
+    monkeypatch.setattr(absence, "has_systemd", lambda: systemd)
     error = access.explained(DENIED, "")
     assert "there is no group qemu-launcher" in str(error)
     assert error.hint is not None
-    assert error.hint.startswith("sudo systemd-sysusers makes it; then sudo usermod -aG qemu-launcher alice\n")
+    assert error.hint.startswith(f"{command} makes it; then sudo usermod -aG qemu-launcher alice\n")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def host(root: Path, **files: str) -> Path:
 def test_host_without_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("container", raising=False)
     assert absence.remedy(host(tmp_path)) == absence.HOW_TO_INSTALL
-    for words in ("sudo apt install qemu-launcher", "on other distributions: sudo make install", "systemd"):
+    for words in ("sudo apt install qemu-launcher", "on other distributions: sudo make install", "polkit"):
         assert words in absence.HOW_TO_INSTALL
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import cgroups, cpulist, procfs, readback, unaided
+from qemu_launcher import absence, cgroups, cpulist, procfs, readback, unaided
 from qemu_launcher.definition import Scheduling
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import Pin, ThreadPlan
@@ -207,6 +207,33 @@ def test_scopes_members_and_life(tree: Path) -> None:
     (tree / "cgroup.events").write_text("populated 0\nfrozen 0\n")
     assert not cgroups.is_populated(tree)
     assert not cgroups.is_populated(tree / "gone")
+
+
+def test_a_scope_at_the_top_without_systemd(tree: Path) -> None:
+    root = tree.parents[2]
+    scope = root / "qemu-launcher-1000-old.scope"
+    scope.mkdir()
+    assert list(cgroups.scopes(1000)) == [("win11", tree), ("old", scope)]
+    (root.parent / "proc/70").mkdir(parents=True)
+    (root.parent / "proc/70/cgroup").write_text("0::/qemu-launcher-1000-old.scope/emulator\n")
+    assert cgroups.scope_of(70) == scope
+
+
+def test_hybrid_hierarchy_without_systemd(tree: Path) -> None:
+    """Nobody need have made user.slice in it."""
+    root = tree.parents[2]
+    scope = root / "unified/qemu-launcher-1000-old.scope"
+    scope.mkdir(parents=True)
+    (root / "unified/cgroup.controllers").write_text("\n")
+    assert list(cgroups.scopes(1000)) == [("old", scope)]
+
+
+@pytest.mark.parametrize("systemd", [True, False])
+def test_who_sees_a_scope_end(tree: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool) -> None:
+    monkeypatch.setattr(absence, "has_systemd", lambda: systemd)
+    assert not cgroups.ends_by_itself(tree), "something lives in it"
+    (tree / "cgroup.events").write_text("populated 0\nfrozen 0\n")
+    assert cgroups.ends_by_itself(tree) is systemd
 
 
 def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> None:

@@ -72,7 +72,8 @@ def installed(tree: Tree) -> Iterator[Finding]:
         text = f"qemu-launcher-helper is not installed, or not all of it: there is no {', no '.join(missing)}"
         yield Finding("error", "helper", text, absence.HOW_TO_INSTALL)
     else:
-        yield Finding("ok", "helper", "qemu-launcher-helper is installed, for the bus, polkit and systemd")
+        whom = "the bus, polkit and systemd" if tree.exists("/run/systemd/system") else "the bus and polkit"
+        yield Finding("ok", "helper", f"qemu-launcher-helper is installed, for {whom}")
 
 
 def members(user: str) -> Iterator[Finding]:
@@ -159,6 +160,8 @@ def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
             else ("there are no cpusets in /sys/fs/cgroup, of cgroup v2 or of v1")
         )
         fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; shields are better with cgroup v2"
+        if not tree.exists("/run/systemd/system"):
+            fix = 'mount cgroup v2 there (OpenRC: rc_cgroup_mode="unified" in rc.conf); shields are better with it'
         yield Finding("note" if legacy else "warning", "cgroup", text, fix)
     elif "cpuset" not in controllers.split():
         fix = "boot without cgroup_disable=cpuset, and with a kernel that has CONFIG_CPUSETS"

@@ -10,6 +10,7 @@ Exit status 2 when an error was found, else 0.
 import asyncio
 import json
 import os
+import re
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -192,7 +193,7 @@ class _Vm:
 
     def _place(self) -> Iterator[Finding]:
         path = cgroups.unit_path(self._tree.text("/proc/self/cgroup") or "")
-        yield from self._mildly(session_of(path, os.geteuid()))
+        yield from self._mildly(session_of(path, os.geteuid(), self._tree.exists("/run/systemd/system")))
 
     def _helper(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
         from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
@@ -238,10 +239,17 @@ def _where_we_are() -> Path:
         return Path("/")
 
 
-def session_of(cgroup: str, uid: int) -> Iterator[Finding]:
-    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are, in `cgroup`."""
+def session_of(cgroup: str, uid: int, systemd: bool = True) -> Iterator[Finding]:
+    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are, in `cgroup`.
+
+    Without systemd that is one of elogind's, or the root group.
+    """
     own = f"/user.slice/user-{uid}.slice/"
-    if not cgroup:
+    if not systemd:
+        if not cgroup.startswith(own) and not re.fullmatch(r"(/c?[0-9]+(/.*)?)?", cgroup):
+            text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
+            yield Finding("error", "session", text, "log in where PAM has elogind make a session (pam_elogind.so)")
+    elif not cgroup:
         text = "you are in no cgroup of systemd's, or it is hidden (a container): the helper finds no session of yours"
         yield Finding(
             "error", "session", text, "run qemu-launcher on the host itself, in a login that systemd has made"
