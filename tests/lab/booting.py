@@ -89,13 +89,13 @@ def start(folder: Path, recipe: Recipe, machine: Machine, *, cache: Path = CACHE
         os.close(slot)  # QEMU holds its own
 
 
-def description(folder: Path) -> tuple[str, list[str]]:
-    """Of the lab in `folder`: the suite that its image was made from, and what was added to its kernel's arguments."""
+def description(folder: Path) -> tuple[str, list[str], str]:
+    """Of the lab in `folder`: the suite of its image, what was added to its kernel's arguments, its init system."""
     try:
-        suite, *arguments = (folder / DESCRIPTION).read_text().split()
+        suite, init, *arguments = (folder / DESCRIPTION).read_text().split()
     except FileNotFoundError as error:
         raise LabError(f"no lab runs in {folder}") from error
-    return suite, arguments
+    return suite, arguments, init
 
 
 def check_tools() -> None:
@@ -182,7 +182,9 @@ def _qemu(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     shutil.copy(session.picture.key, folder / "key")
-    (folder / DESCRIPTION).write_text(" ".join([session.recipe.suite, *session.machine.kernel_arguments]))
+    (folder / DESCRIPTION).write_text(
+        " ".join([session.recipe.suite, session.recipe.init, *session.machine.kernel_arguments])
+    )
     (folder / "known_hosts").write_text(f"lab {session.picture.host_key.read_text()}")
     overlay = ["-b", str(disk), "-F", disk_format, str(folder / "overlay.qcow2")]
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *overlay], check=True)

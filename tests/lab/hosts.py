@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from lab.errors import LabError
-from lab.recipe import BOOKWORM, TRIXIE, Machine, Recipe
+from lab.recipe import BOOKWORM, OPENRC, OPENRC_V1, TRIXIE, Machine, Recipe
 
 VARIABLE = "QEMU_LAUNCHER_HOSTS"
 ALL = "all"
@@ -52,6 +52,9 @@ HOSTS = {
         Host("legacy", BOOKWORM, Machine(kernel_arguments=LEGACY), usual=False),
         # Fedora's and Arch's bus: what it does to those who flood it, and to those whom it does not know.
         Host("broker", TRIXIE, Machine(kernel_arguments=("lab.bus=dbus-broker",)), usual=False),
+        # Without systemd: OpenRC and elogind. Partitions; and on Debian 12, cpusets of v1 with cgroup v2 beside them.
+        Host("openrc", OPENRC, usual=False),
+        Host("openrc-v1", OPENRC_V1, usual=False),
         Host("isolcpus", TRIXIE, Machine(kernel_arguments=("isolcpus=5-6",)), usual=False),  # parts of two cores
     )
 }
@@ -111,14 +114,15 @@ def keep(config: pytest.Config, items: list[pytest.Item], kept: Callable[[pytest
         config.hook.pytest_deselected(items=left_out)
 
 
-def host_like(suite: str, kernel_arguments: Iterable[str]) -> Host:
+def host_like(suite: str, kernel_arguments: Iterable[str], init: str = "systemd") -> Host:
     """The host that is booted from such an image in such a way: the most particular one."""
     given = {*kernel_arguments}
-    alike = [host for host in HOSTS.values() if host.recipe.suite == suite]
+    alike = [host for host in HOSTS.values() if (host.recipe.suite, host.recipe.init) == (suite, init)]
     return [host for host in alike if given.issuperset(host.machine.kernel_arguments)][-1]
 
 
 def this_host() -> str:
     """The name of the host that this code runs on, inside the lab."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    return host_like(suite, Path("/proc/cmdline").read_text().split()).name
+    init = "systemd" if Path("/run/systemd/system").exists() else "openrc"
+    return host_like(suite, Path("/proc/cmdline").read_text().split(), init).name

@@ -124,7 +124,7 @@ def _build(recipe: Recipe, folder: Path) -> None:
         _make_key(keys / "key")
         _make_key(keys / "host_key")
         overlay = keys / "overlay.tar"
-        overlay.write_bytes(_overlay(keys))
+        overlay.write_bytes(_overlay(recipe, keys))
         tarball = keys / "root.tar"
         _run(_mmdebstrap(recipe, mirror, overlay, tarball), work / "log")
         enter = [] if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper"]
@@ -153,28 +153,29 @@ def _mmdebstrap(recipe: Recipe, mirror: str, overlay: Path, tarball: Path) -> li
         "--variant=minbase",
         "--format=tar",
         f"--keyring={KEYRING}",
-        f"--include={','.join(recipe.packages)}",
+        f"--include={','.join(recipe.all_packages)}",
         "--skip=output/dev,cleanup/reproducible",
         f"--customize-hook=tar-in {shlex.quote(str(overlay))} /",
         f"--customize-hook={inside}",
-        '--customize-hook=rm "$1"/root/customise',
+        '--customize-hook=rm "$1"/root/customise "$1"/root/customise-init',
         recipe.suite,
         str(tarball),
         mirror,
     ]
 
 
-def _overlay(keys: Path) -> bytes:
-    """A tarball of what goes into the system: the tree below files/, the keys, the script; all of it root's."""
+def _overlay(recipe: Recipe, keys: Path) -> bytes:
+    """A tarball of what goes into the system: the trees below files/, the keys, the scripts; all of it root's."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        files = LAB_FOLDER / "files"
-        for path in sorted(p for p in files.rglob("*") if p.is_file()):
-            _add(tar, str(path.relative_to(files)), path, 0o755 if os.access(path, os.X_OK) else 0o644)
+        for files in (LAB_FOLDER / "files", LAB_FOLDER / f"files-{recipe.init}"):
+            for path in sorted(p for p in files.rglob("*") if p.is_file()):
+                _add(tar, str(path.relative_to(files)), path, 0o755 if os.access(path, os.X_OK) else 0o644)
         _add(tar, "etc/ssh/lab_authorized_keys", keys / "key.pub", 0o644)
         _add(tar, "etc/ssh/ssh_host_ed25519_key", keys / "host_key", 0o600)
         _add(tar, "etc/ssh/ssh_host_ed25519_key.pub", keys / "host_key.pub", 0o644)
         _add(tar, "root/customise", LAB_FOLDER / "customise", 0o755)
+        _add(tar, "root/customise-init", LAB_FOLDER / f"customise-{recipe.init}", 0o644)
     return buffer.getvalue()
 
 

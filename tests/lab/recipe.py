@@ -33,18 +33,26 @@ def cache_folder() -> Path:
 CACHE = cache_folder()
 
 # What decides the image besides the recipe itself: relative to this folder, folders are taken with all below them.
-INGREDIENTS = ("files", "customise", "image.py")
+# `{}` is the init system.
+INGREDIENTS = ("files", "files-{}", "customise", "customise-{}", "image.py")
 
 BASE_PACKAGES = (
-    # the host: init, bus, logind, polkit, cgroups
-    "systemd", "systemd-sysv", "dbus", "dbus-user-session", "polkitd", "udev", "kmod", "procps", "util-linux",
-    "libpam-systemd", "iproute2", "linux-image-cloud-amd64", "dbus-broker",
+    # the host: bus, polkit, cgroups
+    "dbus", "polkitd", "udev", "kmod", "procps", "util-linux", "iproute2", "linux-image-cloud-amd64",
     # what the product depends on, and what its tests use
     "python3", "python3-yaml", "python3-prctl", "python3-dbus-next", "python3-rich", "python3-pytest",
     "python3-hypothesis", "qemu-system-x86", "strace",
     # the way in
     "openssh-server",
 )  # fmt: skip
+# The host: init, and logind.
+INIT_PACKAGES = {
+    "systemd": ("systemd", "systemd-sysv", "dbus-user-session", "libpam-systemd", "dbus-broker"),
+    "openrc": (
+        "sysvinit-core", "openrc", "initscripts", "orphan-sysvinit-scripts", "elogind", "libpam-elogind",
+        "systemd-standalone-sysusers", "systemd-standalone-tmpfiles",
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class Recipe:
 
     name: str = "trixie"  # for people, and to tell the images of different recipes apart
     suite: str = "trixie"
-    packages: tuple[str, ...] = BASE_PACKAGES
+    init: str = "systemd"  # or "openrc": one without any of systemd's daemons
+    packages: tuple[str, ...] = BASE_PACKAGES  # besides those of INIT_PACKAGES
     users: tuple[str, ...] = ("alice", "bob", "carol")  # uid 1000, 1001, ...: each with a group of his own
     size_mib: int = 2048  # of the file system; the file is sparse
 
@@ -64,10 +73,18 @@ class Recipe:
         """
         return ",vendor=GenuineIntel" if self.suite == "bookworm" else ""
 
+    @property
+    def ingredients(self) -> tuple[str, ...]:
+        return tuple(name.format(self.init) for name in INGREDIENTS)
+
+    @property
+    def all_packages(self) -> tuple[str, ...]:
+        return INIT_PACKAGES[self.init] + self.packages
+
     def digest(self, folder: Path = LAB_FOLDER) -> str:
         """The name of the image: 16 hex digits over the recipe and its ingredients below `folder`."""
-        state = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for path in _files(folder, INGREDIENTS):
+        state = hashlib.sha256(json.dumps([dataclasses.asdict(self), self.all_packages], sort_keys=True).encode())
+        for path in _files(folder, self.ingredients):
             content = path.read_bytes()
             mode = path.stat().st_mode & 0o111
             state.update(f"\0{path.relative_to(folder)}\0{mode}\0{len(content)}\0".encode())
@@ -92,7 +109,9 @@ class Machine:
 
 TRIXIE = Recipe()
 BOOKWORM = Recipe(name="bookworm", suite="bookworm")
-RECIPES = {recipe.name: recipe for recipe in (TRIXIE, BOOKWORM)}
+OPENRC = Recipe(name="openrc", init="openrc")
+OPENRC_V1 = Recipe(name="openrc12", suite="bookworm", init="openrc")
+RECIPES = {recipe.name: recipe for recipe in (TRIXIE, BOOKWORM, OPENRC, OPENRC_V1)}
 
 
 def _files(folder: Path, names: Iterable[str]) -> list[Path]:

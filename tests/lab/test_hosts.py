@@ -56,7 +56,10 @@ def test_a_marker_leaves_hosts_out_and_says_why() -> None:
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_a_host_is_known_by_how_it_was_booted(host: hosts.Host) -> None:
-    assert host_like(host.recipe.suite, ["root=/dev/vda", "quiet", *host.machine.kernel_arguments]) is host
+    assert (
+        host_like(host.recipe.suite, ["root=/dev/vda", "quiet", *host.machine.kernel_arguments], host.recipe.init)
+        is host
+    )
 
 
 def collected(choice: str) -> set[str]:

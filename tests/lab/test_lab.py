@@ -18,7 +18,7 @@ import pytest
 from lab import accelerator, booting, image, mirror, slots, snapshot
 from lab.errors import CommandFailed, CommandTimeout, LabDied, LabError, MissingTool
 from lab.image import Image, check_tools
-from lab.recipe import INGREDIENTS, LAB_FOLDER, TRIXIE, Machine, Recipe, cache_folder
+from lab.recipe import LAB_FOLDER, RECIPES, TRIXIE, Machine, Recipe, cache_folder
 from lab.vm import STATE, Vm, console_tail, start_time
 
 TARGETS = """\
@@ -33,7 +33,7 @@ Debian|Debian|main|trixie|http://two.example.org/debian/
 
 @pytest.fixture
 def ingredients(tmp_path: Path) -> Path:
-    for name in INGREDIENTS:
+    for name in TRIXIE.ingredients:
         source = LAB_FOLDER / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name)
@@ -43,7 +43,8 @@ def ingredients(tmp_path: Path) -> Path:
 
 
 def test_ingredients_exist() -> None:
-    assert [name for name in INGREDIENTS if not (LAB_FOLDER / name).exists()] == []
+    found = [name for recipe in RECIPES.values() for name in recipe.ingredients if not (LAB_FOLDER / name).exists()]
+    assert found == []
 
 
 def test_digest_is_that_of_the_content(ingredients: Path) -> None:
@@ -57,6 +58,8 @@ def test_digest_is_that_of_the_content(ingredients: Path) -> None:
     [
         lambda folder: (folder / "customise").write_text("#!/bin/sh\n"),
         lambda folder: (folder / "customise").chmod(0o644),
+        lambda folder: (folder / "customise-systemd").write_text("#\n"),
+        lambda folder: (folder / "files-systemd/etc/motd").write_text(""),
         lambda folder: (folder / "files/etc/motd").write_text(""),
         lambda folder: (folder / "files/etc/hosts").rename(folder / "files/etc/hosts.old"),
     ],
@@ -71,6 +74,7 @@ def test_digest_changes_with_each_field() -> None:
     others = [
         Recipe(name="x"),
         Recipe(suite="bookworm"),
+        Recipe(init="openrc"),
         Recipe(packages=("systemd",)),
         Recipe(users=("dave",)),
         Recipe(size_mib=1),
