@@ -49,12 +49,12 @@ A_TEST = 15.0
 SLOW = {
     "test_access.py": 200.0,
     "test_administrators.py": 250.0,
-    "test_attack_greed.py": 500.0,
+    "test_attack_greed.py": 350.0,
     "test_crash_launcher.py": 120.0,
     "test_crash_only.py": 250.0,
     "test_crash_points.py": 300.0,
     "test_crowd.py": 150.0,
-    "test_floods.py": 350.0,
+    "test_floods.py": 250.0,
     "test_limits.py": 150.0,
     "test_scale.py": 150.0,
 }

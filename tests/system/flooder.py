@@ -28,8 +28,8 @@ def survived(send: Any) -> str:
 
 
 def bursts() -> dict[str, int]:
-    """20 connections, 60 calls each, all at once."""
-    clients, count = [Client(SOCKET) for _ in range(20)], Counter[str]()
+    """10 connections, 60 calls each, all at once."""
+    clients, count = [Client(SOCKET) for _ in range(10)], Counter[str]()
     waiting = []
     for client in clients:
         messages = [client.message("SetMemlock", *CALL) for _ in range(60)]
@@ -66,7 +66,7 @@ def fields() -> dict[str, int]:
 
         return one
 
-    return Counter(survived(send(code)) for code in (0, 10, 42, 255) for _ in range(20))
+    return Counter(survived(send(code)) for code in (0, 10, 42, 255) for _ in range(5))
 
 
 def shapes() -> dict[str, int]:
@@ -98,7 +98,7 @@ def shapes() -> dict[str, int]:
         head = field(1, "o", PATH) + field(2, "s", NAME) + field(3, "s", "GetLimits") + field(6, "s", NAME)
         client.socket.sendall(b"B\x01\x01\x01" + struct.pack(">III", 0, 77, len(head)) + head)
 
-    return Counter(survived(one) for one in (deep, signal, reply, kind, big_endian) for _ in range(10))
+    return Counter(survived(one) for one in (deep, signal, reply, kind, big_endian) for _ in range(4))
 
 
 WAYS = {"bursts": bursts, "large": large, "fields": fields, "shapes": shapes}

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_a13_floods(alice: User, bob: User, carol: User, way: str) -> None:
             thread.start()
             while thread.is_alive():
                 assert honest.call("GetLimits", "").error == "ok"
+                time.sleep(0.2)
             assert said
             sys.stdout.write(f"{way} by {flooder.name}: {said[0]}")
             assert isinstance(json.loads(said[0]), dict), said[0]
