@@ -252,7 +252,8 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@install -m 644 launcher/completions/_qemu-launcher $(DESTDIR)$(ZSHDIR)/
 	@install -m 644 launcher/completions/qemu-launcher.fish $(DESTDIR)$(FISHDIR)/
 	@[ -n "$(DESTDIR)" ] || { umask 022; $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
-		systemd-sysusers qemu-launcher.conf; $(reload); \
+		if command -v systemd-sysusers >/dev/null; then systemd-sysusers qemu-launcher.conf; \
+		else getent group qemu-launcher >/dev/null || groupadd --system qemu-launcher; fi; $(reload); \
 		echo 'Installed. Who may use it: sudo usermod -aG qemu-launcher NAME, then log out and in.'; }
 
 # The group first: a bus that meets an unknown group in the policy drops that rule.

@@ -36,7 +36,8 @@ def patient_bus() -> None:
     config = '<busconfig><limit name="service_start_timeout">{}</limit></busconfig>\n'
     BUS_LIMIT.write_text(config.format(int(host.PATIENCE * 1000)))
     bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
-    subprocess.run(["busctl", "call", *bus, "ReloadConfig"], check=True)
+    command = [*("dbus-send", "--system", "--print-reply", f"--dest={bus[0]}"), bus[1], f"{bus[2]}.ReloadConfig"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
@@ -205,14 +206,27 @@ def reload_polkit() -> None:
 
 def stop_helper() -> None:
     """End the helper in order, as `systemctl stop` does; the next call starts another."""
-    subprocess.run(["systemctl", "stop", HELPER_UNIT], check=True)
+    if host.has_systemd():
+        subprocess.run(["systemctl", "stop", HELPER_UNIT], check=True)
+    elif (pid := host.helper()) is not None:
+        os.kill(pid, signal.SIGTERM)
+        host.wait_for("the helper ends", lambda: not host.is_alive(pid))
 
 
 def call_helper() -> None:
-    """Have a helper that serves look at its records, which it does before it answers; none is started for that."""
+    """Have a helper that serves look at its records, which it does before it answers.
+
+    None is started for that, but on a host where nothing else would ever start it.
+    """
     limits = (INTERFACE, "/org/qemulauncher/Helper1", INTERFACE, "GetLimits")
     command = ["busctl", "call", "--quiet", "--auto-start=no", *limits]
-    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    if not host.has_systemd():
+        command = [
+            *("dbus-send", "--system", "--print-reply", f"--dest={INTERFACE}"),
+            limits[1],
+            f"{INTERFACE}.GetLimits",
+        ]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def start_helper() -> None:
@@ -224,6 +238,9 @@ def clean_up() -> None:
     """Make the host fit for the next test, by force."""
     for pid in host.processes("qemu-system-x86_64"):
         os.kill(pid, signal.SIGKILL)
+    if not host.has_systemd():
+        call_helper()
+        return
     subprocess.run(["systemctl", "stop", "qemu-launcher-*.scope"], check=False)
     stop_helper()
     start_helper()

@@ -76,6 +76,11 @@ def online() -> frozenset[int]:
     return parse(Path("/sys/devices/system/cpu/online").read_text())
 
 
+def has_systemd() -> bool:
+    """Whether systemd is this host's init: sd_booted(3)."""
+    return Path("/run/systemd/system").exists()
+
+
 def mechanism() -> str:
     """The one that this kernel allows: partition, since Linux 6.7 (cgroup-v2.rst, cpuset.cpus.isolated), or pool.
 

@@ -1,0 +1,180 @@
+"""Hosts without systemd: OpenRC and elogind, with partitions and with cpusets of v1. All that is different there.
+
+The helper makes the group of a VM and takes it away, is started by dbus-daemon alone, confines itself, and stays while
+there are VMs; where it was killed, the next call of anybody puts things right.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from system import host, legacy
+from system.people import User
+from system.vms import Launch, define, refused
+
+pytestmark = pytest.mark.hosts(more=("openrc", "openrc-v1"), why="it is about hosts without systemd")
+
+TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
+SYSLOG = Path("/dev/log")
+# CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE
+THREE = 1 << 21 | 1 << 23 | 1 << 24
+
+
+@pytest.fixture
+def syslog() -> Iterator[Callable[[], list[str]]]:
+    """What the helper has said so far; this host has no syslogd of its own."""
+    SYSLOG.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(SYSLOG))
+        listener.setblocking(False)
+        said: list[str] = []
+
+        def read() -> list[str]:
+            try:
+                while True:
+                    said.append(listener.recv(65536).decode())
+            except BlockingIOError:
+                return said
+
+        yield read
+    SYSLOG.unlink()
+
+
+def hierarchy() -> Path:
+    """Where cgroup v2 is."""
+    return host.CGROUP / "unified" if legacy.is_legacy() else host.CGROUP
+
+
+def group_of(pid: int) -> str:
+    """Where a process is in it."""
+    return (host.PROC / f"{pid}/cgroup").read_text().strip().rpartition("0::")[2]
+
+
+def helper() -> int:
+    """PID of the helper, which is there."""
+    pid = host.helper()
+    assert pid is not None
+    return pid
+
+
+def start(alice: User, vm: Callable[..., Launch]) -> Launch:
+    """alice's VM, with all there is."""
+    define(alice, "win11", TUNING, {"m": "128M"}, cpus=2)
+    return vm(alice, "win11")
+
+
+def assert_tuned(launch: Launch) -> None:
+    """By /proc and the cgroup tree."""
+    assert [host.cpus_of(launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
+    assert [host.scheduling(tid) for tid in launch.vcpu_tids] == [("fifo", 1, True)] * 2
+    assert host.limit(launch.qemu, "Max locked memory") == (400 << 20, 400 << 20)
+    assert host.isolated() == {4, 5}
+    assert host.trespassers({4, 5}, launch.vcpu_tids, since=0 if legacy.is_legacy() else host.born(launch.pid)) == []
+
+
+def assert_nothing_left() -> None:
+    """Neither shield, nor record, nor group."""
+    assert host.isolated() == set()
+    assert host.records() == set()
+    assert host.scopes() == set()
+    assert host.cpus_of(1) == host.online()
+
+
+def test_the_whole_of_it(alice: User, vm: Callable[..., Launch], syslog: Callable[[], list[str]]) -> None:
+    assert not host.has_systemd()
+    launch = start(alice, vm)
+    assert_tuned(launch)
+    where = re.fullmatch(
+        r"(/user\.slice/user-1000\.slice)?/qemu-launcher-1000-win11\.scope(/emulator)?", group_of(launch.qemu)
+    )
+    assert where, group_of(launch.qemu)
+    shown = alice.login.run("qemu-launcher status --json win11").stdout
+    assert shown.count(f'"{"cpuset-v1" if legacy.is_legacy() else "isolated"}"') == 2, shown
+
+    facts = host.status(helper())
+    assert [int(facts[f"Cap{which}"], 16) for which in ("Eff", "Inh", "Amb")] == [0, 0, 0]
+    assert int(facts["CapPrm"], 16) == int(facts["CapBnd"], 16) == THREE
+    assert (facts["NoNewPrivs"], facts["Umask"]) == ("1", "0077")
+    assert host.limit(helper(), "Max open files") == (256, 256)
+    assert host.limit(helper(), "Max data size") == (128 << 20, 128 << 20)
+    assert (host.PROC / f"{helper()}/cwd").readlink() == Path("/")
+    environment = (host.PROC / f"{helper()}/environ").read_bytes().split(b"\0")
+    assert {word.partition(b"=")[0] for word in environment} <= {b"", b"DBUS_STARTER_ADDRESS", b"DBUS_STARTER_BUS_TYPE"}
+
+    assert launch.quit() == 0
+    assert_nothing_left()  # the launcher has told the helper before it ended
+    lines = syslog()
+    for words in ("granted SetMemlock uid=1000 ", "granted PinThreads uid=1000 ", "granted SetScheduler uid=1000 "):
+        assert any(line.startswith(f"<30>qemu-launcher-helper: {words}") for line in lines), lines
+    assert any("released VM uid=1000" in line and "'ended'" in line for line in lines), lines
+
+
+def test_everybody_is_killed(alice: User, vm: Callable[..., Launch]) -> None:
+    """The helper is there still, and sees it."""
+    launch = start(alice, vm)
+    there = helper()
+    child = alice.login.spawn("exec sleep infinity", alice.home / "child.log")
+    top = group_of(launch.qemu).removesuffix("/emulator")
+    (hierarchy() / top.lstrip("/") / "cgroup.procs").write_text(str(child))  # as if QEMU had started it
+    for pid in (launch.pid, launch.qemu):
+        os.kill(pid, signal.SIGKILL)
+    host.wait_for("the helper has looked", lambda: not host.records())
+    host.wait_for("nothing is left", lambda: not host.scopes())
+    assert_nothing_left()
+    assert helper() == there
+    assert not host.is_alive(child), "what a VM leaves behind is ended"
+    host.wait_for("it leaves, as there is no VM any more", lambda: host.helper() is None)
+
+
+def test_the_helper_is_killed_too(alice: User, vm: Callable[..., Launch]) -> None:
+    """With it goes nothing. The next call of anybody starts another, which does what is to be done."""
+    launch = start(alice, vm)
+    os.kill(helper(), signal.SIGKILL)
+    host.wait_for("it is gone", lambda: host.helper() is None)
+    assert_tuned(launch)
+    assert alice.command("limits").status == 0
+    assert_tuned(launch)
+    os.kill(helper(), signal.SIGKILL)
+    for pid in (launch.pid, launch.qemu):
+        os.kill(pid, signal.SIGKILL)
+    host.wait_for("QEMU is gone", lambda: not host.is_alive(launch.qemu))
+    assert host.records() == {"1000-win11"}, "nobody has seen it"
+    assert alice.command("limits").status == 0
+    host.wait_for("nothing is left", lambda: not host.scopes())
+    assert_nothing_left()
+
+
+def test_what_is_started_in_a_services_group_is_refused(alice: User) -> None:
+    """Its limits would hold no more. A host where sshd's logins are in /openrc.sshd is one."""
+    group = hierarchy() / "openrc.test"
+    group.mkdir()
+    before = group_of(alice.login.shell)
+    define(alice, "win11", TUNING, {"m": "128M"}, cpus=2)
+    try:
+        (group / "cgroup.procs").write_text(str(alice.login.shell))
+        status, said = refused(alice, "win11")
+        assert status != 0
+        assert "is in no session or service of yours" in said
+        told = alice.command("check", "win11").stdout
+        assert "you are in /openrc.test, which is no session of yours" in told
+    finally:
+        (hierarchy() / before.lstrip("/") / "cgroup.procs").write_text(str(alice.login.shell))
+        host.wait_for("its group is empty", lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_check_has_nothing_to_say_against_it(alice: User) -> None:
+    done = alice.command("check")
+    assert done.status == 0, done
+    assert "qemu-launcher-helper is installed, for the bus and polkit\n" in done.stdout
+    assert "no systemd" in done.stdout
+    assert "error" not in done.stdout
+    assert subprocess.run(["pgrep", "-x", "systemd"], check=False, stdout=subprocess.DEVNULL).returncode == 1
