@@ -23,9 +23,6 @@ from .contract import Failed
 # process. sys_admin: one write, enabling a cpuset partition below a delegated scope.
 KEPT = {"sys_nice": 23, "sys_resource": 24, "sys_admin": 21}
 
-# What the helper's unit sets too. Descriptors: select(2) takes numbers below 1024 only. Memory in bytes: as MemoryMax=.
-LIMITS = {RLIMIT_NOFILE: 256, RLIMIT_DATA: 128 << 20}
-
 
 @contextmanager
 def raised(name: str) -> Iterator[None]:
@@ -42,7 +39,8 @@ def raised(name: str) -> Iterator[None]:
 
 def drop() -> None:
     """Give up everything but the three, for good. Raises Failed or OSError where that is not possible."""
-    for which, most in LIMITS.items():
+    # As LimitNOFILE= and MemoryMax= (bytes) of the helper's unit: select(2) takes descriptors below 1024 only.
+    for which, most in (RLIMIT_NOFILE, 256), (RLIMIT_DATA, 128 << 20):
         setrlimit(which, (most, most))
     # The kernel's own number, not the library's: a newer kernel may have capabilities that python-prctl cannot name.
     for number in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):

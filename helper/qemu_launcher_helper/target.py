@@ -28,6 +28,8 @@ REALTIME = {"fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, "rr": os.SCHED_RR | 
 POLICY = REALTIME | {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 PROC = Path("/proc")
 SYSTEMD = Path("/run/systemd/system").exists()  # sd_booted(3)
+# Whether no controller is cgroup v2's, which is beside v1 then: its groups limit nothing, and those of v1 are not left.
+UNLIMITED = "" in [path.read_text().strip() for path in Path("/sys/fs/cgroup").glob("unified/cgroup.controllers")]
 
 
 class Target(ExitStack):
@@ -115,7 +117,7 @@ class Target(ExitStack):
         own = rf"/user\.slice/user-{uid}\.slice/(session-[^/]+\.scope|user@{uid}\.service|{scope})"
         own += rf"|/qemu\.slice/qemu-{uid}\.slice/{scope}"  # root alone makes units there
         # elogind's sessions, which older ones only count. The root's group, too, has no limits to escape from.
-        own += "" if SYSTEMD else rf"|/{scope}|/c?[0-9]+|\Z"
+        own += "" if SYSTEMD else rf"|/{scope}|/c?[0-9]+|{r'(?!.*/qemu-launcher-).*' if UNLIMITED else ''}\Z"
         system = rf"/system\.slice/({'|'.join([scope, *map(re.escape, services)])})" if services else own
         if unit := re.match(f"({own}|{system})(?=/|$)", self.cgroup()):
             return unit[0]

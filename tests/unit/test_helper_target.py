@@ -29,6 +29,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 def facts(tmp_path: Path, child: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch) -> Facts:
     monkeypatch.setattr(target, "PROC", tmp_path)
     monkeypatch.setattr(target, "SYSTEMD", True)
+    monkeypatch.setattr(target, "UNLIMITED", False)
     return Facts(tmp_path, child.pid)
 
 
@@ -137,6 +138,31 @@ def test_places_it_may_be_in_without_systemd(
     monkeypatch.setattr(target, "SYSTEMD", False)
     facts.write("cgroup", f"0::{cgroup}\n")
     assert verify(facts) == unit
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("/", ""),
+        ("/ssh", "/ssh"),
+        ("/openrc.xdm/x", "/openrc.xdm/x"),
+        (f"/{SCOPE}/x", f"/{SCOPE}"),
+        ("/qemu-launcher-1000-other.scope", None),
+        ("/x/qemu-launcher-1000-other.scope/y", None),
+    ],
+)
+def test_where_groups_limit_nothing_any_will_do(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, cgroup: str, unit: str | None
+) -> None:
+    """But for those of other VMs."""
+    monkeypatch.setattr(target, "SYSTEMD", False)
+    monkeypatch.setattr(target, "UNLIMITED", True)
+    facts.write("cgroup", f"2:memory:/x\n0::{cgroup}\n")
+    if unit is not None:
+        assert verify(facts) == unit
+        return
+    with pytest.raises(TargetRefused, match="in no session or service of yours"):
+        verify(facts)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,10 @@ class _Vm:
 
     def _place(self) -> Iterator[Finding]:
         path = cgroups.unit_path(self._tree.text("/proc/self/cgroup") or "")
-        yield from self._mildly(session_of(path, os.geteuid(), self._tree.exists("/run/systemd/system")))
+        systemd = self._tree.exists("/run/systemd/system")
+        # Beside v1, groups of cgroup v2 limit nothing where no controller is v2's, and the helper takes any.
+        if systemd or self._tree.text("/sys/fs/cgroup/unified/cgroup.controllers") != "":
+            yield from self._mildly(session_of(path, os.geteuid(), systemd))
 
     def _helper(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
         from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
