@@ -25,19 +25,8 @@ from system.watch import INTERFACE
 TOML = Path("/etc/qemu-launcher/helper.toml")
 # What desktop sessions hand down (RLIMIT_RTTIME, microseconds, soft and hard), under which real time is soon killed.
 DESKTOP_RTTIME = (200_000, 200_000)
-BUS_LIMIT = Path("/etc/dbus-1/system.d/lab.conf")
 POLKIT_RULE = Path("/etc/polkit-1/rules.d/10-system-test.rules")
 ADMINISTRATORS_RULE = Path("/etc/polkit-1/rules.d/20-administrators-test.rules")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def patient_bus() -> None:
-    """Have dbus-daemon wait for a service for longer than 25 s: an emulated host beside others is slow to start one."""
-    config = '<busconfig><limit name="service_start_timeout">{}</limit></busconfig>\n'
-    BUS_LIMIT.write_text(config.format(int(host.PATIENCE * 1000)))
-    bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
-    command = [*("dbus-send", "--system", "--print-reply", f"--dest={bus[0]}"), bus[1], f"{bus[2]}.ReloadConfig"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
