@@ -129,9 +129,9 @@ TESTS := tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/pac
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 $(TESTS)
 
-# `make test` runs the system tests on Debian 13 and 12. tests/lab/hosts.py has the list of hosts;
+# `make test` runs the system tests on Debian 13, and their core on Debian 12. tests/lab/hosts.py has the list of hosts;
 # QEMU_LAUNCHER_HOSTS=bookworm chooses one.
-test-all: setup deb ## the same, with every system test on every host: dbus-broker, cgroup v1, no systemd, isolcpus=; takes half an hour more
+test-all: setup deb ## the same, with every system test on every host: dbus-broker, cgroup v1, no systemd, isolcpus=; takes an hour more
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
 # `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others.

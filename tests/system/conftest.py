@@ -6,7 +6,8 @@ see tests/lab/outside.py. Their modules are imported out here too, for collectio
 
 A test marked `outside` is not passed in: its fixture `installed_lab` gives it a lab of its own, for what ends the host.
 
-Each test runs once on every host that it is meant for, Debian 12 and Debian 13 if it says nothing: tests/lab/hosts.py.
+Each test runs once on every host that it is meant for (tests/lab/hosts.py): on Debian 13 if it says nothing, and with
+`make test-all` on Debian 12 too.
 
 While writing tests: `tests/lab/lab start`, then QEMU_LAUNCHER_LAB=default pytest tests/system uses that lab each time;
 `lab start --recipe bookworm` makes it a Debian 12.

@@ -18,9 +18,6 @@ from system.stepping import Stepping
 from system.test_journal import trail
 from system.vms import Launch, define
 
-pytestmark = pytest.mark.hosts(
-    "trixie", more=("bookworm",), why="who may is polkit's, and test_managing_others.py asks each polkit"
-)
 # What the helper says of the mechanism.
 WHY = {
     "partition": "The kernel has remote cpuset partitions",

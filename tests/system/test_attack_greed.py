@@ -26,9 +26,6 @@ from system.stepping import Stepping
 from system.test_crash_only import leave_scope
 from system.vms import HELPER_UNIT
 
-# Limits are counted, and calls answered, before any mechanism; what it takes part in says BOTH.
-pytestmark = pytest.mark.hosts("trixie", more=("bookworm",), why="limits and calls come before any mechanism")
-BOTH = pytest.mark.hosts("trixie", "bookworm", why="it is about what mechanisms do")
 # How often: enough to see it happen; QEMU_LAUNCHER_ROUNDS=1000 for a long look.
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "24"))
 CPU = Path("/sys/devices/system/cpu")
@@ -158,7 +155,6 @@ class Racer:
             self.wrong.append(f"more than the limit of four: {held}")
 
 
-@BOTH
 @pytest.mark.attack("A10")
 def test_a10_two_users_race(alice: User, carol: User, stepping: Stepping, helper_toml: Callable[..., None]) -> None:
     helper_toml("[[limits]]\nmax_cpus = 4\n")
@@ -199,7 +195,6 @@ def failures() -> str:
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
 
-@BOTH
 @pytest.mark.attack("A11")
 @pytest.mark.parametrize("cpus", [[5], [4, 5]], ids=["one", "all"])
 def test_a11_a_shielded_cpu_goes_offline(program: Claimant, cpus: list[int]) -> None:
@@ -224,7 +219,6 @@ def test_a11_a_shielded_cpu_goes_offline(program: Claimant, cpus: list[int]) -> 
     assert failures() == before
 
 
-@BOTH
 @pytest.mark.attack("A19")
 def test_a19_out_of_the_scope_again_and_again(program: Claimant, carol: User) -> None:
     """With a decoy left in every other scope, so that systemd starts nobody: the next call is what ends it."""
@@ -318,7 +312,6 @@ def test_a_session_that_resists_its_end_keeps_only_its_own_user_waiting(alice: U
         sys.stdout.write(f"she got {answers}, {'after a while' if waited else 'at once'}\n")
 
 
-@BOTH
 @pytest.mark.attack("S6")
 def test_a_thousand_threads_do_not_hold_the_helper(program: Claimant, carol: User) -> None:
     """More than can be moved in the time that is given for it: granted or refused whole, and others are served."""

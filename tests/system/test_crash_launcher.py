@@ -13,8 +13,6 @@ import random
 import shlex
 import signal
 
-import pytest
-
 from system import host
 from system.claims import copied
 from system.faults import ROUNDS, SEED, say
@@ -22,11 +20,6 @@ from system.fixtures import call_helper
 from system.people import User, folder_of
 from system.vms import Launch, define, running
 
-pytestmark = pytest.mark.hosts(
-    "trixie",
-    more=("bookworm",),
-    why="it dies by steps of its own; what is left behind is test_ends.py's, on every host",
-)
 NAME = "stepped"
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 

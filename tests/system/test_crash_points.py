@@ -28,7 +28,7 @@ from system.claims import Answer, Apprentice, Child, Claimant
 from system.faults import Faults, Point, answer_or_halt, sampled, say
 from system.test_crash_only import expect_sound, leave_scope, limits_of
 
-pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("legacy",), why="each mechanism has steps of its own")
+pytestmark = pytest.mark.hosts("trixie", more=("bookworm", "legacy"), why="each mechanism has steps of its own")
 
 VM = "vm"
 ERRORS = ("EINVAL", "EIO", "ENOSPC", "EBUSY")

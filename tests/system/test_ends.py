@@ -17,6 +17,8 @@ from system.fixtures import stop_helper
 from system.people import User
 from system.vms import Launch, define
 
+pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
+
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}
 
 

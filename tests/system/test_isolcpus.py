@@ -12,7 +12,7 @@ import pytest
 from demo.terminal import observe
 from lab import Vm
 
-pytestmark = [pytest.mark.outside, pytest.mark.hosts("isolcpus", why="it is about how the host was booted")]
+pytestmark = [pytest.mark.outside, pytest.mark.hosts(more=("isolcpus",), why="it is about how the host was booted")]
 
 DEFINITION = """\
 launcher:

@@ -6,13 +6,10 @@ import json
 import subprocess
 import time
 
-import pytest
-
 from system import host
 from system.claims import Claimant
 from system.fixtures import start_helper, stop_helper
 
-pytestmark = pytest.mark.hosts("trixie", more=("bookworm",), why="records are the helper's own words")
 MESSAGE_ID = "5f3c8a1d9e674b0fb2d84c7a61e90f35"  # said in qemu-launcher-helper(8)
 
 

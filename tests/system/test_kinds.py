@@ -11,7 +11,6 @@ from system.people import User
 from system.vms import HELPER_UNIT, Launch, define, refused
 
 # The launcher, listing each module that it imports in its log. Its first line has -I, which keeps PYTHONVERBOSE= away.
-pytestmark = pytest.mark.hosts("trixie", more=("bookworm",), why="most of it is about what needs no mechanism")
 VERBOSE = "python3 -I -v /usr/bin/qemu-launcher"
 
 
@@ -57,7 +56,6 @@ def test_a_tuned_start_does_import_it(alice: User, vm: Callable[..., Launch]) ->
     assert running.quit() == 0
 
 
-@pytest.mark.hosts("trixie", "bookworm", why="it is about what mechanisms do")
 def test_confined_but_not_exclusive(alice: User, carol: User, vm: Callable[..., Launch]) -> None:
     """isolation: cpuset. Two VMs of two users may share such CPUs; nobody is kept off them."""
     for user in (alice, carol):

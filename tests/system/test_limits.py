@@ -14,9 +14,6 @@ from system import host
 from system.claims import Claimant
 from system.fixtures import TOML
 
-pytestmark = pytest.mark.hosts(
-    "trixie", more=("bookworm",), why="limits are counted by the helper's own code, before any mechanism"
-)
 BROKEN = "helper.toml is broken, nobody is served: sudo qemu-launcher-helper --check says why"
 ENTRY = f"({TOML}, [[limits]] entry 1)"
 

@@ -10,8 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import pytest
-
 from system import host
 from system.claims import copied
 from system.fixtures import stop_helper
@@ -19,9 +17,6 @@ from system.people import User
 from system.stepping import Stepping
 from system.vms import Launch, define, refused, running
 
-pytestmark = pytest.mark.hosts(
-    "trixie", more=("bookworm",), why="it is the launcher who looks and refuses, by what /proc says on every host"
-)
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 
 

@@ -7,9 +7,13 @@ claim on them be refused by the kernel, if nobody shrank it first.
 import re
 from collections.abc import Callable
 
+import pytest
+
 from system import host
 from system.people import User
 from system.vms import Launch, define, refused
+
+pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
 
 
 def expect_on(vm: Launch, cpus: list[int]) -> None:
