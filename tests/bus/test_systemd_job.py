@@ -26,12 +26,13 @@ class FakeSystemd:
     def __init__(self, host: World, first: Answer, then: list[Answer]) -> None:
         self.client = Client(host.socket)
         assert self.client.daemon("RequestName", "su", [SYSTEMD, 4]).body == [1]
+        # Before anybody calls: what comes while an answer is waited for is not kept.
+        self.client.daemon("AddMatch", "s", ["type='signal',member='NameOwnerChanged'"])
         self.first, self.then = first, then
 
     def serve(self) -> list[str]:
         """Serve until the caller has left; what was called."""
         calls: list[str] = []
-        self.client.daemon("AddMatch", "s", ["type='signal',member='NameOwnerChanged'"])
         caller = ""
         while (message := self.client.receive(60)) is not None:
             if message.member == "NameOwnerChanged" and message.body == [caller, caller, ""]:

@@ -164,7 +164,7 @@ def _content(path: str) -> str:
 
 
 def threads() -> Iterator[Thread]:
-    """Every thread of the host."""
+    """Every thread of the host that has not ended: one that waits to be reaped keeps the CPUs it had last."""
     for pid in pids():
         for tid in sorted(tids(pid)):
             try:
@@ -174,6 +174,8 @@ def threads() -> Iterator[Thread]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             fields = rest.split()
+            if fields[0] in "ZX":
+                continue
             # Fields 9 and 22, counted from the third one, which follows the name.
             yield Thread(pid, tid, name, allowed, int(fields[9 - 3]), int(fields[22 - 3]))
 

@@ -21,7 +21,8 @@ def test_check(alice: User, helper_toml: Callable[..., None]) -> None:
     done = alice.command("check", "vm")
     lines = done.stdout.splitlines()
     assert (done.status, complaints(done)) == (0, []), done.stdout
-    assert not [line for line in lines if line.startswith(("warning", "error"))]
+    # Debian 12's kernel has no fair server, of which check warns.
+    assert not [line for line in lines if line.startswith(("warning", "error")) and "no fair server" not in line]
     assert f"shielding   {host.mechanism()}: {WHY[host.mechanism()]}" in lines
     assert "ok       CPUs 4-5: whole cores" in lines
     assert "ok       the helper would let QEMU lock 64 MiB" in lines
