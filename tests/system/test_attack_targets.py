@@ -105,7 +105,7 @@ def test_a5_a_number_that_becomes_anothers(
 
             def is_where_she_was() -> bool:
                 now = state(victim)
-                # With a pool the dead VM's CPUs come back to her only now.
+                # The dead VM's CPUs may come back to her only now.
                 more = all(now.cpus[tid] >= cpus for tid, cpus in before.cpus.items())
                 return more and now._replace(cpus=before.cpus) == before
 
