@@ -12,7 +12,6 @@ hierarchy. cgroup v2 can be mounted beside v1 with every kernel, there without a
 There is no pool: most tasks of a host without systemd are in the root's group, which cannot leave any CPU.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from ..contract import Unsupported
 from ..target import Target
 from .partition import CGROUP, Partition
-from .v1 import MOUNTS, V1
+from .v1 import MOUNTS, V1, hierarchies
 
 BESIDE = "mkdir -p /sys/fs/cgroup/unified; mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
 
@@ -37,7 +36,7 @@ class Raw(Partition):
             raise Unsupported(f"Without systemd, VMs need a group in cgroup v2: {BESIDE}")
         group = self._dir(scope)
         if "cpuset" in (self.root / "cgroup.controllers").read_text().split():
-            for level in [*group.parents][: -len(self.root.parents)][::-1]:
+            for level in reversed([path for path in group.parents if path.is_relative_to(self.root)]):
                 (level / "cgroup.subtree_control").write_text("+cpuset")
         group.parent.chmod(0o755)  # the root is read-only even to root without CAP_DAC_OVERRIDE, but it is root's
         group.mkdir(exist_ok=True)
@@ -61,8 +60,8 @@ class RawPartition(Raw):
     """Partitions, in groups of the helper's own, wherever cgroup v2 is: OpenRC's "hybrid" mode has it beside v1."""
 
     def __init__(self, mounts: Path = MOUNTS) -> None:
-        found = re.findall(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", mounts.read_text(), re.MULTILINE)
-        super().__init__(Path([*found, CGROUP][0]))
+        found = [Path(at) for at, kind, _ in hierarchies(mounts) if kind == "cgroup2"]
+        super().__init__([*found, CGROUP][0])
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""

@@ -50,8 +50,8 @@ class V1(Pool):
     units = "system.slice"
 
     def __init__(self, mounts: Path = MOUNTS, memory: Path = MEMORY, online: Path = ONLINE) -> None:
-        # proc_pid_mountinfo(5): whole hierarchies, by their options. systemd's own one may be v2 beside v1 ("hybrid").
-        found = re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
+        # systemd's own hierarchy may be v2 beside v1 ("hybrid").
+        found = hierarchies(mounts)
         units = [Path(at) for at, kind, options in found if kind == "cgroup2" or "name=systemd" in options.split(",")]
         cpusets = [Path(at) for at, kind, options in found if kind == "cgroup" and "cpuset" in options.split(",")]
         units = [path for path in units if (path / self.units).exists()]
@@ -221,6 +221,11 @@ class V1(Pool):
                             stuck.add(tid)
                         elif process.task_start_time(int(tid)) != born:
                             _put(tid, self._pool)  # it has ended; if that moved somebody, then to where all others are
+
+
+def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
+    """Return where whole hierarchies are, each with "cgroup" or "cgroup2" and its options: proc_pid_mountinfo(5)."""
+    return re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
 
 
 def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
