@@ -66,13 +66,14 @@ def installed(tree: Tree) -> Iterator[Finding]:
     for what, name in _FILES:
         if not any(tree.exists(folder + name) for folder in _SHARED):
             missing.append(f"{name.rpartition('/')[2]} ({what})")
-    if tree.exists("/run/systemd/system") and not any(tree.exists(f"{folder}/{_UNIT}") for folder in _UNITS):
+    systemd = absence.has_systemd(tree.root)
+    if systemd and not any(tree.exists(f"{folder}/{_UNIT}") for folder in _UNITS):
         missing.append(f"{_UNIT} (for systemd)")
     if missing:
         text = f"qemu-launcher-helper is not installed, or not all of it: there is no {', no '.join(missing)}"
         yield Finding("error", "helper", text, absence.HOW_TO_INSTALL)
     else:
-        whom = "the bus, polkit and systemd" if tree.exists("/run/systemd/system") else "the bus and polkit"
+        whom = "the bus, polkit and systemd" if systemd else "the bus and polkit"
         yield Finding("ok", "helper", f"qemu-launcher-helper is installed, for {whom}")
 
 
@@ -160,7 +161,7 @@ def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
             else ("there are no cpusets in /sys/fs/cgroup, of cgroup v2 or of v1")
         )
         fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; shields are better with cgroup v2"
-        if not tree.exists("/run/systemd/system"):
+        if not absence.has_systemd(tree.root):
             fix = 'mount cgroup v2 there (OpenRC: rc_cgroup_mode="unified" in rc.conf); shields are better with it'
         yield Finding("note" if legacy else "warning", "cgroup", text, fix)
     elif "cpuset" not in controllers.split():

@@ -15,7 +15,7 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .. import access, agent, cgroups, cmdline, host, identity, plan, procfs, runtime, stdout, table
+from .. import absence, access, agent, cgroups, cmdline, host, identity, plan, procfs, runtime, stdout, table
 from ..definition import VmDefinition, validate_tunable
 from ..errors import LauncherError, TuningFailed, printable
 from ..patience import patiently
@@ -193,7 +193,7 @@ class _Vm:
 
     def _place(self) -> Iterator[Finding]:
         path = cgroups.unit_path(self._tree.text("/proc/self/cgroup") or "")
-        systemd = self._tree.exists("/run/systemd/system")
+        systemd = absence.has_systemd(self._tree.root)
         # Beside v1, groups of cgroup v2 limit nothing where no controller is v2's, and the helper takes any.
         if systemd or self._tree.text("/sys/fs/cgroup/unified/cgroup.controllers") != "":
             yield from self._mildly(session_of(path, os.geteuid(), systemd))

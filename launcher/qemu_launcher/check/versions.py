@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import access
+from .. import absence, access
 from ..errors import printable
 from .tree import Tree
 
@@ -37,8 +37,8 @@ def distribution(tree: Tree) -> str:
 
 
 def systemd(tree: Tree) -> str:
-    """`systemd 257 (257.7-1)`; sd_booted(3) tells whether it runs."""
-    if not tree.exists("/run/systemd/system"):
+    """`systemd 257 (257.7-1)`."""
+    if not absence.has_systemd(tree.root):
         return "no systemd"
     return first_line(["systemctl", "--version"], os.environ, Path("/")) or "systemd of unknown version"
 
