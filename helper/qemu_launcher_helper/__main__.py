@@ -29,7 +29,8 @@ class Journal(logging.handlers.DatagramHandler):
     that others flood holds us up for a moment only: then logging writes to stderr, which systemd reads on its own.
     https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 
-    Without systemd it goes to syslog, as one line for people, with facility daemon (3): RFC 3164.
+    Without systemd it goes to syslog, as one line for people, with facility daemon (3): RFC 3164. Where there is none,
+    to stderr, which is the bus's.
     """
 
     def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802  what the library has one override
@@ -65,7 +66,7 @@ async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, a
 
 def main() -> int:
     """Serve, or read helper.toml and say what is wrong with it; return the exit status."""
-    logs = [Journal(_LOG, None) if "--serve" in sys.argv else logging.StreamHandler()]
+    logs = [Journal(_LOG, None) if "--serve" in sys.argv and os.access(_LOG, os.F_OK) else logging.StreamHandler()]
     logging.basicConfig(handlers=logs, level=logging.INFO, format="%(message)s")
     socket.setdefaulttimeout(_JOURNAL_SECONDS)
     os.umask(0o077)

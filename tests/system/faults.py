@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import select
+import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,11 +18,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from system import host
-from system.fixtures import start_helper
+from system.claims import copied
+from system.fixtures import start_helper, stop_helper
+from system.people import OUT_OF_SESSION
 from system.stepping import FOLDER, replaced_helper
 
 # How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
+LONGEST_TURN, MOST_TURNS = 6, 3  # steps of one turn of a loop; turns that are all tried
 SEED = int(os.environ.get("QEMU_LAUNCHER_SEED", "1"))
 
 
@@ -46,19 +51,33 @@ class Faults:
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._buffer = b""
+        self._is_new = False  # has been started for no order, and has served nobody yet
 
     def order(self, during: str = "nothing", *kinds: str, at: int = -1, do: str = "count") -> bool:
         """Have a helper started anew, the last one being killed; whether it serves, or has ended before it did."""
         self.close()
         self._socket, self._buffer = socket.socket(socket.AF_UNIX), b""
         host.wait_for("the faulty helper takes orders", self._connected)
-        order = {"during": during, "kinds": kinds, "at": at, "do": do}
-        self._socket.sendall(json.dumps(order).encode() + b"\n")
+        self._send(during, *kinds, at=at, do=do)
+        self._is_new = during == "nothing"
         return self._heard() == b"ready"
+
+    def order_calls(self, *kinds: str, at: int = -1, do: str = "count") -> None:
+        """The same, to a helper that serves: the one that is there, if it is new and has nothing to do yet."""
+        if self._is_new:
+            self._is_new = False
+            self._send("calls", *kinds, at=at, do=do)
+        else:
+            assert self.order("calls", *kinds, at=at, do=do)
 
     def reached(self) -> bool:
         """Wait until the helper stands at its step; False when it has ended without."""
         return self._heard() == b"reached"
+
+    def _send(self, during: str, *kinds: str, at: int, do: str) -> None:
+        assert self._socket is not None
+        order = {"during": during, "kinds": kinds, "at": at, "do": do}
+        self._socket.sendall(json.dumps(order).encode() + b"\n")
 
     def go(self) -> None:
         """Let it go on."""
@@ -99,6 +118,28 @@ class Faults:
         return word
 
 
+def tellable(names: Sequence[str]) -> list[int]:
+    """Which of these steps can be told apart: all, but of a loop the turns between its first, a middle and its last.
+
+    With cpusets of v1 each task of the host is moved by itself, hundreds of times in a VM's life.
+    """
+    kept, at = list[int](), 0
+    while at < len(names):
+        length, turns = 1, 1
+        for length in range(1, LONGEST_TURN + 1):
+            turn, turns = names[at : at + length], 1
+            while names[at + turns * length : at + (turns + 1) * length] == turn:
+                turns += 1
+            if turns > MOST_TURNS:
+                break
+        else:
+            length, turns = 1, 1
+        for number in sorted({0, turns // 2, turns - 1}):
+            kept += range(at + number * length, at + (number + 1) * length)
+        at += turns * length
+    return kept
+
+
 def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Point]:
     """As many of them as this run is to try, chosen by the seed; and a line on standard output that says so.
 
@@ -120,18 +161,38 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
 @pytest.fixture(scope="module")
 def faulty_unit() -> Iterator[None]:
     """The unit with the other program in it. Not Type=dbus: systemd would end it when one of its helpers is killed."""
-    with replaced_helper("faulty_helper.py", "Type=exec"):
+    name = "faulty_helper.py"
+    with replaced_helper(name, "Type=exec") if host.has_systemd() else helper_without_unit(name):
         yield
     for name in ("orders", "steps"):
         (FOLDER / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def helper_without_unit(name: str) -> Iterator[None]:
+    """A program of the tests' where there are no units: it has the helper's name on the bus before anybody asks for it.
+
+    It confines itself as the helper does, so it is root's until then, as below dbus-daemon.
+    """
+    stop_helper()
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    script = copied(f"system/{name}") / name
+    command = [*OUT_OF_SESSION, "/usr/bin/python3", "-IS", str(script), "--serve"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.fixture
 def faults(faulty_unit: None) -> Iterator[Faults]:
     """A helper in which something goes wrong. It is sound again afterwards, for what the fixtures ask of it."""
-    start_helper()  # host_as_before may have stopped it
+    if host.has_systemd():
+        start_helper()  # host_as_before may have stopped it
     helper = Faults()
-    helper.order()
+    assert helper.order()
     yield helper
     helper.order()
     helper.close()

@@ -1,7 +1,8 @@
 """Whatever fails, or ends, at whichever step of the helper's: after its next start the host is sound.
 
-The steps are counted by the helper as it comes to them (faulty_helper.py); no list of them is kept anywhere. At each,
-one thing happens: an error of the kernel's or systemd's, or the death of the helper, of the VM or of its caller. Then:
+The steps are counted by the helper as it comes to them (faulty_helper.py); no list of them is kept anywhere. At each
+(of a loop that does the same for many tasks, in the first turn, a middle one and the last) one thing happens: an error
+of the kernel's or systemd's, or the death of the helper, of the VM or of its caller. Then:
 
 - the guest is not half tuned: what the helper says is granted holds, or nothing does (test_crash_only.expect_sound);
 - with the VM gone no shield, scope or record is left, and each task of the host may use all the CPUs it could before;
@@ -25,15 +26,17 @@ import pytest
 
 from system import host
 from system.claims import Answer, Apprentice, Child, Claimant
-from system.faults import Faults, Point, answer_or_halt, sampled, say
+from system.faults import Faults, Point, answer_or_halt, sampled, say, tellable
 from system.test_crash_only import expect_sound, leave_scope, limits_of
 
-pytestmark = pytest.mark.hosts("trixie", more=("bookworm", "legacy"), why="each mechanism has steps of its own")
+WHY = "each mechanism has steps of its own"
+pytestmark = pytest.mark.hosts("trixie", more=("bookworm", "legacy", "openrc", "openrc-v1"), why=WHY)
 
 VM = "vm"
 ERRORS = ("EINVAL", "EIO", "ENOSPC", "EBUSY")
 Call = tuple[Any, ...]
-ENUMERATED: dict[tuple[str, ...], list[str]] = {}
+Steps = list[tuple[int, str]]  # when it comes, from 0, and what it is
+ENUMERATED: dict[tuple[str, ...], Steps] = {}
 CLOSE_LOOK = 8  # points, after which a VM is started that nothing happens to
 
 
@@ -100,18 +103,19 @@ def affinities() -> Affinities:
     return Affinities()
 
 
-def steps(faults: Faults, during: str, least: int, *kinds: str) -> list[str]:
+def steps(faults: Faults, during: str, least: int, *kinds: str) -> Steps:
     """What was counted; and nothing went past the count, nor has it become less than it was when this was written."""
     found = faults.steps()
     assert [name for name in found if name.startswith("missed:")] == []
     assert len(found) >= least, f"only {len(found)} steps of {kinds} during {during}: {found}"
-    return found
+    say(f"{len(found)} steps of {'/'.join(kinds)} during {during}")
+    return [(at, found[at]) for at in tellable(found)]
 
 
-def enumerate_calls(program: Claimant, faults: Faults, least: int, *kinds: str) -> list[str]:
+def enumerate_calls(program: Claimant, faults: Faults, least: int, *kinds: str) -> Steps:
     """All steps of a life in which nothing goes wrong."""
     if kinds not in ENUMERATED:
-        faults.order("calls", *kinds)
+        faults.order_calls(*kinds)
         child = program.spawn(3)
         assert live(program, child).error == "ok"
         ENUMERATED[kinds] = steps(faults, "calls", least, *kinds)
@@ -188,17 +192,17 @@ def try_all(program: Claimant, faults: Faults, points: list[Point], what: str, t
 
 
 def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities: Affinities) -> None:
-    names = enumerate_calls(program, faults, 130, "act", "ask")
+    found = enumerate_calls(program, faults, 130, "act", "ask")
     points = [
         Point(at, name, do)
-        for at, name in enumerate(names)
+        for at, name in found
         if not name.endswith(" answered")
         for do in ((*ERRORS, "lose") if name.startswith("ask:") else ERRORS)
         if not (name.startswith("ask:") and do in ERRORS[1:])  # whatever systemd says, a refusal is a refusal
     ]
 
     def one(point: Point) -> None:
-        faults.order("calls", "act", "ask", at=point.at, do=point.do)
+        faults.order_calls("act", "ask", at=point.at, do=point.do)
         child = program.spawn(3)
         before = limits_of(child)
         with to_its_end(program, child, faults, affinities):
@@ -212,10 +216,10 @@ def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities:
 
 
 def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
-    names = enumerate_calls(program, faults, 140, "act", "ask", "end")
+    found = enumerate_calls(program, faults, 140, "act", "ask", "end")
 
     def one(point: Point) -> None:
-        faults.order("calls", "act", "ask", "end", at=point.at, do="kill")
+        faults.order_calls("act", "ask", "end", at=point.at, do="kill")
         child = program.spawn(3)
         before = limits_of(child)
         with to_its_end(program, child, faults, affinities):
@@ -226,7 +230,7 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
             assert faults.order()
             expect_whole(child, before, last)
 
-    points = [Point(at, name, "SIGKILL of the helper") for at, name in enumerate(names)]
+    points = [Point(at, name, "SIGKILL of the helper") for at, name in found]
     try_all(program, faults, points, "death of the helper at a step of a call", one)
 
 
@@ -250,12 +254,12 @@ def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[]
 # The second one last: a program that has disowned its children owns none any more.
 @pytest.mark.parametrize("reaped", [False, True])
 def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities, reaped: bool) -> None:
-    names = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
+    found = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
     if reaped:
         program.disown()  # at once, as by a launcher, although its parent waits for the helper
 
     def one(point: Point) -> None:
-        faults.order("calls", "act", "ask", "end", "look", at=point.at, do="wait")
+        faults.order_calls("act", "ask", "end", "look", at=point.at, do="wait")
         child = program.spawn(3)
         with to_its_end(program, child, faults, affinities):
             until_halt(program, child, faults, lambda: program_end(child))
@@ -264,15 +268,15 @@ def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinit
         os.kill(child.pid, signal.SIGKILL)
         host.wait_for("the VM has ended", lambda: not host.is_alive(child.pid))
 
-    points = [Point(at, name, "SIGKILL of the VM") for at, name in enumerate(names)]
+    points = [Point(at, name, "SIGKILL of the VM") for at, name in found]
     try_all(program, faults, points, f"death of the VM at a step of a call (reaped: {reaped})", one)
 
 
 def test_a17_the_caller_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
-    names = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
+    found = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
 
     def one(point: Point) -> None:
-        faults.order("calls", "act", "ask", "end", "look", at=point.at, do="wait")
+        faults.order_calls("act", "ask", "end", "look", at=point.at, do="wait")
         with Apprentice(program) as caller:
             child = caller.spawn(3)
             before = limits_of(child)
@@ -288,7 +292,7 @@ def test_a17_the_caller_ends_at_each_step(program: Claimant, faults: Faults, aff
         expect_gone(program, child, faults)
         affinities.expect_back()
 
-    points = [Point(at, name, "SIGKILL of the caller") for at, name in enumerate(names)]
+    points = [Point(at, name, "SIGKILL of the caller") for at, name in found]
     try_all(program, faults, points, "death of the caller at a step of a call", one)
 
 
@@ -309,20 +313,26 @@ def granted(program: Claimant, faults: Faults) -> tuple[Child, dict[str, tuple[i
     return child, before
 
 
-@pytest.mark.parametrize(("how", "least"), [(end, 4), (leave, 11)])
-def test_a17_each_step_of_the_clean_up(
-    program: Claimant,
-    faults: Faults,
-    affinities: Affinities,
-    how: Callable[[Claimant, Child], None],
-    least: int,
+def test_a17_each_step_after_the_vm_has_ended(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    clean_up(program, faults, affinities, end, 4)
+
+
+@pytest.mark.hosts("trixie", more=("bookworm", "legacy"), why="it is systemd that lets users move their processes")
+def test_a17_each_step_after_the_vm_has_left_its_scope(
+    program: Claimant, faults: Faults, affinities: Affinities
+) -> None:
+    clean_up(program, faults, affinities, leave, 11)
+
+
+def clean_up(
+    program: Claimant, faults: Faults, affinities: Affinities, how: Callable[[Claimant, Child], None], least: int
 ) -> None:
     """The helper starts because a VM has ended or left its scope. That start fails, or dies; the next is sound."""
     kinds = ("act",)
     child, _ = granted(program, faults)
     how(program, child)
     faults.order("start", *kinds)
-    names = steps(faults, "start", least, *kinds)
+    found = steps(faults, "start", least, *kinds)
     expect_gone(program, child, faults)
 
     def one(point: Point) -> None:
@@ -339,5 +349,5 @@ def test_a17_each_step_of_the_clean_up(
                 assert host.realtime_threads() == set()
                 assert host.isolated() == frozenset()
 
-    points = [Point(at, name, do) for at, name in enumerate(names) for do in (*ERRORS, "kill")]
+    points = [Point(at, name, do) for at, name in found for do in (*ERRORS, "kill")]
     try_all(program, faults, points, f"an error or death at a step of the clean-up ({how.__name__})", one)

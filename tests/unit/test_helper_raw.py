@@ -210,6 +210,22 @@ print(cpuset.MECHANISM.resident, main._LOG)
     assert done.stdout.split() == (["False", "/run/systemd/journal/socket"] if systemd else ["True", "/dev/log"])
 
 
+def test_where_no_syslog_is(tmp_path: Path) -> None:
+    """One line on standard error for each record: no traceback, as logging has for a handler that fails."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(HELPER)!r})
+sys.argv = ["helper", "--serve"]
+from qemu_launcher_helper import __main__ as main, contract, privileges
+def drop():
+    raise contract.Failed("that is enough")
+main._LOG, privileges.drop = {str(tmp_path / "log")!r}, drop
+sys.exit(main.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "cannot serve: 'that is enough'\n")
+
+
 def test_where_no_cgroup_v2_is_mounted(tmp_path: Path) -> None:
     (tmp_path / "mounts").write_text("29 1 0:25 / /sys rw - sysfs sysfs rw\n")
     assert RawPartition(tmp_path / "mounts").root == Path("/sys/fs/cgroup")
