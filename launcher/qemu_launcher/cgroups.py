@@ -8,12 +8,14 @@ makes the group of a VM, in cgroup v2, and calls it as systemd would: scope mean
 
 import os
 import re
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from . import absence
 from .cpulist import format_cpulist, parse_cpulist
-from .procfs import PROC
+from .procfs import PROC, Process
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -58,6 +60,21 @@ def is_populated(scope: Path) -> bool:
 def ends_by_itself(scope: Path) -> bool:
     """Whether somebody sees a scope end, and has its CPUs given back: systemd, once nothing is left in it."""
     return absence.has_systemd() and not is_populated(scope)
+
+
+def end_members(scope: Path) -> None:
+    """Send SIGKILL to all that an ended QEMU has left in its scope; harmless when there is nothing.
+
+    The helper does that in cgroup v2. In the legacy hierarchy the kernel has no file for it, and the helper may send
+    no signals: there it is its user's to do.
+    """
+    seen: set[int] = set()
+    while new := {*members(scope)} - seen:
+        seen |= new
+        for process in filter(None, map(Process.of, new)):
+            with suppress(OSError), process.pidfd() as fd:  # it may have ended, or become somebody else's (setuid)
+                if fd is not None and scope_of(process.pid) == scope:
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
 
 
 def scope_of(pid: int) -> Path | None:

@@ -145,13 +145,15 @@ class Tuning:
         ]
 
     async def after_end(self) -> None:
-        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: give them back.
+        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: end both.
 
         Without systemd the helper, too, would see the end of the VM only when it looks again.
         """
         await self._helper.leave()
         if self._helper.has_acted and (self._scope is None or not cgroups.ends_by_itself(self._scope)):
             await self._helper.release()
+            if self._scope is not None:
+                cgroups.end_members(self._scope)
 
     def suspicion(self) -> str | None:
         """Why QEMU may have ended by itself before its guest ran, as a hint; None when tuning has no part in it."""

@@ -238,25 +238,55 @@ def locked(pid: int) -> int:
     return int(status(pid)["VmLck"].split()[0]) << 10
 
 
+def units() -> Path:
+    """The hierarchy in which the scopes of VMs are."""
+    return legacy.units() if legacy.is_legacy() else CGROUP
+
+
 def cgroup(pid: int, tid: int | None = None) -> Path:
-    """Where in the tree a process or thread is."""
+    """Where a process or thread is in it."""
     path = PROC / f"{pid}/cgroup" if tid is None else PROC / f"{pid}/task/{tid}/cgroup"
-    if mechanism() == "cpuset-v1":
-        return legacy.UNITS / path.read_text().partition(":name=systemd:/")[2].partition("\n")[0]
-    line = next(line for line in path.read_text().splitlines() if line.startswith("0::"))
-    return CGROUP / line[3:].lstrip("/")
+    lines = path.read_text().splitlines()
+    line = next(line for line in lines if line.startswith("0::") or ":name=systemd:" in line)
+    return units() / line.split(":", 2)[2].lstrip("/")
+
+
+def cpuset_of(pid: int, tid: int | None = None) -> Path:
+    """The group that says which CPUs it may use."""
+    if legacy.is_legacy():
+        return legacy.CPUSETS / legacy.cpuset_of(pid, pid if tid is None else tid)
+    return cgroup(pid, tid)
+
+
+def slice_of(uid: int) -> Path:
+    """A user's slice."""
+    return units() / f"user.slice/user-{uid}.slice"
+
+
+def memory_limit(group: Path) -> int:
+    """MemoryMax= of a group of `units()`, in bytes."""
+    path = legacy.memory(group) / "memory.limit_in_bytes" if legacy.is_legacy() else group / "memory.max"
+    return int(path.read_text())
+
+
+def memory_used(group: Path) -> int:
+    """What it uses, with all below it."""
+    path = legacy.memory(group) / "memory.usage_in_bytes" if legacy.is_legacy() else group / "memory.current"
+    return int(path.read_text())
 
 
 def scope_of(uid: int, vm: str) -> Path:
     """The scope of a VM. It is in its user's slice, unless that slice has to leave the VM's CPUs itself."""
-    if mechanism() == "cpuset-v1":
-        return legacy.UNITS / f"user.slice/user-{uid}.slice/qemu-launcher-{uid}-{vm}.scope"
-    slices = CGROUP / f"user.slice/user-{uid}.slice" if mechanism() == "partition" else VMS / f"qemu-{uid}.slice"
+    slices = VMS / f"qemu-{uid}.slice" if mechanism() == "pool" else slice_of(uid)
+    if not has_systemd() and not slices.exists():  # elogind, which has made no group for him there
+        slices = units()
     return slices / f"qemu-launcher-{uid}-{vm}.scope"
 
 
 def emulator_of(scope: Path) -> Path:
-    """The group of all threads that are not pinned."""
+    """The group of all threads that are not pinned; with v1, that is everybody's."""
+    if legacy.is_legacy():
+        return legacy.POOL
     return scope / ("emulator" if mechanism() == "partition" else "pool/emulator")
 
 
@@ -266,8 +296,8 @@ def scopes() -> set[str]:
 
 
 def _tree() -> list[Path]:
-    """All groups."""
-    return [Path(folder) for folder, _, _ in os.walk(CGROUP)]
+    """All groups of that hierarchy; in others, systemd may leave empty ones behind for a while."""
+    return [Path(folder) for folder, _, _ in os.walk(units())]
 
 
 def records() -> set[str]:

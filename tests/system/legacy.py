@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 CPUSETS = Path("/sys/fs/cgroup/cpuset")
-UNITS = Path("/sys/fs/cgroup/systemd")
+# Where groups of processes are: systemd's own hierarchy; without systemd, cgroup v2 beside v1.
+UNITS, UNIFIED = Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified")
+MEMORY = Path("/sys/fs/cgroup/memory")
 OURS = CPUSETS / "qemu-launcher"
 POOL = OURS / "pool"
 
@@ -16,6 +18,16 @@ POOL = OURS / "pool"
 def is_legacy() -> bool:
     """Whether this host has cpusets of v1."""
     return (CPUSETS / "cpuset.cpus").exists()
+
+
+def units() -> Path:
+    """The hierarchy in which the scopes of VMs are."""
+    return UNITS if UNITS.exists() else UNIFIED
+
+
+def memory(group: Path) -> Path:
+    """The same group in the hierarchy that limits memory."""
+    return MEMORY / group.relative_to(units())
 
 
 def said(group: Path) -> str:

@@ -154,7 +154,7 @@ class User:
         entry = pwd.getpwnam(name)
         self.uid, self.gid = entry.pw_uid, entry.pw_gid
         self.home = Path(entry.pw_dir)
-        self.slice = host.CGROUP / f"user.slice/user-{self.uid}.slice"
+        self.slice = host.slice_of(self.uid)
         self._login: Login | None = None
 
     @property

@@ -15,9 +15,9 @@ import pytest
 from system import host
 from system.fixtures import stop_helper
 from system.people import User
-from system.vms import Launch, define
+from system.vms import Launch, define, refused
 
-pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
+pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("legacy",), why="it is what each mechanism is there for")
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1}
 
@@ -113,19 +113,28 @@ def test_a_child_that_qemu_leaves_behind_does_not_keep_the_cpus(alice: User, vm:
     assert not host.cpus_of(child) & {4, 5}
     running.quit()
     host.wait_until_as_before()
-    assert not host.is_alive(child), "systemd has ended what was left in the scope"
+    assert not host.is_alive(child), "what is left in the scope is ended"
 
 
 def test_nor_does_one_whose_launcher_was_killed(alice: User, vm: Callable[..., Launch]) -> None:
-    """Nobody releases the VM, and its scope does not end; the helper sees it at its next start, whatever starts it."""
+    """Nobody releases the VM, and its scope does not end; the helper sees it at its next start, whatever starts it.
+
+    In the legacy hierarchy no file ends what is in a scope. It stays there, as any process of hers, until she ends it.
+    """
     sleeper = define_wrapped(alice)
     running = vm(alice, "wrapped").until_settled()
     stop_helper()
     os.kill(running.pid, signal.SIGKILL)
     os.kill(running.qemu, signal.SIGKILL)
     host.wait_for("QEMU is gone", lambda: not host.tids(running.qemu))
-    assert host.is_alive(int(sleeper.read_text()))
+    child = int(sleeper.read_text())
+    assert host.is_alive(child)
     assert host.scopes() == {running.scope.name}
     helper = "org.qemulauncher.Helper1"
     alice.login.run(f"busctl call {helper} /org/qemulauncher/Helper1 {helper} GetLimits", check=True)
+    if host.mechanism() == "cpuset-v1":
+        assert host.traces() == [f"the scope {running.scope.name} is still there"]
+        assert host.cpus_of(child) == host.online()
+        assert f"wrapped is already running (PID {child})" in refused(alice, "wrapped")[1]
+        assert alice.command("kill", "wrapped").status == 0
     host.wait_until_as_before()

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from system import host, watch
+from system import host, legacy, watch
 from system.fixtures import SHARED
 from system.people import User
 from system.vms import Launch, define, running
 from system.watch import Calls
 
-pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
+pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("legacy",), why="it is what each mechanism is there for")
 
 # 2 cores x 2 threads of the guest on two cores of the host, whose siblings are 4, 5 and 6, 7: (socket, core, thread).
 PLACES = {(0, 0, 0): 4, (0, 0, 1): 5, (0, 1, 0): 6, (0, 1, 1): 7}
@@ -138,20 +138,20 @@ def test_the_guest_runs(win11: Launch) -> None:
 def test_the_users_own_limits_still_apply(win11: Launch, alice: User) -> None:
     """The scope is below her slice, so MemoryMax= counts and bounds what QEMU uses, locked memory included.
 
-    Without partitions it cannot be there, as her slice leaves the VM's CPUs; her limits do not count for the VM then.
+    With a pool it cannot be there, as her slice leaves the VM's CPUs; her limits do not count for the VM then.
     """
     assert host.cgroup(win11.qemu).is_relative_to(win11.scope)
-    assert int((alice.slice / "memory.max").read_text()) == MEMORY_MAX
+    assert host.memory_limit(alice.slice) == MEMORY_MAX
     resident = int(host.status(win11.qemu)["VmRSS"].split()[0]) << 10
     assert resident > GUEST_RAM
-    assert int((win11.scope / "memory.current").read_text()) > GUEST_RAM
-    if host.mechanism() == "partition":
-        assert win11.scope.parent == alice.slice
-        assert int((alice.slice / "memory.current").read_text()) > GUEST_RAM
-    else:
+    assert host.memory_used(win11.scope) > GUEST_RAM
+    if host.mechanism() == "pool":
         assert not win11.scope.is_relative_to(alice.slice)
         assert VM_CPUS.isdisjoint(host.effective(alice.slice))
-        assert int((alice.slice / "memory.current").read_text()) < resident
+        assert host.memory_used(alice.slice) < resident
+    else:
+        assert win11.scope.parent == alice.slice
+        assert host.memory_used(alice.slice) > GUEST_RAM
 
 
 def test_a_start_makes_four_calls(win11: Launch, calls: Calls) -> None:
@@ -169,21 +169,48 @@ def test_status_shows_what_the_kernel_shows(win11: Launch, alice: User) -> None:
         assert [str(index), str(vcpu.tid), str(cpu), "yes", "fifo", "(reset", "on", "fork)", "1"] in rows, shown.stdout
 
 
+def facts(vm: Launch) -> dict[str, object]:
+    """What attempts are about: groups that say who may use which CPUs, and what their files are called."""
+    tid = vm.vcpu_tids[0]
+    common = {
+        "pid": vm.qemu,
+        "tid": tid,
+        "place": host.cpuset_of(vm.qemu, tid),
+        "session": host.cpuset_of(vm.pid),
+        "emulator": host.emulator_of(vm.scope),
+    }
+    if host.mechanism() == "cpuset-v1":  # everybody else is in one of two groups, and neither is her own
+        whose = {"own": legacy.CPUSETS, "above": legacy.POOL, "shield": legacy.OURS}
+        return {**common, **whose, "tasks": "tasks", "member": 0, "kind": "cpuset.sched_load_balance"}
+    whose = {"own": vm.user.slice / f"user@{vm.user.uid}.service/app.slice", "above": vm.user.slice}
+    shield = {"shield": vm.scope / "vcpus", "member": "member", "kind": "cpuset.cpus.partition"}
+    return {**common, **whose, **shield, "tasks": "cgroup.threads"}
+
+
+def expect_refused(vm: Launch, user: User, attempt: str) -> None:
+    """What names the `facts` is refused, and nothing has changed."""
+    command = attempt.format(**facts(vm))
+    done = user.login.run(command)
+    assert done.status != 0, f"it was not refused: {command}"
+    assert REFUSAL.search(done.stderr), f"it failed for another reason: {command}: {done.stderr}"
+    expect_vcpus_tuned(vm)
+
+
 @pytest.mark.parametrize(
     "attempt",
     [
         "taskset --pid --cpu-list 0 {tid}",
         "taskset --pid --cpu-list 0-3 {tid}",
-        "echo {tid} >{slice}/{own}/app.slice/cgroup.threads",
-        "echo {pid} >{slice}/{own}/app.slice/cgroup.procs",
+        "echo {tid} >{own}/{tasks}",
+        "echo {pid} >{own}/cgroup.procs",
         "echo {pid} >{session}/cgroup.procs",
-        "echo {tid} >{emulator}/cgroup.threads",
-        "echo 0 >{scope}/vcpus/{tid}/cpuset.cpus",
-        "echo member >{scope}/vcpus/cpuset.cpus.partition",
-        "mkdir {scope}/vcpus/mine",
-        "rmdir {scope}/vcpus/{tid}",
+        "echo {tid} >{emulator}/{tasks}",
+        "echo 0 >{place}/cpuset.cpus",
+        "echo {member} >{shield}/{kind}",
+        "mkdir {shield}/mine",
+        "rmdir {place}",
         "unshare --cgroup true",
-        "unshare --user --map-root-user --cgroup --mount sh -c 'echo {tid} >{emulator}/cgroup.threads'",
+        "unshare --user --map-root-user --cgroup --mount sh -c 'echo {tid} >{emulator}/{tasks}'",
         "chrt --fifo --pid 2 {tid}",
         "chrt --rr --pid 1 {tid}",
         "prlimit --pid {pid} --memlock=unlimited",
@@ -191,19 +218,7 @@ def test_status_shows_what_the_kernel_shows(win11: Launch, alice: User) -> None:
     ],
 )
 def test_a12_she_cannot_pull_her_vm_out_of_its_shield(win11: Launch, alice: User, attempt: str) -> None:
-    facts = {
-        "pid": win11.qemu,
-        "tid": win11.vcpu_tids[0],
-        "slice": alice.slice,
-        "own": f"user@{alice.uid}.service",
-        "session": host.cgroup(win11.pid),
-        "scope": win11.scope,
-        "emulator": host.emulator_of(win11.scope),
-    }
-    done = alice.login.run(attempt.format(**facts))
-    assert done.status != 0, f"it was not refused: {attempt}"
-    assert REFUSAL.search(done.stderr), f"it failed for another reason: {done.stderr}"
-    expect_vcpus_tuned(win11)
+    expect_refused(win11, alice, attempt)
 
 
 def test_a12_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
@@ -216,18 +231,14 @@ def test_a12_the_attempts_that_need_a_namespace_get_one(alice: User) -> None:
     [
         "taskset --pid --cpu-list 4 $$",
         "taskset --cpu-list 4-7 true",
-        "echo $$ >{scope}/vcpus/{tid}/cgroup.threads",
-        "echo $$ >{scope}/vcpus/cgroup.threads",
-        "echo 4-7 >{slice}/cpuset.cpus",
-        "echo 4-7 >{slice}/{own}/app.slice/cpuset.cpus",
+        "echo $$ >{place}/{tasks}",
+        "echo $$ >{shield}/{tasks}",
+        "echo 4-7 >{above}/cpuset.cpus",
+        "echo 4-7 >{own}/cpuset.cpus",
     ],
 )
 def test_a12_nobody_gets_onto_the_shielded_cpus(win11: Launch, alice: User, attempt: str) -> None:
-    own = f"user@{alice.uid}.service"
-    done = alice.login.run(attempt.format(scope=win11.scope, slice=alice.slice, own=own, tid=win11.vcpu_tids[0]))
-    assert done.status != 0, f"it was not refused: {attempt}"
-    assert REFUSAL.search(done.stderr), f"it failed for another reason: {done.stderr}"
-    expect_vcpus_tuned(win11)
+    expect_refused(win11, alice, attempt)
 
 
 def test_a12_a_wider_mask_than_the_shield_changes_nothing(win11: Launch, alice: User) -> None:

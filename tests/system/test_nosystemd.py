@@ -7,7 +7,6 @@ there are VMs; where it was killed, the next call of anybody puts things right.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -48,16 +47,6 @@ def syslog() -> Iterator[Callable[[], list[str]]]:
     SYSLOG.unlink()
 
 
-def hierarchy() -> Path:
-    """Where cgroup v2 is."""
-    return host.CGROUP / "unified" if legacy.is_legacy() else host.CGROUP
-
-
-def group_of(pid: int) -> str:
-    """Where a process is in it."""
-    return (host.PROC / f"{pid}/cgroup").read_text().strip().rpartition("0::")[2]
-
-
 def helper() -> int:
     """PID of the helper, which is there."""
     pid = host.helper()
@@ -92,10 +81,7 @@ def test_the_whole_of_it(alice: User, vm: Callable[..., Launch], syslog: Callabl
     assert not host.has_systemd()
     launch = start(alice, vm)
     assert_tuned(launch)
-    where = re.fullmatch(
-        r"(/user\.slice/user-1000\.slice)?/qemu-launcher-1000-win11\.scope(/emulator)?", group_of(launch.qemu)
-    )
-    assert where, group_of(launch.qemu)
+    assert host.cgroup(launch.qemu) in (launch.scope, launch.scope / "emulator")
     shown = alice.login.run("qemu-launcher status --json win11").stdout
     assert shown.count(f'"{"cpuset-v1" if legacy.is_legacy() else "isolated"}"') == 2, shown
 
@@ -122,8 +108,7 @@ def test_everybody_is_killed(alice: User, vm: Callable[..., Launch]) -> None:
     launch = start(alice, vm)
     there = helper()
     child = alice.login.spawn("exec sleep infinity", alice.home / "child.log")
-    top = group_of(launch.qemu).removesuffix("/emulator")
-    (hierarchy() / top.lstrip("/") / "cgroup.procs").write_text(str(child))  # as if QEMU had started it
+    (launch.scope / "cgroup.procs").write_text(str(child))  # as if QEMU had started it
     for pid in (launch.pid, launch.qemu):
         os.kill(pid, signal.SIGKILL)
     host.wait_for("the helper has looked", lambda: not (host.records() or host.scopes() or host.isolated()))
@@ -154,9 +139,9 @@ def test_the_helper_is_killed_too(alice: User, vm: Callable[..., Launch]) -> Non
 
 def test_what_is_started_in_a_services_group(alice: User, vm: Callable[..., Launch]) -> None:
     """Refused, as its limits would hold no more. Beside v1, groups of v2 limit nothing; sshd's logins are in /ssh."""
-    group = hierarchy() / "openrc.test"
+    group = host.units() / "openrc.test"
     group.mkdir()
-    before = group_of(alice.login.shell)
+    before = host.cgroup(alice.login.shell)
     define(alice, "win11", TUNING, {"m": "128M"}, cpus=2)
     try:
         (group / "cgroup.procs").write_text(str(alice.login.shell))
@@ -172,7 +157,7 @@ def test_what_is_started_in_a_services_group(alice: User, vm: Callable[..., Laun
             assert status != 0
             assert "is in no session or service of yours" in said
     finally:
-        (hierarchy() / before.lstrip("/") / "cgroup.procs").write_text(str(alice.login.shell))
+        (before / "cgroup.procs").write_text(str(alice.login.shell))
         host.wait_for("its group is empty", lambda: not (group / "cgroup.procs").read_text())
         group.rmdir()
 

@@ -13,7 +13,7 @@ from system import host
 from system.people import User
 from system.vms import Launch, define, refused
 
-pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
+pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("legacy",), why="it is what each mechanism is there for")
 
 
 def expect_on(vm: Launch, cpus: list[int]) -> None:

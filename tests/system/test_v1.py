@@ -91,6 +91,27 @@ def test_vms_of_two_users_beside_a_container_end_in_either_order(
             assert legacy.said(container) == legacy.said(container.parent) == ALL
 
 
+def test_her_own_groups_of_systemds_give_her_nothing(program: Claimant, alice: User) -> None:
+    """In that hierarchy any task of hers may go where she may write. Threads keep their CPUs; who leaves loses them."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    own = alice.slice / f"user@{alice.uid}.service"
+    for tid in child.tids:
+        alice.login.run(f"echo {tid} >{own}/tasks", check=True)
+        assert host.cgroup(child.pid, tid) == own
+    assert program.call("GetLimits", "").error == "ok"
+    assert host.isolated() == {4, 5}
+    assert [host.cpus_of(child.pid, tid) for tid in child.tids] == [{4}, {5}]
+    assert [host.scheduling(tid)[0] for tid in child.tids] == ["fifo", "fifo"]
+
+    alice.login.run(f"echo {child.pid} >{own}/cgroup.procs", check=True)
+    assert program.call("GetLimits", "").error == "ok"
+    assert host.isolated() == set()
+    assert host.cpus_of(child.pid) == host.cpus_of(child.pid, child.tids[0]) == host.online()
+    assert host.realtime_threads() == set()
+
+
 def test_a_vm_of_alices_with_all_there_is(alice: User, vm: Callable[..., Launch]) -> None:
     tuning = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
     define(alice, "win11", tuning, {"m": "128M"}, cpus=2)

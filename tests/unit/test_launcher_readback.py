@@ -1,6 +1,8 @@
 """What the launcher sees for itself: threads of this very process, and a cgroup tree made of files."""
 
 import os
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -207,6 +209,25 @@ def test_scopes_members_and_life(tree: Path) -> None:
     (tree / "cgroup.events").write_text("populated 0\nfrozen 0\n")
     assert not cgroups.is_populated(tree)
     assert not cgroups.is_populated(tree / "gone")
+
+
+def test_what_is_left_in_a_scope_is_ended(tree: Path) -> None:
+    """Real processes, of which the tree says where they are; one has left the scope since the list was read."""
+    proc = tree.parents[2].parent / "proc"
+    with subprocess.Popen(["sleep", "1000"]) as left, subprocess.Popen(["sleep", "1000"]) as elsewhere:
+        try:
+            for child, place in (left, "qemu-launcher-1000-win11.scope"), (elsewhere, "session-1.scope"):
+                (proc / f"{child.pid}").mkdir()
+                (proc / f"{child.pid}/stat").write_text(Path(f"/proc/{child.pid}/stat").read_text())
+                (proc / f"{child.pid}/cgroup").write_text(f"0::/user.slice/user-1000.slice/{place}\n")
+            (tree / "cgroup.procs").write_text(f"{left.pid}\n{elsewhere.pid}\n")
+            cgroups.end_members(tree)
+            assert left.wait(30) == -signal.SIGKILL
+            assert elsewhere.poll() is None
+        finally:
+            left.kill()
+            elsewhere.kill()
+    cgroups.end_members(tree / "gone")
 
 
 def test_a_scope_at_the_top_without_systemd(tree: Path) -> None:
