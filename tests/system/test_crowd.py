@@ -29,7 +29,7 @@ from system.vms import Launch, define
 
 pytestmark = pytest.mark.hosts("trixie", why="what is true of the host is told by partitions' own files")
 
-ROUNDS = min(100, int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "3")))
+ROUNDS = min(100, int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "5")))
 MOST = 4  # CPUs of one user
 LIMITS = f"[[limits]]\nmax_cpus = {MOST}\n"
 VMS = ("a", "b", "c", "d")
