@@ -129,14 +129,16 @@ TESTS := tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/pac
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 $(TESTS)
 
-# `make test` runs the system tests on Debian 13, and their core on Debian 12. tests/lab/hosts.py has the list of hosts;
-# QEMU_LAUNCHER_HOSTS=bookworm chooses one.
-test-all: setup deb ## the same, with every system test on every host: dbus-broker, cgroup v1, no systemd, isolcpus=; takes an hour more
+# `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1 and without
+# systemd. tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
+test-all: setup deb ## the same, with every system test on every host, dbus-broker and isolcpus= among them; takes an hour more
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
-# `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others.
-test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; large VMs, crowds; takes hours
-	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_scale.py tests/system/test_crowd.py
+# `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others. Each mechanism has
+# its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all are days.
+test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; large VMs, crowds; takes days
+	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \
+		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_scale.py tests/system/test_crowd.py
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.

@@ -18,7 +18,7 @@ from system.fixtures import start_helper
 from system.people import User
 from system.vms import HELPER_UNIT, Launch, define
 
-pytestmark = pytest.mark.hosts(more=("legacy",), why="it is about hosts with the legacy hierarchy")
+pytestmark = pytest.mark.hosts("legacy", why="it is about hosts with the legacy hierarchy")
 
 ALL = "0-7"
 
