@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import pytest
 from system import host
 from system.claims import Answer, Child, Claimant
 from system.faults import SEED
+from system.fixtures import call_helper, start_helper
 from system.people import User, let_into_group, put_out_of_group
 from system.vms import Launch, define
 
@@ -316,6 +318,27 @@ def test_sixteen_vms_come_and_go(four_users: list[User], helper_toml: Callable[.
         assert host.records() == set()
 
 
+@pytest.fixture
+def helper_that_stays() -> Iterator[None]:
+    """A helper that is there all the time.
+
+    To start one takes an emulated host a minute while sixteen launchers start as well, which is as long as these wait.
+    """
+    start_helper()
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(2):
+            call_helper()
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("helper_that_stays")
 @pytest.mark.skipif(ROUNDS < 100, reason="optional: make test-exhaustive")
 def test_sixteen_launchers_at_once(four_users: list[User], helper_toml: Callable[..., None]) -> None:
     """As real as it gets: each either runs where it wants to, or tells its user what is in the way."""
