@@ -36,10 +36,11 @@ ROUNDS = min(100, int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "5")))
 MOST = 4  # CPUs of one user
 LIMITS = f"[[limits]]\nmax_cpus = {MOST}\n"
 VMS = ("a", "b", "c", "d")
-# CPython takes memory from the system in arenas of 1 MiB, and may need another one for the busiest moment so far. What
-# is kept for each VM that ever was would be more than that in 100 rounds only from 1 KiB on: the count of descriptors,
-# scopes and records is exact.
-ALLOWANCE = 1 << 20  # bytes
+# CPython takes memory from the system in arenas of 1 MiB, and needs another one for the busiest moment so far: 2.4 MiB
+# in the first 21 rounds, and nothing to speak of from then on (2026-11-26). What is kept for each VM that ever was would
+# be found in 100 rounds from half a KiB on; the count of descriptors, scopes and records is exact.
+WARM = 30  # rounds, after which there has been a busy moment
+ALLOWANCE = {False: 4 << 20, True: 1 << 19}  # bytes, before and after
 HELD = re.compile(r"CPUs ([0-9,-]+) are held by VM (\w+) of (\w+); free for you: ([0-9,-]+|none)")
 OWN = re.compile(rf"Your VMs would hold ([0-9]+) CPUs, and may hold {MOST} \(.*\)")
 LAST = re.compile(r"CPUs ([0-9,-]+): at least one whole core must stay with the host; free for you: .*")
@@ -298,7 +299,7 @@ def test_sixteen_vms_come_and_go(four_users: list[User], helper_toml: Callable[.
     with ExitStack() as stack:
         programs = [stack.enter_context(program) for program in [Claimant(user) for user in four_users]]
         crowd = Crowd(programs)
-        first: dict[int, Vitals] = {}
+        first: dict[tuple[int, bool], Vitals] = {}
         sizes = []
         for number in range(ROUNDS):
             crowd.round()
@@ -309,9 +310,10 @@ def test_sixteen_vms_come_and_go(four_users: list[User], helper_toml: Callable[.
             crowd.expect_as_heard()
             # The first round is the helper's start: what it imports and prepares is no leak.
             if number > 0:
-                before = first.setdefault(vitals.pid, vitals)
+                warm = number >= WARM
+                before = first.setdefault((vitals.pid, warm), vitals)
                 assert vitals.descriptors == before.descriptors, f"round {number}"
-                assert vitals.resident - before.resident <= ALLOWANCE, f"round {number}: {before}, now {vitals}"
+                assert vitals.resident - before.resident <= ALLOWANCE[warm], f"round {number}: {before}, now {vitals}"
         sys.stdout.write(f"{ROUNDS} rounds, QEMU_LAUNCHER_SEED={SEED}: {dict(crowd.heard)}\n")
         sys.stdout.write(f"the helper: {vitals.descriptors} descriptors, KiB after each round: {sizes}\n")
         for wanted in ("ok", "released", "Conflict", *(("LimitExceeded", "real time") if ROUNDS >= 20 else ())):
