@@ -67,19 +67,15 @@ class Vm:
         state = {"pid": self.pid, "start_time": start_time(self.pid), "port": self.port}
         (self.folder / STATE).write_text(json.dumps(state))
 
-    def connect(self) -> None:
+    def connect(self) -> bool:
         """Opens the connection that root's commands share: a login costs seconds, a command on this one does not.
 
         For any other user a shared connection would freeze the groups at its beginning; there, each command logs in.
+        Tells whether root could log in. If not, each command of his tries it anew.
         """
-        if self._sharable:
-            command = self.ssh(
-                "root",
-                "-M",
-                "-N",
-                "-f",
-            )
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+        command = self.ssh("root", "-M", "-N", "-f") if self._sharable else [*self.ssh("root"), "true"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+        return done.returncode == 0
 
     def leave(self) -> None:
         """Closes the shared connection."""
@@ -227,7 +223,10 @@ class Vm:
                 if time.monotonic() > deadline:
                     raise LabDied(f"the lab was not back after {timeout:.0f} s\n{self.console_tail()}")
             qmp.command("set-action", reboot="shutdown")  # a kernel that panics ends it again
-        self.connect()
+        while not self.connect():
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise LabDied(f"nobody could log in to the lab after {timeout:.0f} s\n{self.console_tail()}")
 
     def power_off(self, timeout: float = 600.0) -> None:
         """The host's own orderly shutdown; LabDied when it is not off after `timeout` seconds (it is killed then)."""
