@@ -37,7 +37,7 @@ MOST = 4  # CPUs of one user
 LIMITS = f"[[limits]]\nmax_cpus = {MOST}\n"
 VMS = ("a", "b", "c", "d")
 # CPython takes memory from the system in arenas of 1 MiB, needs another one for the busiest moment so far, and may give
-# it back. In 100 rounds (2026-11-26): 27.9 MiB after the first, 31.0 from the 21st on, 32.1 for some, 30.5 in the end.
+# it back. In 100 rounds (2026-11-26): 27.8 MiB after the first, 30.2 from the 19th on, 31.4 for some, 29.7 in the end.
 # What is kept for each VM that ever was would be found from 2 KiB on; the count of descriptors, scopes and records is
 # exact.
 WARM = 30  # rounds, after which there has been a busy moment
