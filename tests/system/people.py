@@ -64,6 +64,12 @@ def login_command(user: str, *command: str) -> list[str]:
     ]
 
 
+def plain_command(user: str, *command: str) -> list[str]:
+    """The same for a host without systemd, as where no elogind is: in no session, in the root's group."""
+    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--reset-env", "--pdeathsig=KILL")
+    return [*OUT_OF_SESSION, *become, *LIMIT, *command]
+
+
 def service_command(unit: str, *properties: str, user: str) -> Callable[..., list[str]]:
     """Makes commands that run as `user`, but as the system service `unit` with these properties, in no login."""
 
@@ -78,12 +84,13 @@ def service_command(unit: str, *properties: str, user: str) -> Callable[..., lis
 class Login:
     """One session with a shell in it. A context manager; leaving it ends the session."""
 
-    def __init__(self, user: str) -> None:
+    def __init__(self, user: str, start: Callable[..., list[str]] = login_command) -> None:
+        """`start`: makes the whole command, of the user's name and a command."""
         self.user = user
         self._folder = folder_of(user)
         self._errors = (DESK / f"{user}.login").open("ab")
         self._process = subprocess.Popen(
-            login_command(user, "bash", "--noprofile", "--norc"),
+            start(user, "bash", "--noprofile", "--norc"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

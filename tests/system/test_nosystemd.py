@@ -1,4 +1,4 @@
-"""Hosts without systemd: OpenRC and elogind, with partitions and with cpusets of v1. All that is different there.
+"""Hosts without systemd: OpenRC, with partitions and with cpusets of v1; logins of elogind's and of nobody's.
 
 The helper makes the group of a VM and takes it away, is started by dbus-daemon alone, confines itself, and stays while
 there are VMs; where it was killed, the next call of anybody puts things right.
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from system import host, legacy
-from system.people import User
+from system.people import Login, User, plain_command
 from system.vms import Launch, define, refused
 
 pytestmark = pytest.mark.hosts("openrc", more=("openrc-v1",), why="it is about hosts without systemd")
@@ -137,6 +137,20 @@ def test_the_helper_is_killed_too(alice: User, vm: Callable[..., Launch]) -> Non
     # A second look, should QEMU have been on its way out at the first.
     host.wait_for("nothing is left", lambda: not (host.scopes() or host.isolated()))
     assert_nothing_left()
+
+
+def test_without_a_session(alice: User, vm: Callable[..., Launch]) -> None:
+    """As where nothing makes sessions: neither a group of one's own, nor XDG_RUNTIME_DIR, nor anything for polkit."""
+    define(alice, "win11", TUNING, {"m": "128M"}, cpus=2)
+    with Login(alice.name, plain_command) as login:
+        assert host.cgroup(login.shell) == host.units()
+        launch = vm(alice, "win11", login=login)
+        assert_tuned(launch)
+        assert host.cgroup(launch.qemu).relative_to(host.units()).parts[0] == "qemu-launcher-1000-win11.scope"
+        shown = login.run("echo ${XDG_RUNTIME_DIR-none}; qemu-launcher status win11").stdout
+        assert shown.startswith("none\nwin11"), shown
+        assert launch.quit() == 0
+        assert_nothing_left()
 
 
 def test_what_is_started_in_a_services_group(alice: User, vm: Callable[..., Launch]) -> None:

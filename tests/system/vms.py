@@ -281,11 +281,9 @@ class Launch:
 
 
 @contextlib.contextmanager
-def running(
-    user: User, name: str, *arguments: str, before: str = "", program: str = "qemu-launcher"
-) -> Iterator[Launch]:
-    """Start a VM and wait until its guest runs; afterwards both processes are gone."""
-    launch = Launch(user, name, *arguments, before=before, program=program)
+def running(user: User, name: str, *arguments: str, **more: Any) -> Iterator[Launch]:
+    """Start a VM as `Launch` does, and wait until its guest runs; afterwards both processes are gone."""
+    launch = Launch(user, name, *arguments, **more)
     try:
         yield launch.until_running()
     finally:
