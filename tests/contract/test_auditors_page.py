@@ -12,6 +12,7 @@ import pytest
 
 from qemu_launcher_helper import contract, limits, privileges, service
 from qemu_launcher_helper.contract import Caller, Pin
+from system.legacy import FSTAB
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "helper/qemu_launcher_helper"
@@ -88,6 +89,10 @@ def test_the_steps_of_a_call_are_in_the_pages_order() -> None:
     order = ["_identify", "slot", "parse", "_details", "_authorise", "load", "perform", "tell"]
     assert [name for name in dict.fromkeys(made) if name in order] == order
     assert [name for name in dict.fromkeys(told) if name in order] == order
+
+
+def test_the_line_of_fstab_is_the_one_that_is_tried() -> None:
+    assert f"*{FSTAB}*" in PAGE
 
 
 def test_capabilities() -> None:

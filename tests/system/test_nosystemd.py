@@ -185,3 +185,22 @@ def test_check_has_nothing_to_say_against_it(alice: User) -> None:
     assert "no systemd" in done.stdout
     assert "error" not in done.stdout
     assert subprocess.run(["pgrep", "-x", "systemd"], check=False, stdout=subprocess.DEVNULL).returncode == 1
+
+
+@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
+def test_where_nothing_mounts_cpusets(alice: User, vm: Callable[..., Launch]) -> None:
+    """`check` says what is missing, and a line in fstab is enough."""
+    fstab = Path("/etc/fstab")
+    before = fstab.read_text()
+    host.wait_for("the last helper has left", lambda: host.helper() is None)
+    subprocess.run(["umount", str(legacy.CPUSETS)], check=True)
+    fstab.write_text(f"{before}\n{legacy.FSTAB}\n")
+    try:
+        assert "mount -t cgroup -o cpuset cpuset /sys/fs/cgroup/cpuset" in alice.command("check").stdout
+        host.wait_for("the helper that has seen none has left", lambda: host.helper() is None)
+    finally:
+        subprocess.run(["mount", str(legacy.CPUSETS)], check=True)
+        fstab.write_text(before)
+    launch = start(alice, vm)
+    assert_tuned(launch)
+    assert launch.quit() == 0
