@@ -23,9 +23,8 @@ from system.fixtures import start_helper, stop_helper
 from system.people import OUT_OF_SESSION
 from system.stepping import FOLDER, replaced_helper
 
-# How many points of each kind are tried: enough to see them all within some runs; EVERY for every one.
+# How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
-EVERY = 100_000
 LONGEST_TURN, MOST_TURNS = 6, 3  # steps of one turn of a loop; turns that are all tried
 SEED = int(os.environ.get("QEMU_LAUNCHER_SEED", "1"))
 
