@@ -9,7 +9,7 @@ of the kernel's or systemd's, or the death of the helper, of the VM or of its ca
 - the next VM of the same name is pinned and shielded, and gets its memory. The next point begins with just that, so it
   is looked at closely after some of them only.
 
-Each run on Debian 13 kills the helper at a third of its steps; of all else `QEMU_LAUNCHER_ROUNDS=N` tries N points of
+Each run on Debian 13 kills the helper at each of its steps; of all else `QEMU_LAUNCHER_ROUNDS=N` tries N points of
 each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N chooses others.
 """
 
@@ -238,7 +238,7 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
             expect_whole(child, before, last)
 
     points = [Point(at, name, "SIGKILL of the helper") for at, name in found]
-    often = len(points) // 3 if host.has_systemd() and host.mechanism() == "partition" else 0
+    often = len(points) if host.has_systemd() and host.mechanism() == "partition" else 0
     try_all(program, faults, points, "death of the helper at a step of a call", one, max(ROUNDS, often))
 
 
