@@ -125,7 +125,6 @@ def tellable(names: Sequence[str]) -> list[int]:
     """
     kept, at = list[int](), 0
     while at < len(names):
-        length, turns = 1, 1
         for length in range(1, LONGEST_TURN + 1):
             turn, turns = names[at : at + length], 1
             while names[at + turns * length : at + (turns + 1) * length] == turn:
@@ -161,8 +160,8 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
 @pytest.fixture(scope="module")
 def faulty_unit() -> Iterator[None]:
     """The unit with the other program in it. Not Type=dbus: systemd would end it when one of its helpers is killed."""
-    name = "faulty_helper.py"
-    with replaced_helper(name, "Type=exec") if host.has_systemd() else helper_without_unit(name):
+    program = "faulty_helper.py"
+    with replaced_helper(program, "Type=exec") if host.has_systemd() else helper_without_unit(program):
         yield
     for name in ("orders", "steps"):
         (FOLDER / name).unlink(missing_ok=True)
