@@ -20,7 +20,7 @@ from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
 from .keys import KEY_NAMES, REALTIME_POLICIES, HookCommand, Memlock, Scheduling, Section, priority_of, read_launcher
 from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, smp_numbers, vcpu_limit
-from .pinning import CpuSet, Pinning, out_of_range
+from .pinning import CpuSet, Pinning, beside_the_first, out_of_range, smp_for
 from .yamlnode import Map, Node, Scalar, describe, fail
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "QemuOption",
     "Scheduling",
     "VmDefinition",
+    "is_pc",
     "load",
     "parse",
     "read",
@@ -171,6 +172,11 @@ def _unknown_section(key: Scalar) -> DefinitionError:
     return yamlnode.unknown(key, "section", SECTIONS)
 
 
+def is_pc(binary: str) -> bool:
+    """Whether this QEMU, a path or a name, makes PCs: machines whose vCPUs its options tell. Nothing is looked at."""
+    return os.path.basename(binary) in PC_BINARIES  # noqa: PTH119  a Path costs more
+
+
 def validate_tunable(definition: VmDefinition) -> None:
     """Raise DefinitionError if this QEMU could not be tuned as the definition wants. It may still be run untuned."""
     if not definition.wants_tuning:
@@ -199,9 +205,7 @@ def _check_together(
     if pinning is not None:
         _check_shared_cpus(pinning, keys.get("scheduler"), problems, warnings)
     if pinning is not None and all_options:
-        _check_vcpu_count(pinning, vcpu_limit(options), problems)
-        if os.path.basename(keys.get("binary", "")) in PC_BINARIES:  # noqa: PTH119  a Path costs more
-            _check_places(pinning, smp_numbers(options) or {}, problems)
+        _check_vcpus(pinning, options, problems, is_pc=is_pc(keys.get("binary", "")))
     if not unsure & {"isolation", "pinning", "iothread_pinning", "emulator_pinning"}:
         _check_isolation(keys, marks, problems)
     if all_options:
@@ -260,17 +264,22 @@ def _check_iothreads(
             problems.append(DefinitionError(what, hint, mark=cpus.mark))
 
 
-def _check_vcpu_count(pinning: Pinning, limit: int | None, problems: list[DefinitionError]) -> None:
+def _check_vcpus(
+    pinning: Pinning, options: tuple[QemuOption, ...], problems: list[DefinitionError], *, is_pc: bool
+) -> None:
+    """Whether the guest has the vCPUs that are pinned. Of other machines than a PC only QEMU knows their places."""
+    smp, limit = smp_numbers(options), vcpu_limit(options)
     if limit is not None and len(pinning.sets) > limit:
         message = f"vcpu_pinning names {len(pinning.sets)} vCPUs, but -smp gives the guest {limit}"
-        problems.append(DefinitionError(message, mark=pinning.sets[limit].mark))
-
-
-def _check_places(pinning: Pinning, smp: Mapping[str, int], problems: list[DefinitionError]) -> None:
-    for place, cpus in (pinning.topology or {}).items() if smp else ():
-        wrong = out_of_range(place, smp)
-        if wrong is not None:
-            problems.append(DefinitionError(f"vcpu_pinning names {wrong}", mark=cpus.mark))
+        problems.append(DefinitionError(message, "give it more there, or pin fewer", mark=pinning.sets[limit].mark))
+    if smp and is_pc:
+        for place, cpus in (pinning.topology or {}).items():
+            wrong = out_of_range(place, smp)
+            if wrong is not None:
+                problems.append(DefinitionError(f"vcpu_pinning names {wrong}", mark=cpus.mark))
+    elif smp == {} and is_pc and (second := beside_the_first(pinning)) is not None:
+        message = f"vcpu_pinning names {second[0]}, but without -smp the guest has only vCPU 0"
+        problems.append(DefinitionError(message, f"add - {smp_for(pinning)} to the section qemu", mark=second[1]))
 
 
 def _check_shared_cpus(

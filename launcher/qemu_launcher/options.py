@@ -113,14 +113,22 @@ def iothread_ids(options: Sequence[QemuOption]) -> tuple[str, ...] | None:
 
 
 def smp_numbers(options: Sequence[QemuOption]) -> dict[str, int] | None:
-    """What all -smp say, as QEMU reads them: repeated ones add up, the last wins. None where they do not tell."""
+    """What all -smp say, as QEMU reads them: repeated ones add up, the last wins. None where they do not tell.
+
+    Empty without any: then the number is the machine's own. `-smp 2` is short for `-machine smp.cpus=2`, which counts
+    as well.
+    """
     numbers: dict[str, int] = {}
     for option in options:
         if option.bare_name == "readconfig":
             return None  # it may say anything
-        if option.bare_name != "smp":
+        if option.bare_name == "smp":
+            given = list(option.properties())
+        elif option.bare_name in ("machine", "M"):
+            given = [(name[4:], value or "") for name, value in option.properties() if name.startswith("smp.")]
+        else:
             continue
-        for position, (name, value) in enumerate(option.properties()):
+        for position, (name, value) in enumerate(given):
             number = name if value is None else value
             if not (number.isascii() and number.isdigit()) or len(number) > 9 or (value is None and position > 0):
                 return None

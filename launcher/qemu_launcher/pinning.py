@@ -143,6 +143,26 @@ def out_of_range(place: Place, smp: Mapping[str, int]) -> str | None:
     return None
 
 
+def beside_the_first(pinning: Pinning) -> tuple[str, Mark] | None:
+    """A vCPU that a guest of a single one does not have, and where it was pinned; None if only that one is."""
+    if pinning.topology is None:
+        return ("vCPU 1", pinning.sets[1].mark) if len(pinning.sets) > 1 else None
+    others = ((spelled(place), cpus.mark) for place, cpus in pinning.topology.items() if any(n for _, n in place))
+    return next(others, None)
+
+
+def smp_for(pinning: Pinning) -> str:
+    """The least item of the section qemu that gives a PC all vCPUs of `pinning`."""
+    if pinning.topology is None:
+        return f"smp: {len(pinning.sets)}"
+    counts = dict.fromkeys(LEVELS[LEVELS.index("socket") :], 1)
+    for level, number in (part for place in pinning.topology for part in place if part[0] in counts):
+        counts[level] = max(counts[level], number + 1)
+    # A level that QEMU's release, or its PC, does not know may not be named, not even with 1.
+    parts = [f"{_INNER.get(level, f'{level}s')}: {n}" for level, n in counts.items() if level in _REQUIRED or n > 1]
+    return f"smp: [{prod(counts.values())}, {', '.join(parts)}]"
+
+
 def _by_topology(
     node: Node, what: str, place: Place, budget: _Budget, left: list[int]
 ) -> Iterator[tuple[Place, CpuSet]]:

@@ -218,4 +218,5 @@ def _assigned(definition: VmDefinition, threads: Threads) -> list[tuple[Vcpu, fr
 def _unknown(which: str, mark: Mark, vcpus: tuple[Vcpu, ...]) -> TuningFailed:
     shown = "; ".join(str(vcpu) for vcpu in vcpus[:4])
     more = f"; {len(vcpus) - 4} more" if len(vcpus) > 4 else ""
-    return TuningFailed(f"{mark}: QEMU has no vCPU {which}", f"it has {shown}{more}" if vcpus else "it has none at all")
+    hint = f"it has {shown}{more}; -smp gives it more" if vcpus else "it has none at all"
+    return TuningFailed(f"{mark}: QEMU has no vCPU {which}", hint)

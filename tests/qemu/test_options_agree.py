@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import cmdline, options
+from qemu_launcher import cmdline, options, threads
+from qemu_launcher.pinning import smp_for
 from unit.reading import read
 
 QEMU = "qemu-system-x86_64"
@@ -78,10 +79,37 @@ def test_guest_ram_that_is_plugged_in(items: str) -> None:
         "smp: [0, cores: 3]",
         "smp: 2, smp: [maxcpus: 6]",
         "smp: 4, smp: [sockets: 2]",
+        "smp: 2, machine: [pc, smp.cpus: 4]",
+        "machine: [pc, smp.cpus: 4], smp: 2",
+        "M: [q35, smp.cpus: 2, smp.maxcpus: 4]",
     ],
 )
 def test_vcpu_limit(items: str) -> None:
     assert options.vcpu_limit(read(definition(items)).options) == len(ask(items, "query-hotpluggable-cpus"))
+
+
+@pytest.mark.parametrize("machine", ["", "machine: pc", "machine: q35", "machine: isapc"])
+def test_pc_without_smp_has_one_vcpu(machine: str) -> None:
+    """Why two pinned ones are refused there before QEMU is asked."""
+    assert options.smp_numbers(read(definition(machine)).options) == {}
+    assert len(ask(machine, "query-hotpluggable-cpus")) == 1
+
+
+@pytest.mark.parametrize(
+    "pinning",
+    ["[4, 5, 6]", "{0: {0: {0: 4, 1: 5}, 1: {0: 6}}}", "{1: {0: {0: 4}}}", "{0: {die 1: {2: {0: 4}}}}"],
+)
+def test_smp_that_is_suggested_has_the_places(pinning: str) -> None:
+    keys = f"launcher: {{binary: q, vcpu_pinning: {pinning}}}\nqemu: []\n"
+    wanted = read(keys).pinning
+    assert wanted is not None
+    found = threads.read_threads(
+        ask(smp_for(wanted), "query-cpus-fast"), ask(smp_for(wanted), "query-hotpluggable-cpus"), []
+    )
+    if wanted.topology is None:
+        assert len(found.vcpus) == len(wanted.sets)
+    else:
+        assert all(found.at(place) for place in wanted.topology)
 
 
 @pytest.mark.parametrize("name", ["a,b", ",", ",,", "a,process=b", "ü ,=x"])

@@ -7,6 +7,7 @@ witnessed by QEMU's own events and states, never by the launcher's words.
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -371,7 +372,7 @@ def test_qemu_that_does_not_tell_its_vcpus_runs_untuned(home: Home) -> None:
 
 @pytest.mark.parametrize("pinning", [{}, {"isolation": "affinity"}])
 def test_way_out_is_named_where_the_host_lacks_a_cpu(home: Home, pinning: dict[str, Any]) -> None:
-    home.define(vcpu_pinning=[CPU, 8000, *range(9000, 9020)], **pinning)
+    home.define(vcpu_pinning=[CPU, 8000, *range(9000, 9020)], qemu=({"smp": 22},), **pinning)
     assert_never_ran(home.start(), message="host CPU 8000 does not exist; this host has ", status=2)
 
 
@@ -489,11 +490,24 @@ def test_vcpus_that_share_a_thread_cannot_be_pinned_apart(home: Home) -> None:
 
 
 def test_vcpu_that_does_not_exist(home: Home) -> None:
-    path = home.define(vcpu_pinning=[0, 0], isolation="affinity")
+    """Of this machine nothing is known by its binary's name."""
+    own = home.configuration / "qemu-of-mine"
+    own.symlink_to(shutil.which("qemu-system-x86_64") or "")
+    path = home.define(binary=str(own), vcpu_pinning=[0, 0], isolation="affinity")
     run = home.start()
     assert_never_ran(run, message=f"{path}:")
     assert "QEMU has no vCPU 1" in run.output
     assert "it has vCPU 0 (socket 0, core 0, thread 0)" in run.output
+
+
+def test_pc_without_smp_is_refused_before_it_is_started(home: Home) -> None:
+    path = home.define(vcpu_pinning=[0, 0], isolation="affinity")
+    run = home.start()
+    assert run.end() == 2
+    assert f"{path}:" in run.output
+    assert home.leftovers() == []
+    assert "vcpu_pinning names vCPU 1, but without -smp the guest has only vCPU 0" in run.output
+    assert "add - smp: 2 to the section qemu" in run.output
 
 
 # The end

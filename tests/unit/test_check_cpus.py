@@ -45,6 +45,22 @@ def test_all_that_are_missing_in_one_line(host: OtherHost) -> None:
     assert "lscpu" in fix
 
 
+def test_vcpus_that_no_smp_makes(host: OtherHost) -> None:
+    """A PC is refused with the definition; what another machine has is its maker's to say."""
+    assert told(list(cpus.count(pinned("[2, 3]")))) == [
+        "warning: win11.yml:3:21: vcpu_pinning names vCPU 1, and without -smp most machines have only vCPU 0"
+    ]
+    [one] = cpus.count(pinned("{0: {1: {0: 2}}}"))
+    assert one.fix == "add - smp: [2, sockets: 1, cores: 2, threads: 1] to the section qemu"
+    for fine in (
+        pinned("[2]"),
+        pinned("[2, 3]", qemu="[smp: 2]"),
+        pinned("[2, 3]", qemu="[readconfig: x]"),
+        launcher("emulator_pinning: 2"),
+    ):
+        assert list(cpus.count(fine)) == []
+
+
 def test_offline(host: OtherHost) -> None:
     severity, text, fix = the_only(there(host, pinned("[2, 15]"), online="0-14", possible="0-15"))
     assert (severity, text) == (

@@ -225,6 +225,12 @@ def test_has_mem_lock(items: str, expected: bool) -> None:
         ("smp: '4,5'", None),
         ("smp: [cores: x]", None),
         ("smp: 4, readconfig: file", None),
+        ("machine: 'q35,smp.cpus=2'", 2),
+        ("smp: 2, M: [pc, smp.cpus: 4, smp.maxcpus: 6, usb: on]", 6),
+        ("machine: [pc, smp.cpus: 4], smp: 2", 2),
+        ("machine: 'pc,smp.cpus'", None),
+        ("machine: 'pc,smp.cpus=0x4'", None),
+        ("machine: pc", None),
     ],
 )
 def test_vcpu_limit(items: str, expected: int | None) -> None:

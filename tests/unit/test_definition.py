@@ -249,7 +249,9 @@ def test_more_pins_than_vcpus() -> None:
     assert launcher("vcpu_pinning: [1, 2]", "[smp: 2]").pinning is not None
     assert launcher("vcpu_pinning: [1, 2]", "[smp: [1, maxcpus: 2]]").pinning is not None
     message = launcher_refusal("vcpu_pinning: [1, 2, 3]", "[smp: 2]")
-    assert message == "3:24: vcpu_pinning names 3 vCPUs, but -smp gives the guest 2"
+    assert message == (
+        "3:24: vcpu_pinning names 3 vCPUs, but -smp gives the guest 2\n    give it more there, or pin fewer"
+    )
 
 
 @pytest.mark.parametrize("item", ["daemonize", "-daemonize"])

@@ -154,7 +154,7 @@ def test_vcpus_that_are_left_out_stay_where_they_are() -> None:
 def test_unknown_vcpu_by_index_and_by_place() -> None:
     with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:21: QEMU has no vCPU 1$") as caught:
         pins_of("  vcpu_pinning: [1, 2]\n", vcpus(50))
-    assert caught.value.hint == "it has vCPU 0 (socket 0, core 0, thread 0)"
+    assert caught.value.hint == "it has vCPU 0 (socket 0, core 0, thread 0); -smp gives it more"
     with pytest.raises(TuningFailed, match=r":3:29: QEMU has no vCPU socket 1, core 0, thread 0"):
         pins_of("  vcpu_pinning: {1: {0: {0: 2}}}\n", vcpus(50))
 

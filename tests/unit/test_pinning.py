@@ -244,3 +244,40 @@ def test_place_that_a_pc_cannot_have_is_known_before_it_is_started(place: str, s
         assert read(pc).pinning is not None
     else:
         assert refusal(pc) == f"3:{place.index('4}') + 17}: vcpu_pinning names {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("pinning", "column", "names", "smp"),
+    [
+        ("[4, 5]", 21, "vCPU 1", "smp: 2"),
+        ("[4, 5, 6-7]", 21, "vCPU 1", "smp: 3"),
+        ("{0: {0: {0: 4, 1: 5}}}", 35, "socket 0, core 0, thread 1", "smp: [2, sockets: 1, cores: 1, threads: 2]"),
+        ("{0: {0: {0: 4}, 2: {0: 5}}}", 40, "socket 0, core 2, thread 0", "smp: [3, sockets: 1, cores: 3, threads: 1]"),
+        ("{1: {0: {0: 4}}}", 29, "socket 1, core 0, thread 0", "smp: [2, sockets: 2, cores: 1, threads: 1]"),
+        ("{0: {die 1: {0: {0: 4}}}}", 37, "socket 0, die 1, core 0, thread 0",
+         "smp: [2, sockets: 1, dies: 2, cores: 1, threads: 1]"),
+        ("[4]", 0, None, None),
+        ("{drawer 0: {0: {die 0: {0: {0: 4}}}}}", 0, None, None),
+    ],
+)  # fmt: skip
+def test_pc_without_smp_has_only_the_first(pinning: str, column: int, names: str | None, smp: str | None) -> None:
+    def text(binary: str, qemu: str) -> str:
+        return f"launcher:\n  binary: {binary}\n  vcpu_pinning: {pinning}\nqemu: {qemu}\n"
+
+    pc = "/usr/bin/qemu-system-x86_64"
+    for other in ("qemu-system-aarch64", "./windows"):
+        assert read(text(other, "[]")).pinning is not None, "its maker knows"
+    for given in (
+        "[readconfig: x]",
+        "[machine: 'q35,smp.cpus=0x8']",
+        "[smp: '64,dies=2']",
+        "[M: [q35, smp.cpus: 64, smp.dies: 2]]",
+    ):
+        assert read(text(pc, given)).pinning is not None, "something else says it"
+    if names is None:
+        assert read(text(pc, "[m: 1G]")).pinning is not None
+    else:
+        assert refusal(text(pc, "[m: 1G]")) == (
+            f"3:{column}: vcpu_pinning names {names}, but without -smp the guest has only vCPU 0\n"
+            f"    add - {smp} to the section qemu"
+        )

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 from .. import host
 from ..cpulist import format_cpulist, named
-from ..definition import VmDefinition
+from ..definition import VmDefinition, is_pc
 from ..errors import DefinitionError
 from ..host import Host
 from ..keys import REALTIME_POLICIES
-from ..pinning import spelled
+from ..options import smp_numbers
+from ..pinning import beside_the_first, smp_for, spelled
 from . import asked
 from .finding import Finding
 from .tree import Tree, cpus_in
@@ -50,6 +51,16 @@ def there(definition: VmDefinition, facts: Host) -> Iterator[Finding]:
         yield Finding("error", "cpus", text, first.hint or "lscpu -e=CPU,CORE,ONLINE shows which there are")
         return
     yield Finding("ok", "cpus", f"host {named(all_named(definition))}: there and online")
+
+
+def count(definition: VmDefinition) -> Iterator[Finding]:
+    """Machines that are no PCs have as many vCPUs as their maker gave them, where -smp does not say."""
+    pinning = definition.pinning
+    if pinning is None or is_pc(definition.binary) or smp_numbers(definition.options) != {}:
+        return
+    if (second := beside_the_first(pinning)) is not None:
+        text = f"{second[1]}: vcpu_pinning names {second[0]}, and without -smp most machines have only vCPU 0"
+        yield Finding("warning", "cpus", text, f"add - {smp_for(pinning)} to the section qemu")
 
 
 def of_vcpus(definition: VmDefinition) -> Cpus:

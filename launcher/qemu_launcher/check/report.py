@@ -183,6 +183,7 @@ class _Vm:
             yield Finding("error", "cpus", err.message, err.hint)
             return
         yield from cpus.there(definition, facts)
+        yield from cpus.count(definition)
         yield from cpus.cores(definition, facts)
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))

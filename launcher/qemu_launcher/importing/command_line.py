@@ -16,7 +16,7 @@ from ..definition import VmDefinition
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import VM_NAME
-from ..options import QemuOption, has_mem_lock, has_vfio, vcpu_limit
+from ..options import QemuOption, has_mem_lock, has_vfio, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
@@ -145,7 +145,7 @@ def kept(draft: Draft) -> list[QemuOption]:
 def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     """Pinning and scheduling as far as taskset and chrt make them clear; else as suggestions."""
     options = kept(draft)
-    vcpus = vcpu_limit(options) if any(option.bare_name in ("smp", "readconfig") for option in options) else 1
+    vcpus = 1 if smp_numbers(options) == {} else vcpu_limit(options)
     is_clear = vcpus is not None and len(prefix.cpus) == vcpus
     if is_clear:
         cpus = ", ".join(map(str, sorted(prefix.cpus)))
