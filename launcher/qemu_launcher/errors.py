@@ -10,6 +10,7 @@
     |-- HookFailed               exit 1   a command of before_start or after_stop did not do
     |-- QmpError                 exit 1   QEMU's monitor answered with an error, with nonsense, or not at all
     `-- TuningFailed             exit 1   the guest has not run, it cannot be given what its definition asks for
+        `-- Unfit                exit 2   because the definition asks for what this guest, by its own options, has not
 
 A message says what, which value and where; the hint says what to do about it. Neither ends in a full stop and
 neither carries the program's name: `render` adds what belongs on the terminal. Values that come from outside go
@@ -141,6 +142,15 @@ class TuningFailed(LauncherError):
     def __init__(self, message: str, hint: str | None = None, *, wire_name: str | None = None) -> None:
         super().__init__(message, hint)
         self.wire_name = wire_name
+
+
+class Unfit(TuningFailed):
+    """The tuning does not fit the guest that the same definition describes: its vCPUs, its iothreads, its RAM.
+
+    A mistake in the definition, though perhaps only QEMU could tell: it is gone then, and its guest has not run.
+    """
+
+    exit_status = 2
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,8 @@ Why it exists: the launch has two moments at which it must know what to ask for,
 when its threads are known (pins, scheduling). Both decisions are made here, from values, so that they can be tested
 without any of the parties. What the kernel lets a user do with his own processes is never asked of the helper.
 
-TuningFailed is raised for a wish that this QEMU, or this user's limits, cannot meet. Nothing has been done then.
+Unfit is raised for a wish that this QEMU cannot meet, TuningFailed for one that this user's limits do not allow.
+Nothing has been done then.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Literal
 from . import cmdline
 from .cpulist import format_cpulist
 from .definition import Scheduling, VmDefinition
-from .errors import Mark, TuningFailed
+from .errors import Mark, TuningFailed, Unfit
 from .pinning import spelled
 from .procfs import INFINITY
 from .threads import Iothread, Threads, Vcpu
@@ -88,8 +89,9 @@ def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -
         return None
     ram = cmdline.guest_ram(definition)
     if kind == "auto" and ram is None:
-        raise TuningFailed(
-            "rlimit_memlock: auto cannot tell the guest's RAM from its options",
+        mark = definition.memlock.mark
+        raise Unfit(
+            f"{f'{mark}: ' if mark else ''}rlimit_memlock: auto cannot tell the guest's RAM from its options",
             "write rlimit_memlock: true, or a size such as 16G",
         )
     if kind == "auto":
@@ -108,13 +110,13 @@ def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -
 
 
 def check_granted(need: MemlockNeed, granted: int, mark: Mark | None = None) -> None:
-    """TuningFailed when `granted` bytes of lockable memory do not do, with both numbers."""
+    """TuningFailed, with both numbers, when `granted` lockable bytes do not do; Unfit if no more was wanted."""
     if granted >= need.least:
         return
     if granted >= need.wanted:
         what = f"rlimit_memlock: {format_size(granted)} is less than the guest's RAM, {format_size(need.least)}"
         place = f"{mark}: " if mark else ""
-        raise TuningFailed(f"{place}{what}", "write rlimit_memlock: auto, or a larger size")
+        raise Unfit(f"{place}{what}", "write rlimit_memlock: auto, or a larger size")
     raise TuningFailed(
         f"QEMU must be able to lock {format_size(need.least)}, but only {format_size(granted)} was granted",
         "give the guest less memory, or ask the administrator for a higher memlock in /etc/qemu-launcher/helper.toml",
@@ -141,7 +143,7 @@ def needs_helper(definition: VmDefinition, memlock: MemlockNeed | None) -> bool:
 
 
 def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
-    """What to do with the threads of this QEMU. TuningFailed when its vCPUs are not those of the definition."""
+    """What to do with the threads of this QEMU. Unfit when they are not those of the definition."""
     emulator = definition.emulator_pinning
     vcpu_tids = tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus))
     return ThreadPlan(
@@ -162,8 +164,9 @@ def _vcpu_pins(definition: VmDefinition, threads: Threads) -> tuple[Pin, ...]:
     for vcpu, cpus in _assigned(definition, threads):
         known, members = wanted.setdefault(vcpu.tid, (cpus, []))
         if known != cpus:
-            raise TuningFailed(
-                f"{members[0]} and {vcpu} are one thread of QEMU's (TID {vcpu.tid}), "
+            place = f"{definition.pinning.mark}: " if definition.pinning else ""
+            raise Unfit(
+                f"{place}{members[0]} and {vcpu} are one thread of QEMU's (TID {vcpu.tid}), "
                 f"which cannot be on CPU {format_cpulist(known)} and CPU {format_cpulist(cpus)} at once",
                 "QEMU runs all vCPUs in one thread (TCG thread=single): use KVM, or TCG with thread=multi",
             )
@@ -181,7 +184,7 @@ def _iothread_pins(definition: VmDefinition, iothreads: tuple[Iothread, ...]) ->
     for name, cpus in (definition.iothread_pinning or {}).items():
         if name not in by_id:
             hint = f"it has {', '.join(by_id)}" if by_id else "it has none at all: add - object: [iothread, id: ...]"
-            raise TuningFailed(f"{cpus.mark}: QEMU has no iothread {name!r}", hint)
+            raise Unfit(f"{cpus.mark}: QEMU has no iothread {name!r}", hint)
         yield Pin(by_id[name].tid, cpus.cpus, (), iothread=name)
 
 
@@ -197,7 +200,7 @@ def _assigned(definition: VmDefinition, threads: Threads) -> list[tuple[Vcpu, fr
         for place, cpus in definition.pinning.topology.items():
             found = threads.at(place)
             if len(found) > 1:
-                raise TuningFailed(
+                raise Unfit(
                     f"{cpus.mark}: {found[0]} and {found[1]} are both at {spelled(place)}: this machine does not tell "
                     "them apart so",
                     "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
@@ -215,8 +218,8 @@ def _assigned(definition: VmDefinition, threads: Threads) -> list[tuple[Vcpu, fr
     return pairs
 
 
-def _unknown(which: str, mark: Mark, vcpus: tuple[Vcpu, ...]) -> TuningFailed:
+def _unknown(which: str, mark: Mark, vcpus: tuple[Vcpu, ...]) -> Unfit:
     shown = "; ".join(str(vcpu) for vcpu in vcpus[:4])
     more = f"; {len(vcpus) - 4} more" if len(vcpus) > 4 else ""
-    hint = f"it has {shown}{more}; -smp gives it more" if vcpus else "it has none at all"
-    return TuningFailed(f"{mark}: QEMU has no vCPU {which}", hint)
+    hint = f"it has {shown}{more}\n-smp gives it more" if vcpus else "it has none at all"
+    return Unfit(f"{mark}: QEMU has no vCPU {which}", hint)

@@ -101,7 +101,7 @@ def test_vcpu_that_cannot_come_is_an_error_at_the_start(home: Home) -> None:
     growing = ({"smp": "1,maxcpus=3"},)
     path = home.define(qemu=growing, vcpu_pinning={0: {3: {0: FIRST}}}, isolation="affinity")
     run = home.start()
-    assert run.end() == 1
+    assert run.end() == 2
     assert f"{path}:" in run.output
     assert "QEMU has no vCPU socket 0, core 3, thread 0" in run.output
 

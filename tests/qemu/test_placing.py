@@ -126,7 +126,7 @@ def test_iothread_that_qemu_does_not_have(home: Home, tmp_path: Path) -> None:
     more.write_text('[object "io5"]\n  qom-type = "iothread"\n')
     path = home.define(qemu=({"readconfig": str(more)},), iothread_pinning={"io0": FIRST})
     run = home.start()
-    assert_never_ran(run, message=f"qemu-launcher: {path}:")
+    assert_never_ran(run, message=f"qemu-launcher: {path}:", status=2)
     assert "QEMU has no iothread 'io0'\n    it has io5\n" in run.output
 
 
@@ -170,7 +170,7 @@ def test_place_that_the_machine_does_not_have(home: Home) -> None:
         isolation="affinity",
     )
     run = home.start()
-    assert_never_ran(run, message=f"qemu-launcher: {path}:")
+    assert_never_ran(run, message=f"qemu-launcher: {path}:", status=2)
     what = "QEMU has no vCPU socket 0, core 2, thread 0\n    it has vCPU 0 (socket 0, core 0, thread 0)"
     assert f"{what}; vCPU 1 (socket 0, core 1, thread 0; core 0, die 1)" in run.output
 

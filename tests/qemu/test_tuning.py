@@ -257,7 +257,7 @@ def test_less_than_asked_is_refused_with_both_numbers(home: Home, bus: PrivateBu
 
 def test_less_than_guest_ram_is_refused_without_asking(home: Home, bus: PrivateBus) -> None:
     home.define(rlimit_memlock="32M")
-    assert_never_ran(home.start(env=bus.environment), message="32 MiB is less than the guest's RAM, 64 MiB")
+    assert_never_ran(home.start(env=bus.environment), message="32 MiB is less than the guest's RAM, 64 MiB", status=2)
     assert bus.calls() == []
 
 
@@ -485,7 +485,7 @@ def test_vcpus_that_share_a_thread_cannot_be_pinned_apart(home: Home) -> None:
     path = home.configuration / "vm-under-test.yml"
     path.write_text(path.read_text().replace("tcg,thread=multi", "tcg,thread=single"))
     run = home.start()
-    assert_never_ran(run, message="are one thread of QEMU's")
+    assert_never_ran(run, message="are one thread of QEMU's", status=2)
     assert "TCG thread=single" in run.output
 
 
@@ -495,7 +495,7 @@ def test_vcpu_that_does_not_exist(home: Home) -> None:
     own.symlink_to(shutil.which("qemu-system-x86_64") or "")
     path = home.define(binary=str(own), vcpu_pinning=[0, 0], isolation="affinity")
     run = home.start()
-    assert_never_ran(run, message=f"{path}:")
+    assert_never_ran(run, message=f"{path}:", status=2)
     assert "QEMU has no vCPU 1" in run.output
     assert "it has vCPU 0 (socket 0, core 0, thread 0)" in run.output
 

@@ -11,6 +11,7 @@ from qemu_launcher.errors import (
     QemuFailed,
     QmpError,
     TuningFailed,
+    Unfit,
     UsageError,
     printable,
     render,
@@ -36,8 +37,8 @@ def test_without_place_or_hint() -> None:
 
 
 def test_exit_status() -> None:
-    errors = [LauncherError, UsageError, DefinitionError, NotRunning, QemuFailed, QmpError, TuningFailed]
-    assert [error("x").exit_status for error in errors] == [1, 2, 2, 3, 1, 1, 1]
+    errors = [LauncherError, UsageError, DefinitionError, NotRunning, QemuFailed, QmpError, TuningFailed, Unfit]
+    assert [error("x").exit_status for error in errors] == [1, 2, 2, 3, 1, 1, 1, 2]
 
 
 def test_several_are_sorted_and_told_once() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from qemu_launcher import definition as definitions, plan
 from qemu_launcher.definition import Scheduling, VmDefinition
-from qemu_launcher.errors import TuningFailed
+from qemu_launcher.errors import TuningFailed, Unfit
 from qemu_launcher.plan import MEMLOCK_OVERHEAD
 from qemu_launcher.procfs import INFINITY
 from qemu_launcher.threads import Ids, Iothread, Threads, Vcpu
@@ -60,12 +60,12 @@ def test_memlock(key: str, hard: int, expected: tuple[int, int, bool]) -> None:
 
 
 def test_memlock_smaller_than_the_guest_is_refused_with_both_numbers() -> None:
-    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:19: .* 16 GiB is less than the guest's RAM, 24 GiB"):
+    with pytest.raises(Unfit, match=r"/x/win11.yml:3:19: .* 16 GiB is less than the guest's RAM, 24 GiB"):
         plan.memlock_need(defined("  rlimit_memlock: 16G\n"), INFINITY, HOST)
 
 
 def test_auto_without_a_ram_to_be_seen() -> None:
-    with pytest.raises(TuningFailed, match="cannot tell the guest's RAM"):
+    with pytest.raises(Unfit, match=r"^/x/win11.yml:3:19: .* cannot tell the guest's RAM"):
         plan.memlock_need(defined("  rlimit_memlock: auto\n", "- m: [nonsense]"), 0, HOST)
 
 
@@ -73,7 +73,7 @@ def test_auto_without_a_ram_to_be_seen() -> None:
 def test_auto_with_a_configuration_file_asks_for_a_size(key: str) -> None:
     """`auto` is also the default of a VM with a VFIO device."""
     vm = defined(key, "- m: 24G\n- device: vfio-pci\n- readconfig: /x/more.cfg")
-    with pytest.raises(TuningFailed, match="cannot tell the guest's RAM") as caught:
+    with pytest.raises(Unfit, match="cannot tell the guest's RAM") as caught:
         plan.memlock_need(vm, 0, HOST)
     assert caught.value.hint == "write rlimit_memlock: true, or a size such as 16G"
 
@@ -83,7 +83,7 @@ def test_memory_that_is_plugged_in_counts() -> None:
     need = plan.memlock_need(defined("  rlimit_memlock: auto\n", plugged), 0, HOST)
     assert need is not None
     assert need.wanted == need.least == 33 * GIB
-    with pytest.raises(TuningFailed, match="25 GiB is less than the guest's RAM, 32 GiB"):
+    with pytest.raises(Unfit, match="25 GiB is less than the guest's RAM, 32 GiB"):
         plan.memlock_need(defined("  rlimit_memlock: 25G\n", plugged), 0, HOST)
 
 
@@ -152,10 +152,10 @@ def test_vcpus_that_are_left_out_stay_where_they_are() -> None:
 
 
 def test_unknown_vcpu_by_index_and_by_place() -> None:
-    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:21: QEMU has no vCPU 1$") as caught:
+    with pytest.raises(Unfit, match=r"/x/win11.yml:3:21: QEMU has no vCPU 1$") as caught:
         pins_of("  vcpu_pinning: [1, 2]\n", vcpus(50))
-    assert caught.value.hint == "it has vCPU 0 (socket 0, core 0, thread 0); -smp gives it more"
-    with pytest.raises(TuningFailed, match=r":3:29: QEMU has no vCPU socket 1, core 0, thread 0"):
+    assert caught.value.hint == "it has vCPU 0 (socket 0, core 0, thread 0)\n-smp gives it more"
+    with pytest.raises(Unfit, match=r":3:29: QEMU has no vCPU socket 1, core 0, thread 0"):
         pins_of("  vcpu_pinning: {1: {0: {0: 2}}}\n", vcpus(50))
 
 
@@ -163,9 +163,9 @@ def test_vcpus_that_may_come_are_waited_for() -> None:
     """Named, and not there yet: what can be plugged in is no mistake, what cannot is one."""
     assert pins_of("  vcpu_pinning: [1, 2, 3]\n", vcpus(50, more=2)) == {50: {1}}
     assert pins_of("  vcpu_pinning: {0: {0: {0: 2, 1: 3}, 1: {0: 4}}}\n", vcpus(50, more=2)) == {50: {2}}
-    with pytest.raises(TuningFailed, match=r"QEMU has no vCPU 3$"):
+    with pytest.raises(Unfit, match=r"QEMU has no vCPU 3$"):
         pins_of("  vcpu_pinning: [1, 2, 3, 4]\n", vcpus(50, more=2))
-    with pytest.raises(TuningFailed, match=r"QEMU has no vCPU socket 0, core 1, thread 1$"):
+    with pytest.raises(Unfit, match=r"QEMU has no vCPU socket 0, core 1, thread 1$"):
         pins_of("  vcpu_pinning: {0: {1: {1: 4}}}\n", vcpus(50, more=2))
 
 
@@ -177,14 +177,14 @@ def test_machine_without_vcpus() -> None:
 
 def test_places_that_cannot_be_told_apart() -> None:
     threads = Threads((Vcpu(0, 50, Ids(), 0), Vcpu(1, 51, Ids(), 0)), (), (Ids(),), 2)
-    with pytest.raises(
-        TuningFailed, match=r"3:29: .* are both at socket 0, core 0, thread 0: this machine does not tell"
-    ):
+    with pytest.raises(Unfit, match=r"3:29: .* are both at socket 0, core 0, thread 0: this machine does not tell"):
         pins_of("  vcpu_pinning: {0: {0: {0: 2}}}\n", threads)
 
 
 def test_one_thread_for_all_vcpus() -> None:
-    with pytest.raises(TuningFailed, match=r"one thread of QEMU's \(TID 50\), which cannot be on CPU 1 and CPU 2"):
+    with pytest.raises(
+        Unfit, match=r"^/x/win11.yml:3:17: .* one thread of QEMU's \(TID 50\), which cannot be on CPU 1 and CPU 2"
+    ):
         pins_of("  vcpu_pinning: [1, 2]\n", vcpus(50, 50))
     (pin,) = plan.thread_plan(defined("  vcpu_pinning: [1, 1]\n"), vcpus(50, 50)).pins
     assert (pin.tid, pin.vcpus) == (50, (0, 1))
@@ -252,6 +252,6 @@ def test_who_is_needed_for_the_other_threads(keys: str, helper: bool) -> None:
 def test_unknown_iothread(there: tuple[str, ...], hint: str) -> None:
     """Where the options do not tell, QEMU does."""
     vm = defined("  iothread_pinning: {io7: 0-1}\n", "- readconfig: more.cfg")
-    with pytest.raises(TuningFailed, match=r"/x/win11.yml:3:27: QEMU has no iothread 'io7'$") as caught:
+    with pytest.raises(Unfit, match=r"/x/win11.yml:3:27: QEMU has no iothread 'io7'$") as caught:
         plan.thread_plan(vm, Threads((), tuple(Iothread(name, 60) for name in there)))
     assert (caught.value.hint or "").startswith(hint)
