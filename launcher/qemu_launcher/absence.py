@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HOW_TO_INSTALL = (
-    "on Debian: sudo apt install qemu-launcher, or the .deb that make deb builds in its sources\n"
+    "on Debian: make deb in its sources, then sudo apt install ./build/qemu-launcher_*.deb\n"
     "on other distributions: sudo make install in its sources\n"
     "it needs a host with a system bus (dbus) and polkit"
 )
@@ -37,7 +37,7 @@ def _remedies(root: Path) -> Iterator[str]:
         yield f"this is a container ({container}): install it on the host, and start the VM there, in no container"
     elif any((root / folder / _ACTIVATION).exists() for folder in _SHARED):
         yield "it is installed, but not to the running system's knowledge: sudo systemctl reload dbus"
-        yield "if that does not help, install it again: on Debian, sudo apt install --reinstall qemu-launcher"
+        yield "if that does not help, install it again: on Debian, sudo apt install --reinstall ./qemu-launcher_*.deb"
         return
     yield HOW_TO_INSTALL
 

@@ -36,7 +36,7 @@ from .runtime import Claim
 from .shutdown import Shutdown, Signals, quit_qemu
 from .starter import Starter
 from .threads import Threads
-from .tune import Tuning
+from .tune import Spelled, Tuning
 from .voice import Voice, format_size
 
 # The original tool made its cpusets as its caller said here. The helper does not let itself be told where.
@@ -47,7 +47,9 @@ def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: boo
     """Run the VM until it ends. Returns QEMU's exit status, 128+N if signal N ended it. Raises LauncherError."""
     voice = Voice(definition.name, quiet=quiet, explains=debug or definition.debug, hear=starter.say)
     voice.step(f"definition {definition.path}{', untuned' * untuned}")
-    spelled = locate.spelled(definition.name, definition.path, os.environ)  # as long as that is the user's who reads it
+    # As long as the environment is the user's who reads it.
+    named = locate.spelled(definition.name, definition.path, os.environ)
+    spelled = Spelled(named, "start" if starter.is_there else "run")
     if not untuned:
         _validate_tuning(definition, spelled, voice)
     terminal.fill_standard_descriptors()
@@ -57,7 +59,7 @@ def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: boo
     return asyncio.run(_run(definition, spelled, voice, manager, starter, untuned=untuned))
 
 
-def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> None:
+def _validate_tuning(definition: VmDefinition, spelled: Spelled, voice: Voice) -> None:
     try:
         validate_tunable(definition)
         if definition.places_threads:
@@ -71,7 +73,7 @@ def _validate_tuning(definition: VmDefinition, spelled: str, voice: Voice) -> No
 
 
 async def _run(
-    definition: VmDefinition, spelled: str, voice: Voice, manager: Manager, starter: Starter, *, untuned: bool
+    definition: VmDefinition, spelled: Spelled, voice: Voice, manager: Manager, starter: Starter, *, untuned: bool
 ) -> int:
     manager.status("starting")
     for warning in definition.warnings:
@@ -110,7 +112,7 @@ async def _run(
 
 async def _run_qemu(
     definition: VmDefinition,
-    spelled: str,
+    spelled: Spelled,
     voice: Voice,
     manager: Manager,
     starter: Starter,
@@ -169,7 +171,7 @@ class _Start:
     def __init__(
         self,
         definition: VmDefinition,
-        spelled: str,
+        spelled: Spelled,
         voice: Voice,
         manager: Manager,
         claim: Claim,
@@ -332,7 +334,7 @@ def _early_end(start: _Start) -> int:
         return 0  # -version, -device help, a `quit` in the user's own monitor
     hint = (
         f"its command line: {shlex.join(qemu.command.argv)}\n"
-        f"without the launcher's own part, to be run by hand: qemu-launcher command {start.spelled}"
+        f"without the launcher's own part, to be run by hand: qemu-launcher command {start.spelled.vm}"
     )
     if suspicion is not None:
         hint = tune.with_way_out(f"{suspicion}\n{hint}", start.spelled)

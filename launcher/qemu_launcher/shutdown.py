@@ -148,7 +148,10 @@ class Shutdown:
             self._voice.say(f"the guest cannot be asked to power down: {err or 'QEMU does not answer'}")
         else:
             limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
-            self._voice.say(f"asked the guest to power down{limit}; Ctrl-C again cuts the power")
+            cut = "Ctrl-C again cuts the power"
+            if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
+                cut = f"to cut its power: qemu-launcher kill {self._voice.name}"
+            self._voice.say(f"asked the guest to power down{limit}; {cut}")
             if isinstance(state, dict) and state.get("status") == "paused":  # for a reason that we do not know
                 resume = f"qemu-launcher resume {self._voice.name}"
                 self._voice.say(f"it is paused, and hears that when it goes on: {resume}")

@@ -14,7 +14,7 @@ import resource
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from . import absence, access, cgroups, plan, procfs, readback, unaided
 from .assistance import Assistance
@@ -29,15 +29,21 @@ from .voice import Voice, format_size
 _EMULATOR_ATTEMPTS = 3
 
 
+class Spelled(NamedTuple):
+    """How the VM was named on the command line, and the command: run or start. For hints."""
+
+    vm: str
+    command: str
+
+
 class Tuning:
     """What one VM is given. An async context manager; the steps are called in the order they are written in.
 
-    `on_stop` is called when systemd, which has made the VM's scope for us, wants it to end. `spelled`: how the VM is
-    named on the command line.
+    `on_stop` is called when systemd, which has made the VM's scope for us, wants it to end.
     """
 
     def __init__(
-        self, definition: VmDefinition, spelled: str, voice: Voice, on_stop: Callable[[], None], *, untuned: bool
+        self, definition: VmDefinition, spelled: Spelled, voice: Voice, on_stop: Callable[[], None], *, untuned: bool
     ) -> None:
         self._definition = definition
         self._spelled = spelled
@@ -291,9 +297,9 @@ class Tuning:
             raise TuningFailed(f"{said}{differences[0]}{more}")
 
 
-def with_way_out(hint: str | None, spelled: str) -> str:
-    """`hint`, and how to start all the same the VM that is `spelled` so on the command line."""
-    without = f"start it without tuning: qemu-launcher run --untuned {spelled}"
+def with_way_out(hint: str | None, spelled: Spelled) -> str:
+    """`hint`, and how to start it all the same."""
+    without = f"start it without tuning: qemu-launcher {spelled.command} --untuned {spelled.vm}"
     return f"{hint}\n{without}" if hint else without
 
 

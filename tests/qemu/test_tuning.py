@@ -132,7 +132,7 @@ def test_no_bus(home: Home) -> None:
     home.define(**SHIELDED)
     run = home.start()
     assert_never_ran(run, message="there is no system bus at unix:path=")
-    assert "sudo apt install qemu-launcher" in run.output
+    assert "sudo apt install ./build/qemu-launcher" in run.output
 
 
 def test_helper_not_installed(home: Home) -> None:
@@ -143,7 +143,7 @@ def test_helper_not_installed(home: Home) -> None:
         home.define(**SHIELDED)
         run = home.start(env=bus.environment)
         assert_never_ran(run, message="qemu-launcher-helper is not installed")
-        assert "sudo apt install qemu-launcher" in run.output
+        assert "sudo apt install ./build/qemu-launcher" in run.output
 
 
 def test_bus_policy_that_lets_nobody_in(home: Home) -> None:
@@ -324,7 +324,7 @@ def test_continue_tells_the_remedy_but_not_the_way_out(home: Home, options: tupl
     run = home.start("vm-under-test", *options)
     line = run.wait_line("vm-under-test: warning: there is no system bus at")
     assert line.endswith("; it starts without tuning (on_tuning_failure: continue)")
-    assert run.wait_line("sudo apt install qemu-launcher").startswith("    on Debian: sudo apt install qemu-launcher")
+    assert run.wait_line("sudo apt install ./build/qemu-launcher").startswith("    on Debian: make deb in its sources")
     if not options:
         assert "untuned" in run.wait_running()
     assert home.ask("kill", "vm-under-test").returncode == 0

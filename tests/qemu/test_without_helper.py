@@ -141,7 +141,10 @@ def test_what_needs_the_helper_says_how_to_get_it(home: Home, tmp_path: Path, ki
         if kind == "installed, bus not reloaded":
             assert "sudo systemctl reload dbus\n" in run.output
         else:
-            assert "    on Debian: sudo apt install qemu-launcher, or the .deb that make deb builds" in run.output
+            assert (
+                "    on Debian: make deb in its sources, then sudo apt install ./build/qemu-launcher_*.deb"
+                in run.output
+            )
             assert "    on other distributions: sudo make install in its sources" in run.output
         assert ("this is a container (docker): install it on the host" in run.output) == (kind == "container")
         assert ("isolation: affinity; nothing is shielded then" in run.output) == (what in ("shield", "cpuset"))

@@ -457,6 +457,17 @@ def test_the_system_s_vm_is_found_read_only(tmp_path: Path, monkeypatch: pytest.
     assert caught.value.hint.startswith("virsh list --all")
 
 
+@pytest.mark.parametrize(("uid", "more"), [(0, "\nor run it as the user who will own the VM"), (1000, "")])
+def test_who_cannot_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, more: str) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    virsh_that('echo "error: failed to connect to the hypervisor" >&2; exit 1', tmp_path)
+    with pytest.raises(LauncherError) as caught:
+        virsh.command_line(b"<domain/>")
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("virsh then starts what it needs for you" + more)
+
+
 def test_xml_reaches_virsh_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     virsh_that('cat "$4"', tmp_path)

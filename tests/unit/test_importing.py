@@ -297,7 +297,10 @@ def test_daemonize_is_left_out_and_said() -> None:
     done = launch("--", QEMU, "-daemonize", "-S")
     assert cmdline.qemu_argv(read(done.stdout)) == [QEMU, "-S"]
     assert "  # Left out: -daemonize." in done.stdout
-    assert done.stderr.startswith("qemu-launcher: left out: -daemonize.")
+    assert done.stderr == (
+        "qemu-launcher: left out: -daemonize. qemu-launcher waits for its QEMU; to have the shell back: qemu-launcher "
+        "start NAME\n"
+    )
     assert done.returncode == 0
 
 

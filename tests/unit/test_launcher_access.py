@@ -4,6 +4,8 @@ import ast
 import grp
 import os
 import pwd
+import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from qemu_launcher import absence, access, identity
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import LauncherError
+from unit.reading import ROOT
 
 BUS = "org.freedesktop.DBus.Error."
 DENIED = f"{BUS}AccessDenied"
@@ -139,8 +142,16 @@ def host(root: Path, **files: str) -> Path:
 def test_host_without_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("container", raising=False)
     assert absence.remedy(host(tmp_path)) == absence.HOW_TO_INSTALL
-    for words in ("sudo apt install qemu-launcher", "on other distributions: sudo make install", "polkit"):
+    for words in ("sudo apt install ./build/qemu-launcher", "on other distributions: sudo make install", "polkit"):
         assert words in absence.HOW_TO_INSTALL
+
+
+def test_hint_names_the_package_that_make_deb_builds() -> None:
+    built = subprocess.run(
+        ["make", "-s", "--no-print-directory", "deb-path"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    pattern = absence.HOW_TO_INSTALL.splitlines()[0].partition("sudo apt install ./")[2]
+    assert fnmatch(built, pattern)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def _remarked(option: Option) -> Option:
     if name == "daemonize" and option.value is not None:
         raise _no_option(option.given[1])
     if name == "daemonize":
-        why = f"{PROGRAM} waits for its QEMU; to have the shell back, run it in the background"
-        return option._replace(comments=(f"Left out: -daemonize. {why}.",), left_out=True)
+        why = f"{PROGRAM} waits for its QEMU; to have the shell back: {PROGRAM} start NAME"
+        return option._replace(comments=(f"Left out: -daemonize. {why}",), left_out=True)
     remark = _REMARKS.get(name)
     if name in FLAGS and option.value is not None:
         remark = "QEMU takes this for two things: the option, and a disk image. Better: - hda: IMAGE"

@@ -11,9 +11,10 @@ from ..errors import LauncherError
 
 SYSTEM = "qemu:///system"
 _URIS = ("LIBVIRT_DEFAULT_URI", "VIRSH_DEFAULT_CONNECT_URI")
+_NO_CONNECTION = "failed to connect to the hypervisor"
 _HINTS = (
     (
-        "failed to connect to the hypervisor",
+        _NO_CONNECTION,
         "on Debian, install libvirt-daemon and libvirt-daemon-driver-qemu: virsh then starts what it needs for you",
     ),
     ("failed to get domain", "virsh list --all names yours, virsh -c qemu:///system list --all those of the system"),
@@ -74,4 +75,6 @@ def _virsh(words: Sequence[str], pass_fds: Sequence[int] = ()) -> str:
     lines = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
     message = ": ".join(lines) or said.strip() or f"it ended with status {done.returncode}"
     hint = next((hint for part, hint in _HINTS if part in said), OTHER_HINT)
+    if _NO_CONNECTION in said and os.geteuid() == 0:  # for root virsh starts nothing
+        hint += "\nor run it as the user who will own the VM"
     raise LauncherError(f"virsh: {message}", hint)
