@@ -174,11 +174,16 @@ def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOptio
 
 def _option(item: Node) -> QemuOption:
     if isinstance(item, Scalar):
-        return QemuOption(yamlnode.string(item, "an option"), None, item.mark)
+        text = yamlnode.string(item, "an option")
+        if not is_name(text):
+            fail(item, *_no_name(text))
+        return QemuOption(text, None, item.mark)
     if not isinstance(item, Map):
         fail(item, f"an option must be a flag or name: value, not {describe(item)}")
     key, value = _single(item, "an option")
     name = yamlnode.string(key, "an option's name")
+    if not is_name(name):
+        fail(key, *_no_name(name, is_key=True))
     if isinstance(value, Scalar):
         return QemuOption(name, yamlnode.verbatim(value, f"the value of {name}"), key.mark)
     if isinstance(value, Map):
@@ -190,6 +195,29 @@ def _option(item: Node) -> QemuOption:
     if not value.items:
         fail(value, f"the value of {name} is an empty list", f"for an option without a value write just: - {name}")
     return QemuOption(name, tuple(_element(element, name) for element in value.items), key.mark)
+
+
+def is_name(text: str) -> bool:
+    """Whether QEMU may have an option of this name: no white space; of two hyphens in front it overlooks one."""
+    return text.removeprefix("-")[:1] not in ("", "-") and text.split() == [text]
+
+
+def _no_name(text: str, *, is_key: bool = False) -> tuple[str, str | None]:
+    """Message and hint: mostly a command line's habits. `is_key`: a value stands behind it already."""
+    name, *words = text.lstrip("-").split() or [""]
+    if text.split() == [text]:
+        hint = f"write it without hyphens: {shortened(name)}" if name else None
+        return f"no option's name begins with hyphens: {shortened(text)!r}", hint
+    what, rest = f"an option's name has no space: {shortened(text)!r}", shortened(" ".join(words))
+    if not words:
+        return what, f"write - {name}" if name else None
+    if is_key:
+        return what, f"write - {name}: [{rest}: VALUE, ...]"
+    if any(word.startswith("-") and word[1:2].isalpha() for word in words):
+        return what, f"each option has a line and a dash of its own: - {name}"
+    if rest[0] in "{[&*!|>%@`" or ": " in rest or " #" in rest:  # not text to YAML as it stands
+        rest = "'" + rest.replace("'", "''") + "'"
+    return what, f"write - {name}: {rest}"
 
 
 def _element(node: Node, option: str) -> str | Property:

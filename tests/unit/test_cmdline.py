@@ -61,12 +61,40 @@ def test_argv(items: str, expected: list[str]) -> None:
         ("- a: [b: {c: d}]", "3:10: a: b must be a single value, not a map"),
         ("- a: [{b: 1, c: 2}]", "3:14: an element of a is one name: value, not 2 of them\n"
          "    begin each with a dash of its own"),
+        ("- --nographic", "3:3: no option's name begins with hyphens: '--nographic'\n"
+         "    write it without hyphens: nographic"),
+        ("- --m: 64M", "3:3: no option's name begins with hyphens: '--m'\n    write it without hyphens: m"),
+        ("- '--'", "3:3: no option's name begins with hyphens: '--'"),
+        ("- '-'", "3:3: no option's name begins with hyphens: '-'"),
+        ("- drive file: x", "3:3: an option's name has no space: 'drive file'\n    write - drive: [file: VALUE, ...]"),
+        ("- nographic -m 64M", "3:3: an option's name has no space: 'nographic -m 64M'\n"
+         "    each option has a line and a dash of its own: - nographic"),
+        ('- "nographic "', "3:3: an option's name has no space: 'nographic '\n    write - nographic"),
+        ("- ' '", "3:3: an option's name has no space: ' '"),
         ("- a: [3: b]", "3:7: a name in a must be text, not the number 3\n    write it in quotes: \"3\""),
         ("- a: [~: b]", "3:7: a name in a must be text, not nothing (null)"),
     ],
 )  # fmt: skip
 def test_refused_options(items: str, message: str) -> None:
     assert refusal(f"launcher: {{binary: q}}\nqemu:\n{items}\n") == message
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("m 64M", ["-m", "64M"]),
+        ("-m 64M", ["-m", "64M"]),
+        ("--m  64M", ["-m", "64M"]),
+        ("drive file=a.img,if=virtio", ["-drive", "file=a.img,if=virtio"]),
+        ('append "console=ttyS0 quiet"', ["-append", "console=ttyS0 quiet"]),
+        ('device {"driver":"e1000"}', ["-device", '{"driver":"e1000"}']),
+    ],
+)
+def test_hint_for_a_missing_colon_is_right(item: str, expected: list[str]) -> None:
+    shown = refusal(f"launcher: {{binary: q}}\nqemu:\n- {item}\n")
+    message, hint = shown.splitlines()
+    assert message == f"3:3: an option's name has no space: {item!r}"
+    assert argv(hint.partition("write ")[2]) == expected
 
 
 def test_the_binary_comes_first() -> None:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from qemu_launcher import cmdline, definition, keys, yamlnode
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, Mark, printable, render
-from qemu_launcher.options import Property, QemuOption
+from qemu_launcher.options import Property, QemuOption, is_name
 from unit.reading import read
 
 # No deadlines: the machines that run this are slow and shared.
@@ -156,7 +156,10 @@ TEXT = st.text(st.characters(blacklist_categories=["Cc", "Cs", "Cn", "Co"], blac
 NAME = TEXT.filter(bool)
 ELEMENT = TEXT | st.builds(Property, NAME, TEXT)
 OPTION = st.builds(
-    QemuOption, NAME, st.none() | TEXT | st.lists(ELEMENT, min_size=1, max_size=4).map(tuple), st.just(HERE)
+    QemuOption,
+    NAME.filter(is_name),
+    st.none() | TEXT | st.lists(ELEMENT, min_size=1, max_size=4).map(tuple),
+    st.just(HERE),
 )
 
 

@@ -16,7 +16,7 @@ from ..definition import VmDefinition
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import VM_NAME
-from ..options import QemuOption, has_mem_lock, has_vfio, smp_numbers, vcpu_limit
+from ..options import QemuOption, has_mem_lock, has_vfio, is_name, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
@@ -61,6 +61,8 @@ def options_of(words: Sequence[str]) -> list[Option]:
         if not _looks_like_option(words[position]):
             raise _no_option(words[position])
         name, following = words[position][1:], words[position + 1 : position + 3]
+        if not is_name(name):
+            raise _no_name(words[position])
         if len(name) > LONGEST_KEY:
             raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
         takes = _takes_value(name.removeprefix("-"), following)
@@ -82,6 +84,8 @@ def _takes_value(name: str, following: Sequence[str]) -> bool:
     """
     if not following or not _looks_like_option(following[0]):
         return bool(following)
+    if not is_name(following[0][1:]):
+        return name not in FLAGS
     return name in TAKE_VALUE and (len(following) == 1 or _looks_like_option(following[1]))
 
 
@@ -92,6 +96,13 @@ def _no_option(word: str) -> UsageError:
         f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image, which no definition can",
         f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
     )
+
+
+def _no_name(word: str) -> UsageError:
+    if len(word.split()) > 1:
+        what = f"{shortened(word)!r} is one word here, and no option of QEMU's has a space in it"
+        return UsageError(what, "leave out the quotes around option and value")
+    return UsageError(f"{shortened(word)!r} is no option of QEMU's")
 
 
 def _is_qemu(word: str) -> bool:
