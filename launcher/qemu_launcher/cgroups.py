@@ -6,6 +6,7 @@ legacy hierarchy, where systemd has one of its own, and the cpusets are in anoth
 makes the group of a VM, in cgroup v2, and calls it as systemd would: scope means that as well.
 """
 
+import glob
 import os
 import re
 import signal
@@ -26,24 +27,26 @@ _VALID = {"isolated", "root", "pool", "cpuset-v1"}
 _BESIDE = ("unified", "systemd")
 # The helper's cpusets of v1, one for each list of CPUs.
 _V1 = "qemu-launcher"
-# Where the helper makes scopes: in the user's slice; with a pool, as user.slice then leaves the CPUs, in one beside it.
-# Without systemd, at the top, or in the user's slice where elogind makes one.
-_SLICES = ("user.slice/user-{}.slice/**", "qemu.slice/qemu-{}.slice", ".")
+# Where the helper makes scopes: in the user's slice, or that of a service (`services` of qemu-launcher-helper.toml(5));
+# with a pool, as user.slice then leaves the CPUs, in one beside it. Without systemd, at the top, or in the user's slice
+# where elogind makes one. Always right below: what else is in there is none of ours, and comes and goes all the time.
+_SLICES = ("user.slice/user-{}.slice", "system.slice", "qemu.slice/qemu-{}.slice", ".")
 _SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
 
 
 def scopes(uid: int) -> Iterator[tuple[str, Path]]:
     """(VM name, directory) of every scope that the helper has made for a VM of this user."""
     for pattern in _SLICES:
-        for directory in _units().glob(f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
+        for directory in _glob(_units(), f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
             found = _SCOPE.fullmatch(directory.name)
             if found is not None:
                 yield found[2], directory
 
 
 def has_scope(uid: int, vm: str) -> bool:
-    """Whether a VM of that user may have a scope: also where there is no tree to look into."""
-    return not (ROOT / "cgroup.controllers").exists() or any(name == vm for name, _ in scopes(uid))
+    """Whether a VM of that user may have a scope: also where there is no tree with scopes to look into."""
+    is_seen = _units() != ROOT or (ROOT / "cgroup.controllers").exists()
+    return not is_seen or any(name == vm for name, _ in scopes(uid))
 
 
 def members(scope: Path) -> list[int]:
@@ -85,7 +88,7 @@ def scope_of(pid: int) -> Path | None:
 
 
 def shield_of(pid: int, tid: int) -> str | None:
-    """State of the shield of ours that it is in, one of _VALID, or such as `isolated invalid (why)`; or None."""
+    """State of the shield of ours that it is in, such as `isolated`, or `isolated invalid (why)`; or None."""
     path = start = _path(f"{pid}/task/{tid}/cgroup")
     while _SCOPE.search(path):
         state = _read(_units() / path.lstrip("/") / "cpuset.cpus.partition").strip()
@@ -99,6 +102,11 @@ def shield_of(pid: int, tid: int) -> str | None:
     return None if shielded is None else _v1_of(shielded[1])
 
 
+def holds(shield: str | None) -> bool:
+    """Whether a state that `shield_of` has told is that of a shield that works."""
+    return shield in _VALID
+
+
 def _pool_of(scope: Path) -> str:
     """Whether everybody else leaves the CPUs of this VM.
 
@@ -107,7 +115,7 @@ def _pool_of(scope: Path) -> str:
     cpus = _cpus(scope / "vcpus/cpuset.cpus")
     if gone := cpus - _cpus(scope / "vcpus/cpuset.cpus.effective"):
         return f"pool invalid (CPUs {format_cpulist(gone)} are offline or taken)"
-    for group in [*ROOT.glob("*/"), *ROOT.glob("qemu.slice/*/*.scope")]:
+    for group in [*_glob(ROOT, "*/"), *_glob(ROOT, "qemu.slice/*/*.scope")]:
         if group in (ROOT / "qemu.slice", scope) or "populated 0" in _read(group / "cgroup.events").splitlines():
             continue
         if shared := cpus & _cpus(group / "cpuset.cpus.effective"):
@@ -123,7 +131,7 @@ def _v1_of(cpulist: str) -> str:
     root, cpus = Path(mount[1] if mount else "/nowhere"), parse_cpulist(cpulist)
     if gone := cpus - _cpus(root / _V1 / cpulist / "cpuset.cpus"):
         return f"cpuset-v1 invalid (CPUs {format_cpulist(gone)} are offline or taken)"
-    for group in [root / _V1 / "pool", *root.glob("*/")]:
+    for group in [root / _V1 / "pool", *_glob(root, "*/")]:
         if group != root / _V1 and (shared := cpus & _cpus(group / "cpuset.cpus")):
             return f"cpuset-v1 invalid ({group.name} may use CPUs {format_cpulist(shared)})"
     return "cpuset-v1"
@@ -141,9 +149,9 @@ def _units() -> Path:
     return beside[0] if beside else ROOT
 
 
-def is_shielded(pid: int, tid: int) -> bool:
-    """Whether the thread is in a shield of ours that holds."""
-    return shield_of(pid, tid) in _VALID
+def _glob(root: Path, pattern: str) -> list[Path]:
+    """What matches. Groups vanish at any moment: pathlib's glob then raises (Python 3.11), and hides all the others."""
+    return [root / name for name in glob.glob(pattern, root_dir=root)]  # noqa: PTH207 (see above)
 
 
 def _cpus(path: Path) -> frozenset[int]:

@@ -16,6 +16,7 @@ no socket behind.
 
 import contextlib
 import fcntl
+import glob
 import os
 import re
 import socket
@@ -280,7 +281,8 @@ def _in_directories() -> Iterator[Found]:
     for place in places.candidates():
         if not places.is_ours_alone(place):
             continue
-        for lock in sorted(place.glob("*.lock")):
+        # pathlib's glob fails when the place goes with its login meanwhile (Python 3.11).
+        for lock in sorted(place / name for name in glob.glob("*.lock", root_dir=place)):  # noqa: PTH207
             if not re.fullmatch(_NAME, lock.stem):
                 continue
             with contextlib.suppress(OSError):

@@ -238,12 +238,13 @@ def _memory(pid: int) -> Memory:
 
 
 def _vcpu(pid: int, index: int, tid: int) -> Vcpu:
+    shield = cgroups.shield_of(pid, tid)
     return Vcpu(
         index=index,
         tid=tid,
         cpus=procfs.allowed_cpus(pid, tid) or frozenset(),
-        shielded=cgroups.is_shielded(pid, tid),
-        shield=cgroups.shield_of(pid, tid),
+        shielded=cgroups.holds(shield),
+        shield=shield,
         scheduling=procfs.scheduling(tid),
     )
 

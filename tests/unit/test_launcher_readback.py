@@ -1,6 +1,7 @@
 """What the launcher sees for itself: threads of this very process, and a cgroup tree made of files."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -182,15 +183,15 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_vcpu_in_a_partition_is_shielded_and_an_emulator_thread_is_not(tree: Path) -> None:
-    assert cgroups.is_shielded(50, 51)
-    assert not cgroups.is_shielded(50, 50)
+    assert cgroups.holds(cgroups.shield_of(50, 51))
+    assert not cgroups.holds(cgroups.shield_of(50, 50))
     assert cgroups.shield_of(50, 51) == "isolated"
     assert cgroups.shield_of(50, 50) is None
 
 
 def test_invalid_partition_shields_nobody_and_says_why(tree: Path) -> None:
     (tree / "vcpus" / "cpuset.cpus.partition").write_text("isolated invalid (Cpu list in cpuset.cpus not exclusive)\n")
-    assert not cgroups.is_shielded(50, 51)
+    assert not cgroups.holds(cgroups.shield_of(50, 51))
     assert cgroups.shield_of(50, 51) == "isolated invalid (Cpu list in cpuset.cpus not exclusive)"
 
 
@@ -228,6 +229,65 @@ def test_what_is_left_in_a_scope_is_ended(tree: Path) -> None:
             left.kill()
             elsewhere.kill()
     cgroups.end_members(tree / "gone")
+
+
+def test_the_scope_of_a_vm_that_a_system_service_has_started(tree: Path) -> None:
+    """`services` of qemu-launcher-helper.toml(5): it stays in system.slice."""
+    root = tree.parents[2]
+    scope = root / "system.slice/qemu-launcher-1000-old.scope"
+    scope.mkdir(parents=True)
+    assert list(cgroups.scopes(1000)) == [("win11", tree), ("old", scope)]
+    assert cgroups.has_scope(1000, "old")
+
+
+def test_only_what_is_right_below_the_slice_is_a_scope_of_ours(tree: Path) -> None:
+    """The helper makes none deeper, where users may make groups of any name."""
+    (tree.parent / "user@1000.service/app.slice/qemu-launcher-1000-old.scope").mkdir(parents=True)
+    assert list(cgroups.scopes(1000)) == [("win11", tree)]
+
+
+def test_a_group_that_vanishes_while_it_is_looked_for(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slice that was listed a moment ago: nothing is in it, and what is elsewhere is found all the same."""
+    root = tree.parents[2]
+    slices = [root / f"qemu.slice/qemu-{uid}.slice" for uid in (1000, 1001, 1002)]
+    for one in slices:
+        (one / "qemu-launcher-1000-old.scope").mkdir(parents=True)
+        (one / "qemu-launcher-1000-old.scope/cpuset.cpus.effective").write_text("4\n")
+    scope, really = root / "elsewhere.scope", os.scandir
+    (scope / "vcpus").mkdir(parents=True)
+    for name in ("cpuset.cpus", "cpuset.cpus.effective"):
+        (scope / "vcpus" / name).write_text("4\n")
+
+    def scandir(place: Any) -> Any:
+        for name in ("user.slice/user-1000.slice", "qemu.slice/qemu-1001.slice"):
+            if place == os.fspath(root / name):  # not a descriptor, as rmtree uses it
+                shutil.rmtree(place)
+        return really(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(cgroups.scopes(1000)) == [("old", slices[0] / "qemu-launcher-1000-old.scope")]
+    assert not tree.exists()
+    assert cgroups._pool_of(scope) == "pool invalid (qemu-launcher-1000-old.scope may use CPUs 4)"
+    assert not slices[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "seen"),
+    [
+        ((), False),  # no hierarchy that could have scopes, as in a container
+        (("cgroup.controllers",), True),
+        (("unified/cgroup.controllers",), True),
+        (("systemd/user.slice/",), True),
+    ],
+)
+def test_a_scope_may_be_where_there_is_nothing_to_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: tuple[str, ...], seen: bool
+) -> None:
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    for name in make:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    assert cgroups.has_scope(1000, "win11") is not seen
 
 
 def test_a_scope_at_the_top_without_systemd(tree: Path) -> None:
@@ -275,7 +335,7 @@ def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> N
     inside = f"/{scope.relative_to(root)}/vcpus/71"
     (place / "cgroup").write_text(f"0::{inside}\n")
     assert cgroups.shield_of(70, 71) == "pool"
-    assert cgroups.is_shielded(70, 71)
+    assert cgroups.holds(cgroups.shield_of(70, 71))
     assert list(cgroups.scopes(1000)) == [("win11", tree), ("old", scope)]
 
     write(root / "dev-mqueue.mount", "0-7")
@@ -285,7 +345,7 @@ def test_pool_shields_as_long_as_everybody_else_leaves_the_cpus(tree: Path) -> N
     write(root / "system.slice", "0-4")
     (root / "system.slice/cgroup.events").write_text("populated 1\nfrozen 0\n")
     assert cgroups.shield_of(70, 71) == "pool invalid (system.slice may use CPUs 4)"
-    assert not cgroups.is_shielded(70, 71)
+    assert not cgroups.holds(cgroups.shield_of(70, 71))
     write(root / "system.slice", "0-3")
     write(scope.with_name("qemu-launcher-1000-other.scope"), "5-7")
     assert cgroups.shield_of(70, 71) == "pool invalid (qemu-launcher-1000-other.scope may use CPUs 5)"
@@ -315,7 +375,7 @@ def test_v1_shields_as_long_as_every_other_cpuset_leaves_the_cpus(tree: Path) ->
         write(proc / path / "cgroup", f"12:cpuset:/qemu-launcher/4\n1:name=systemd:/{scope.relative_to(units)}\n0::/")
     write(proc / "70/task/71/cpuset", "/qemu-launcher/4")
     assert cgroups.shield_of(70, 71) == "cpuset-v1"
-    assert cgroups.is_shielded(70, 71)
+    assert cgroups.holds(cgroups.shield_of(70, 71))
     assert cgroups.scope_of(70) == scope
     assert list(cgroups.scopes(1000)) == [("old", scope)]
     assert cgroups.is_populated(scope)
