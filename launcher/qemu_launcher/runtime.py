@@ -331,9 +331,10 @@ def _open_in_processes(name: str | None = None) -> Iterator[tuple[int, Path]]:
             if process.stat().st_uid != uid:
                 continue
             for link in (process / "fd").iterdir():
-                found = _LOCK_LINK.search(os.fspath(link.readlink()))
-                if found and name in (None, found[1]):
-                    yield int(process.name), link
+                with contextlib.suppress(OSError):  # it may have closed this one since; the lock is perhaps yet to come
+                    found = _LOCK_LINK.search(os.fspath(link.readlink()))
+                    if found and name in (None, found[1]):
+                        yield int(process.name), link
 
 
 def _in_scopes() -> Iterator[Found]:

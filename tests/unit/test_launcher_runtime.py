@@ -207,6 +207,26 @@ def test_vm_without_its_directory_is_found_by_its_open_file(place: Path, holder:
         pass
 
 
+def test_vm_is_found_by_its_open_file_though_it_closes_others_meanwhile(
+    place: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU opens and closes files all the time: one that was listed and is gone hides none of the rest."""
+    written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
+    (place / f"{NAME}.lock").unlink()
+    closed, really, looked = Path(f"/proc/{holder.pid}/fd/0"), Path.readlink, []
+
+    def readlink(path: Path) -> Path:
+        looked.append(path)
+        if path == closed:
+            raise FileNotFoundError(path)
+        return really(path)
+
+    monkeypatch.setattr(Path, "readlink", readlink)
+    with pytest.raises(AlreadyRunning, match=f"PID {holder.pid}"), runtime.claimed(NAME, DEFINITION):
+        pass
+    assert closed in looked
+
+
 def test_vm_of_another_runtime_directory_has_its_socket_there(
     place: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
