@@ -140,13 +140,15 @@ class Shutdown:
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 state = await self._qmp.execute("query-status")
-                if isinstance(state, dict) and state.get("status") in NOT_STARTED:
-                    await self._quit()  # a power button that nobody can hear would be waited for without end
-                    return
-                await self._qmp.execute("system_powerdown")
+                has_started = not (isinstance(state, dict) and state.get("status") in NOT_STARTED)
+                if has_started:
+                    await self._qmp.execute("system_powerdown")
         except (QmpError, TimeoutError) as err:
-            self._voice.say(f"the guest cannot be asked to power down: {err or 'QEMU does not answer'}")
+            self._voice.say(f"the guest cannot be asked to power down: {str(err) or 'QEMU does not answer'}")
         else:
+            if not has_started:
+                await self._quit()  # a power button that nobody can hear would be waited for without end
+                return
             limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
             cut = "Ctrl-C again cuts the power"
             if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
