@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except LauncherError as err:
-        _complain(render(err))
+        stdout.tell(render(err))
         return err.exit_status
     except BrokenPipeError:
         stdout.abandon(sys.stdout)
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return SIGNAL_BASE + SIGINT
     except OSError as err:
-        _complain(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
+        stdout.tell(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
         stdout.abandon(sys.stdout)
         return 1
     return status
@@ -80,9 +80,7 @@ def _command(arguments: cli.Command) -> int:
     name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
     vm = definition.load(path, name)
     if arguments.json:
-        import json  # noqa: PLC0415
-
-        stdout.say(json.dumps(cmdline.qemu_argv(vm), ensure_ascii=False) + "\n")
+        stdout.say_json(cmdline.qemu_argv(vm))
     else:
         stdout.say(cmdline.shell_command(vm, wrapped=sys.stdout is not None and sys.stdout.isatty()) + "\n")
     return 0
@@ -205,16 +203,6 @@ def _administer(arguments: cli.Status | cli.Limits | cli.Release) -> int:
             return administration.release(locate.vm_name(arguments.vm), arguments.owner)
         case cli.Status():
             return administration.show_all_users(as_json=arguments.json)
-
-
-def _complain(text: str) -> None:
-    if sys.stderr is None:
-        return
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:  # nobody is left who could be told
-        stdout.abandon(sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, places, runtime, starter, unseen
+from . import access, cmdline, control, definition, locate, places, runtime, starter, stdout, unseen
 from .definition import VmDefinition
 from .errors import LauncherError
 from .voice import Voice
@@ -240,7 +240,7 @@ class _Talk:
                 message = json.loads(line)
                 if "say" in message:
                     said.append(message["say"])
-                    _tell(message["say"])
+                    stdout.tell(message["say"])
                 elif "running" in message:
                     return None
                 else:
@@ -282,9 +282,3 @@ class _Talk:
             return self._connection.recv(1 << 16)
         except ConnectionResetError:
             return b""
-
-
-def _tell(text: str) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(text)
-        sys.stderr.flush()

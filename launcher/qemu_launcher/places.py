@@ -81,6 +81,7 @@ def listening(name: str) -> Iterator[tuple[socket.socket, Path]]:
     path = made(candidates()) / name
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
+            path.unlink(missing_ok=True)  # of one that was killed, and had the name that we have now
             with short_path(path) as short:
                 listener.bind(short)
             listener.listen(1)

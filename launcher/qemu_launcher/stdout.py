@@ -1,6 +1,7 @@
 """What the subcommands print, on a standard output that may be closed, full, or read by nobody any more.
 
-A text that cannot be written is a LauncherError, or BrokenPipeError when its reader has left; never a traceback.
+A text that cannot be written is a LauncherError, or BrokenPipeError when its reader has left; never a traceback. Not so
+on standard error: nobody is left who could be told.
 """
 
 import os
@@ -44,6 +45,17 @@ def confirm(text: str) -> None:
         return
     except BrokenPipeError:
         abandon(sys.stdout)
+
+
+def tell(text: str) -> None:
+    """Write to stderr, whether anybody reads it or not."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        abandon(sys.stderr)
 
 
 def abandon(stream: TextIO | None) -> None:

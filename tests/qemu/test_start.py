@@ -285,6 +285,20 @@ def test_end_of_a_start_that_waits_is_the_end_of_the_vm(world: World, end: signa
     wait_gone(qemu)
 
 
+def test_vm_is_started_though_nobody_reads_what_is_said(world: World) -> None:
+    """`qemu-launcher start win11 |& head -1`: it is the launcher that decides whether there is a VM."""
+    world.home.define()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as unread:
+        command = world.home.command("start", VM)
+        done = subprocess.run(
+            command, env=world.home.environment, stdin=subprocess.DEVNULL, stderr=unread, check=False, timeout=PATIENCE
+        )
+    assert done.returncode == 0
+    assert is_alive(world.qemu())
+
+
 def test_launcher_that_is_killed_while_it_starts(world: World) -> None:
     here, _go = held_binary(world.home)
     world.home.define(binary=str(world.home.configuration / "held-qemu"))

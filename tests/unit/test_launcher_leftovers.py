@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import procfs, runtime
+from qemu_launcher import places, procfs, runtime
 from qemu_launcher.errors import LauncherError
 from qemu_launcher.procfs import Process
 from qemu_launcher.record import RUNNING, STARTING, Record
@@ -163,3 +163,25 @@ def test_fifo_that_somebody_has_open_is_not_waited_for(place: Path) -> None:
         assert done.returncode == 0
     finally:
         os.close(reader)
+
+
+def test_socket_that_a_killed_start_has_left_makes_room(place: Path) -> None:
+    """It has the PID of a `start` in its name, and PIDs come again."""
+    name = f"{NAME}.4711.start"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(place / name))
+    with places.listening(name) as (listener, path), socket.socket(socket.AF_UNIX) as client:
+        assert path == place / name
+        client.connect(str(path))
+        listener.accept()[0].close()
+    assert list(place.iterdir()) == []
+
+
+def test_what_is_no_socket_in_its_place_is_named(place: Path) -> None:
+    name = f"{NAME}.4711.start"
+    (place / name).mkdir()
+    with (
+        pytest.raises(LauncherError, match=rf"/{re.escape(name)}: a directory is in its place"),
+        places.listening(name),
+    ):
+        pass
