@@ -8,7 +8,6 @@ refuses is told as it says it. Nothing is left behind: no connection, no agent o
 """
 
 import asyncio
-import json
 import os
 import pwd
 from collections.abc import Awaitable, Callable
@@ -33,7 +32,7 @@ def show_limits(owner: str | None, *, as_json: bool) -> int:
     found = asyncio.run(_asked(lambda helper: helper.get_limits(uid)))
     origins = limits.origins(found, limits.file_of(found))
     if as_json:
-        stdout.say(json.dumps(_limits_as_json(uid, name, found, origins), ensure_ascii=False, indent=2) + "\n")
+        stdout.say_json(_limits_as_json(uid, name, found, origins), indent=2)
         return 0
     title, rows, facts = limits_table(name, found, origins)
     if (page := table.page_for_stdout()) is not None:

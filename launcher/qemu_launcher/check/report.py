@@ -8,7 +8,6 @@ Exit status 2 when an error was found, else 0.
 """
 
 import asyncio
-import json
 import os
 import re
 import resource
@@ -308,4 +307,4 @@ def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) ->
     # printable: a file's name may be no text.
     items = [one._replace(text=printable(one.text), fix=one.fix and printable(one.fix))._asdict() for one in found]
     whole = {**begin, "system": facts, "findings": items}
-    stdout.say(json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
+    stdout.say_json(whole, indent=2)
