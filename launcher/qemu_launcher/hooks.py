@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import unexpanded
 from .definition import HookCommand, VmDefinition
 from .errors import HookFailed
 from .patience import patiently
@@ -140,7 +141,9 @@ def _not_started(key: str, command: HookCommand, err: OSError, env: dict[str, st
     program = command.argv[0]
     message = f"{command.mark}: {key}: cannot start {program!r}: {err.strerror}"
     if err.filename is not None and os.fspath(err.filename) != program:
-        return HookFailed(f"{message}: {os.fspath(err.filename)!r}", "see working_directory")
+        folder = os.fspath(err.filename)
+        hint = unexpanded.HINT if unexpanded.is_in(folder) else "see working_directory"
+        return HookFailed(f"{message}: {folder!r}", hint)
     if isinstance(err, FileNotFoundError) and "/" not in program:
         return HookFailed(message, f"install it, or give its whole path; PATH is {':'.join(os.get_exec_path(env))}")
-    return HookFailed(message)
+    return HookFailed(message, unexpanded.HINT if unexpanded.is_in(program) else None)

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from . import procfs
+from . import procfs, unexpanded
 from .errors import QemuFailed
 from .procfs import Process
 
@@ -134,9 +134,11 @@ class Qemu:
         if not self._reported:
             return None
         stage, number = self._reported[:1], int(self._reported[1:])
-        where = f" {str(self.command.working_directory)!r}" if stage == b"c" else ""
+        path = str(self.command.working_directory) if stage == b"c" else self.command.argv[0]
+        where = f" {path!r}" if stage == b"c" else ""
         return QemuFailed(
             f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {os.strerror(number)}",
+            unexpanded.HINT if unexpanded.is_in(path) else None,
             argv=self.command.argv,
         )
 

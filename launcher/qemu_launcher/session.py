@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune
+from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
 from .awake import Awake
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
@@ -336,6 +336,8 @@ def _early_end(start: _Start) -> int:
         f"its command line: {shlex.join(qemu.command.argv)}\n"
         f"without the launcher's own part, to be run by hand: qemu-launcher command {start.spelled.vm}"
     )
+    if unexpanded.is_among(qemu.command.argv):
+        hint = f"{unexpanded.HINT}\n{hint}"
     if suspicion is not None:
         hint = tune.with_way_out(f"{suspicion}\n{hint}", start.spelled)
     error = QemuFailed(

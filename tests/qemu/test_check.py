@@ -237,7 +237,12 @@ def test_several_things_at_once(home: Home, bus: PrivateBus, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("binary", "text"), [("qemu-system-none", "is in no folder of PATH"), ("./qemu", "cannot start")]
+    ("binary", "text"),
+    [
+        ("qemu-system-none", "is in no folder of PATH"),
+        ("./qemu", "cannot start"),
+        ("~/qemu", "~ and $HOME are the shell's; write the whole path"),
+    ],
 )
 def test_no_binary(home: Home, bus: PrivateBus, binary: str, text: str) -> None:
     home.define(binary=binary)
@@ -245,6 +250,16 @@ def test_no_binary(home: Home, bus: PrivateBus, binary: str, text: str) -> None:
     assert status == 2
     assert any(text in line for line in lines)
     assert "QEMU        not found" in lines
+
+
+def test_path_for_a_shell(home: Home, bus: PrivateBus) -> None:
+    """Nor can before_start have made it: it will not make a folder of that name."""
+    home.define(working_directory="~/vms", before_start=[["true"]], qemu=({"hda": "$HOME/disk.img"},))
+    status, lines = check(home, bus)
+    assert status == 2
+    hint = "         ~ and $HOME are the shell's; write the whole path"
+    assert lines[lines.index(hint) - 1].endswith("~/vms (working_directory)")
+    assert any(line.startswith("error ") and "$HOME/disk.img" in line for line in lines)
 
 
 def test_binary_that_is_no_qemu(home: Home, bus: PrivateBus) -> None:

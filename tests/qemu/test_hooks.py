@@ -98,6 +98,10 @@ def test_first_that_fails_is_the_last(home: Home, tmp_path: Path) -> None:
     ("command", "message"),
     [
         (["no-such-program"], "cannot start 'no-such-program': No such file or directory\n    install it, or give its"),
+        (
+            ["~/x"],
+            "cannot start '~/x': No such file or directory\n    ~ and $HOME are the shell's; ",
+        ),
         (["/etc/passwd"], "cannot start '/etc/passwd': Permission denied\n"),
         (shell("kill -9 $$"), "'sh' ended by signal 9 (SIGKILL)\n"),
     ],

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -280,6 +281,22 @@ def test_binary_that_is_not_in_path(home: Home) -> None:
     run = home.start()
     assert run.end() == 1
     assert "cannot start 'qemu-system-nowhere': it is in no folder of PATH (/usr/bin:/nowhere)" in run.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"binary": "~/qemu"}, "cannot start '~/qemu': could not execute it: No such file or directory"),
+        ({"working_directory": "$HOME/vms"}, "could not enter its working directory '$HOME/vms': No such file"),
+        ({"qemu": ({"drive": ["file=~/disk.img"]},)}, "QEMU ended with exit status 1 before the guest ran"),
+    ],
+)
+def test_path_for_a_shell(home: Home, wrong: dict[str, Any], message: str) -> None:
+    home.define(**wrong)
+    run = home.start()
+    assert run.end() == 1
+    assert message in run.output
+    assert run.output.count("    ~ and $HOME are the shell's; write the whole path\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,16 @@ def test_missing(host: OtherHost) -> None:
 
 def test_missing_with_its_folder(host: OtherHost) -> None:
     fix = the_only(images(host, Image("/var/lib/machines/a/b.raw", "drive", writable=True)))[2]
-    assert fix == "there is /var/lib, and nothing below it on this way"
+    assert fix == "/var/lib exists, /var/lib/machines does not"
+
+
+@pytest.mark.parametrize("path", ["~/vms/disk.img", "~alice/disk.img", "$HOME/disk.img", "${HOME}/disk.img"])
+def test_path_for_a_shell(host: OtherHost, path: str) -> None:
+    severity, text, fix = the_only(images(host, Image(path, "drive", writable=True)))
+    assert (severity, text) == ("error", f"there is no /var/lib/vms/{path} (-drive)")
+    assert fix == "~ and $HOME are the shell's; write the whole path"
+    host.write(f"/var/lib/vms/{path}")
+    assert images(host, Image(path, "drive", writable=True))[0].severity == "ok"
 
 
 def test_not_ours(host: OtherHost) -> None:

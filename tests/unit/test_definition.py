@@ -170,6 +170,8 @@ NO_CPUS = "must be a number, a range or a list of these, not"
         ("env: {5: b}", "3:9: a variable's name in env must be text, not the number 5\n    write it in quotes: \"5\""),
         ("env: {'A=': b}", "3:9: a variable's name in env cannot contain '=': 'A='\n    write NAME: value"),
         ("working_directory: ''", "3:22: working_directory is empty"),
+        ("working_directory: ~", "3:22: working_directory must be text, and ~ alone is nothing (null) in YAML\n"
+         "    ~ and $HOME are the shell's; write the whole path"),
         ("working_directory: 5", "3:22: working_directory must be text, not the number 5\n"
          "    write it in quotes: \"5\""),
         ("vcpu_pinning: []", "3:17: vcpu_pinning is an empty list\n"

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .. import restrictions
+from .. import restrictions, unexpanded
 from ..definition import QemuOption, VmDefinition
 from .asked import Image
 from .finding import Finding
@@ -59,9 +59,8 @@ def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folde
             if binary(tree, program, env, folder) is None:
                 mark = next(command.mark for command in wanted if command.argv[0] == program)
                 text = f"{mark}: {key} cannot start {program!r}: it is in no folder of PATH, or not yours to execute"
-                yield Finding(
-                    "error" if severity == "error" else "warning", key, text, "install it, or correct its path"
-                )
+                fix = unexpanded.HINT if unexpanded.is_in(program) else "install it, or correct its path"
+                yield Finding("error" if severity == "error" else "warning", key, text, fix)
     if definition.before_start:
         yield Finding(
             "note", "before_start", "what before_start makes is not there yet: it is not executed for a check"
@@ -74,6 +73,7 @@ def sockets(tree: Tree, wanted: Iterable[str], folder: Path) -> Iterator[Finding
         path = str(folder / name)
         if not tree.exists(path):
             fix = "start the program that listens there (swtpm, virtiofsd) before the VM"
+            fix = unexpanded.HINT if unexpanded.is_in(name) else fix
             yield Finding("error", f"socket {name}", f"there is no socket {path} (-chardev)", fix)
         elif not tree.may(path, WRITE):
             fix = "have that program started by the same user"
@@ -89,11 +89,17 @@ def _closed_folder(tree: Tree, path: str) -> str | None:
 
 
 def _near(tree: Tree, path: str, image: Image) -> str:
-    folder = next(str(parent) for parent in Path(path).parents if tree.exists(str(parent)))
+    if unexpanded.is_in(image.path):
+        return unexpanded.HINT
+    folder, missing = "/", path
+    for folder in map(str, Path(path).parents):
+        if tree.exists(folder):
+            break
+        missing = folder
     if "OVMF" in image.path:
         return "on Debian: sudo apt install ovmf (its files are in /usr/share/OVMF)"
-    if folder != os.path.dirname(path):  # noqa: PTH120
-        return f"there is {folder}, and nothing below it on this way"
+    if missing != path:
+        return f"{folder} exists, {missing} does not"
     disks = [name for name in tree.names(folder) if name.endswith((".qcow2", ".img", ".raw", ".iso", ".fd"))]
     if disks:
         return f"{folder} has: {', '.join(disks[:5])}{', ...' if len(disks) > 5 else ''}"

@@ -14,7 +14,21 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .. import absence, access, agent, cgroups, cmdline, host, identity, plan, procfs, runtime, stdout, table
+from .. import (
+    absence,
+    access,
+    agent,
+    cgroups,
+    cmdline,
+    host,
+    identity,
+    plan,
+    procfs,
+    runtime,
+    stdout,
+    table,
+    unexpanded,
+)
 from ..definition import VmDefinition, validate_tunable
 from ..errors import LauncherError, TuningFailed, printable
 from ..patience import patiently
@@ -117,11 +131,14 @@ class _Vm:
         folder = str(self._folder)
         if not tree.is_directory(folder) or not tree.may(folder, ENTER):
             text = f"QEMU cannot run in {folder} (working_directory)"
-            yield Finding("error", "folder", text, "make it, or correct the path")
+            given = str(self._definition.working_directory or "")
+            fix = unexpanded.HINT if unexpanded.is_in(given) else "make it, or correct the path"
+            yield Finding("error", "folder", text, fix)
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
             where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
             fix = "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path"
+            fix = unexpanded.HINT if unexpanded.is_in(name) else fix
             yield Finding("error", "binary", f"cannot start {name!r}{where}", fix)
             return
         said = versions.qemu(path, self._env, self._folder if tree.is_directory(folder) else Path("/"))
@@ -226,6 +243,7 @@ class _Vm:
         """What is not there now, before_start may make: whether it does is only known when it has run."""
         for one in found:
             absent = self._definition.before_start and one.severity == "error" and one.text.startswith("there is no ")
+            absent = absent and one.fix != unexpanded.HINT  # before_start makes no folder of that name
             yield one._replace(severity="note", fix="before_start may make it") if absent else one
 
     def _mildly(self, found: Iterable[Finding]) -> Iterator[Finding]:
