@@ -392,6 +392,7 @@ def test_output_file(tmp_path: Path) -> None:
     done = launch("-o", str(path), "--", QEMU, "-S")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     before = path.read_text()
+    assert before.startswith("# Written by qemu-launcher import.\n\n")
     assert cmdline.qemu_argv(read(before)) == [QEMU, "-S"]
     done = launch("--output", str(path), "--", QEMU)
     assert done.returncode == 1
@@ -399,6 +400,23 @@ def test_output_file(tmp_path: Path) -> None:
     assert path.read_text() == before
     done = launch("-o", str(tmp_path / "no" / "x.yml"), "--", QEMU)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("foo", "a definition's file ends in .yml, and '{}' does not\n    write -o {}.yml\n"),
+        ("a b", "a definition's file ends in .yml, and '{}' does not\n    write -o '{}.yml'\n"),
+        ("my vm2.yml", "'{}' gives 'my vm2', which is no name for a VM\n    use letters, digits, - and _, beginning "),
+        (".yml", "'{}' gives '', which is no name for a VM\n"),
+    ],
+)
+def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> None:
+    for words in (("--", QEMU), ("--libvirt", "win11")):
+        done = launch("-o", f"{tmp_path}/{name}", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"qemu-launcher: {said.replace('{}', f'{tmp_path}/{name}')}")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

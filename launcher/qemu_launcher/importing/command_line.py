@@ -7,6 +7,7 @@ what a definition must not have, and that is said on stderr too.
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from .. import cmdline, definition, stdout
 from ..definition import VmDefinition
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
-from ..locate import VM_NAME
+from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, VM_NAME, vm_name
 from ..options import QemuOption, has_mem_lock, has_vfio, is_name, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
@@ -29,8 +30,9 @@ NO_MARK = Mark("", 0, 0)
 
 def import_argv(words: Sequence[str], output: str | None) -> int:
     """Print the definition for the command line `words`, or write it to the new file `output`."""
+    check_output(output)
     prefix = peel([_utf8(word) for word in words])
-    draft = draft_of(prefix)
+    draft = draft_of(prefix, is_saved=output is not None)
     # Of the words as they were given, not as we have read them: this is what the check is worth.
     text = written(draft, [word for option in draft.options if not option.left_out for word in option.given])
     for option in draft.options:
@@ -40,13 +42,13 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     return 0
 
 
-def draft_of(prefix: Prefix) -> Draft:
-    """The definition for a command line as a person writes it. Raises UsageError."""
+def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:
+    """The definition for a command line as a person writes it. Raises UsageError. `is_saved`: it has its file."""
     program, *words = prefix.argv
     if not _is_qemu(program) and (behind := next(filter(_is_qemu, words), None)):
         raise UsageError(f"{shortened(program)!r} stands before {behind!r}, and is not known here", "leave it out")
     options = tuple(_remarked(option) for option in options_of(words))
-    notes = (headline(_guest_name(options)), *prefix.notes)
+    notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes)
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
     keys += [env_key(prefix.env)] if prefix.env else []
@@ -219,8 +221,10 @@ def _guest_name(options: Sequence[Option]) -> str | None:
     return found
 
 
-def headline(name: str | None) -> str:
-    """What this file is and where to put it. `name` is the guest's, and may be none for a file."""
+def headline(name: str | None, *, is_saved: bool) -> str:
+    """What this file is and, if it is not there, where to put it. `name` is the guest's, and may be none for a file."""
+    if is_saved:
+        return f"Written by {PROGRAM} import."
     stem = name if name is not None and VM_NAME.fullmatch(name) else "NAME"
     return f"Written by {PROGRAM} import. Save it as ~/.config/qemu-launcher/{stem}.yml"
 
@@ -247,6 +251,18 @@ def written(draft: Draft, argv: Sequence[str]) -> str:
         wrong = next((w for w, f in zip([draft.binary, *argv], [*found, ""], strict=False) if w != f), "")
         raise LauncherError(f"the definition would not give back {shortened(wrong)!r}", "this is a bug: please tell us")
     return text
+
+
+def check_output(output: str | None) -> None:
+    """Raises UsageError or DefinitionError for a file that no command would take for a definition."""
+    if output is None:
+        return
+    if not output.endswith(SUFFIXES):
+        hint = f"write -o {shlex.quote(output + SUFFIX)}" if output else None
+        raise UsageError(
+            f"a definition's file ends in {SUFFIX}, and {shortened(output, MOST_OF_A_PATH)!r} does not", hint
+        )
+    vm_name(output)
 
 
 def deliver(text: str, output: str | None) -> None:

@@ -16,7 +16,7 @@ from .. import cmdline, definition
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
 from . import domaindevices, domainkeys, domainxml, virsh
-from .command_line import as_read, deliver, headline, kept, options_of, written
+from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
 from .prefixes import peel
@@ -32,11 +32,12 @@ LEFT_OUT = (
 
 def import_domain(source: str, output: str | None) -> int:
     """Print the definition for `source`, a VM's name in libvirt or a file with its XML; or write it to `output`."""
+    check_output(output)
     is_file = "/" in source or source.endswith(".xml")
     text = _file(source) if is_file else virsh.domain_xml(source)
     root = domainxml.parse(text, source if is_file else f"the XML of {source}")
     found = domainxml.tuning(root)  # before virsh is asked for more: these mistakes are the cheaper ones
-    draft = _draft(root, found, virsh.command_line(domaindevices.prepared(root)))
+    draft = _draft(root, found, virsh.command_line(domaindevices.prepared(root)), is_saved=output is not None)
     deliver(written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)]), output)
     return 0
 
@@ -49,7 +50,7 @@ def _file(path: str) -> str:
         raise DefinitionError(f"{path} is not UTF-8", "virsh dumpxml writes UTF-8: save it as that") from err
 
 
-def _draft(root: Element, found: Tuning, line: str) -> Draft:
+def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -> Draft:
     from shlex import split  # noqa: PLC0415  as in cmdline
 
     try:
@@ -61,7 +62,7 @@ def _draft(root: Element, found: Tuning, line: str) -> Draft:
     options = [_hugepages(option, huge) for option in options if not _is_libvirts(option)]
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
-    notes = [headline(root.findtext("name")), LEFT_OUT]
+    notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
     if found.not_carried:
         notes.append(f"Not carried over from libvirt: {', '.join(found.not_carried)}.")
     options = [*_remarked(options, root), *(_placed(new, options) for new in domaindevices.replacements(root))]
