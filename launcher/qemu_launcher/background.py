@@ -7,8 +7,8 @@ and not paths, and who has changed or enabled it has done so for the boot. Elsew
 own session, with its messages in a file.
 
 Either way it is `qemu-launcher run`, which knows by an environment variable that we wait, and speaks to us over a
-socket (module `starter`): we pass on what it says, and end with its exit status, or with 0 once the guest runs. Ctrl-C,
-or our death, until then is the end of the start.
+socket (module `starter`): we pass on what it says, and end with its exit status, or with 0 once the guest runs, and
+only then: `start x && viewer` counts on it. Ctrl-C, or our death, until then is the end of the start.
 
 Refused here, before anything is started: a wrong definition, and a VM that runs. All else the launcher refuses itself.
 """
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from . import access, cmdline, control, definition, locate, places, runtime, starter, stdout, unseen
 from .definition import VmDefinition
-from .errors import LauncherError
+from .errors import LauncherError, QemuFailed
 from .voice import Voice
 
 SYSTEMD_RUN = "systemd-run"
@@ -44,9 +44,10 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 class _Child(NamedTuple):
-    """What is to be started: the launcher's argv, and for whom."""
+    """What is to be started: the VM, also as it is spelled on a command line; the launcher's argv, and for whom."""
 
     name: str
+    spelled: str
     argv: Sequence[str]
     environ: Mapping[str, str]
 
@@ -54,7 +55,7 @@ class _Child(NamedTuple):
 def start(vm: str, options: Sequence[str], commands: Sequence[str], *, quiet: bool) -> int:
     """Start a VM in the background, with these options of `run`.
 
-    Returns 0 when its guest runs, else the launcher's exit status.
+    Returns 0 when its guest runs, else the launcher's exit status. Raises QemuFailed if that is 0.
     """
     name, path = locate.find(vm, os.environ, commands)
     defined = definition.load(path, name)
@@ -63,7 +64,8 @@ def start(vm: str, options: Sequence[str], commands: Sequence[str], *, quiet: bo
         raise control.with_stillness(refusal, name)
     voice = Voice(name, quiet=quiet)
     _mention_terminal(defined, voice, vm)
-    child = _Child(name, [*_ourselves(), "run", *options, "--", vm], os.environ)
+    spelled = locate.spelled(name, path, os.environ)
+    child = _Child(name, spelled, [*_ourselves(), "run", *options, "--", vm], os.environ)
     place = None if _becomes_somebody_else(defined) else _user_manager(os.environ)
     if place is None:
         return _detached(child, voice)
@@ -119,14 +121,16 @@ def _as_service(child: _Child, place: Path, voice: Voice) -> int:
         _, words = manager.communicate()
         raise LauncherError(
             f"your systemd did not start it: {words.decode(errors='replace').strip() or 'it does not say why'}",
-            f"see what it says with: systemctl --user status {unit}\nor start it here: qemu-launcher run {child.name}",
+            f"see what it says with: systemctl --user status {unit}\n"
+            f"or start it here: qemu-launcher run {child.spelled}",
         )
-    status = talk.until_last_word(child, f"journalctl --user -u {unit}")
+    messages = f"journalctl --user -u {unit}"
+    status = talk.until_last_word(child, messages)
     manager.communicate()  # it returns when the unit has started, or has been forgotten
     if status is None:
         _mention_logout(child.environ, voice)
         return 0
-    return status
+    return _failure(status, child, messages)
 
 
 def _ask_manager(child: _Child, unit: str, place: Path, path: Path) -> "subprocess.Popen[bytes]":
@@ -202,7 +206,7 @@ def _detached(child: _Child, voice: Voice) -> int:
         voice.note(f"its messages go to {log}")
         return 0
     launcher.wait()
-    return status
+    return _failure(status, child, f"cat {log}")
 
 
 def _log_file(child: _Child) -> Path:
@@ -217,6 +221,17 @@ def _open_private(path: str, flags: int) -> int:
 
 
 # What is said
+
+
+def _failure(status: int, child: _Child, where_more_is: str) -> int:
+    """The exit status of a start whose guest does not run; QemuFailed where QEMU sees nothing wrong with that.
+
+    It ends well after -version or -machine help, say; what it prints goes where its messages go.
+    """
+    if status == 0:
+        hint = f"see what it has said: {where_more_is}\nor have it said here: qemu-launcher run {child.spelled}"
+        raise QemuFailed("QEMU ended with exit status 0 before the guest ran", hint, status=0)
+    return status
 
 
 class _Talk:
@@ -244,7 +259,9 @@ class _Talk:
                 elif "running" in message:
                     return None
                 else:
-                    if not self._interrupted and message["status"] != 0:
+                    if self._interrupted:
+                        return int(message["status"]) or _INTERRUPTED
+                    if message["status"] != 0:
                         unseen.show(child.name, "".join(said), child.environ)
                     return int(message["status"])
         if self._interrupted:

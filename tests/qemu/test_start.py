@@ -259,11 +259,19 @@ def test_vm_that_runs_is_not_started_again(world: World) -> None:
 
 
 def test_qemu_that_leaves_before_its_guest_runs(world: World) -> None:
-    """`-version` and the like: no failure, and not running either."""
+    """`-version` and the like: QEMU has not failed, the start has; `run` ends as QEMU does."""
     world.home.define(qemu=("version",))
     done = world.start()
-    assert done.returncode == 0
-    assert "running" not in done.stderr
+    assert done.returncode == 1
+    where = f"cat {world.log}" if isinstance(world, Detached) else f"journalctl --user -u qemu-launcher-{VM}.service"
+    assert done.stderr == (
+        "qemu-launcher: QEMU ended with exit status 0 before the guest ran\n"
+        f"    see what it has said: {where}\n"
+        f"    or have it said here: qemu-launcher run {VM}\n"
+    )
+    assert "QEMU emulator version" in world.messages
+    by_run = world.home.ask("run", VM)
+    assert (by_run.returncode, by_run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
