@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import cli, stdout
-from .errors import PROGRAM, AlreadyRunning, LauncherError, render
+from .errors import PROGRAM, AlreadyRunning, DefinitionError, LauncherError, render
 
 if TYPE_CHECKING:
     from .definition import VmDefinition
@@ -150,11 +150,19 @@ def _check(arguments: cli.Check) -> int:
         from .check import installation  # noqa: PLC0415
 
         return installation.check_installation(cli.VERSION, as_json=arguments.json)
-    name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
-    vm = definition.load(path, name)
-    from .check import report  # noqa: PLC0415  after all that can be wrong without it
+    name = arguments.vm
+    try:
+        name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+        vm = definition.load(path, name)
+        from .check import report  # noqa: PLC0415  after all that can be wrong without it
 
-    return report.check_vm(vm, cli.VERSION, as_json=arguments.json)
+        return report.check_vm(vm, cli.VERSION, as_json=arguments.json)
+    except DefinitionError as err:
+        if not arguments.json:
+            raise
+        from .check import report  # noqa: PLC0415  only now is it wanted
+
+        return report.report_mistakes(name, err, cli.VERSION)
 
 
 def _status(arguments: cli.Status) -> int:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import definition, locate, runtime, stdout, table
+from . import locate, runtime, stdout, table
 from .errors import DefinitionError, printable
 from .locate import Located
 from .runtime import Found
@@ -105,7 +105,7 @@ def entries(located: Sequence[Located], found: Sequence[Found], states: Sequence
     running = {vm.name: (vm, state) for vm, state in zip(found, states, strict=True)}
     listed = []
     for one in located:
-        path, problems = os.fspath(one.path), _problems(one)
+        path, problems = os.fspath(one.path), locate.mistakes(one)
         if one.shadowed_by is not None:
             shadow = os.fspath(one.shadowed_by)
             listed.append(Entry(one.name, SHADOWED, path=path, shadowed_by=shadow, problems=problems))
@@ -141,17 +141,6 @@ def _same_file(one: str, other: str) -> bool:
         return os.path.samefile(one, other)  # noqa: PTH121
     except OSError:  # one of them has gone
         return False
-
-
-def _problems(one: Located) -> tuple[DefinitionError, ...]:
-    """All that is wrong with a definition by itself; whether the host can give what it asks for is left to a start."""
-    if one.problem is not None:
-        return (one.problem,)
-    try:
-        definition.load(one.path, one.name)
-    except DefinitionError as err:
-        return err.problems
-    return ()
 
 
 def _states(found: Sequence[Found]) -> Sequence["State"]:

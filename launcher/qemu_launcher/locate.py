@@ -79,6 +79,19 @@ def located(where: Sequence[Path]) -> tuple[list[Located], list[tuple[Path, str]
     return [*found.values(), *wrong, *shadowed], unreadable
 
 
+def mistakes(one: Located) -> tuple[DefinitionError, ...]:
+    """All that keeps a definition by itself from being started; whether the host can give what it asks for is not."""
+    from . import definition  # noqa: PLC0415  names alone do without, and completing them is to be quick
+
+    if one.problem is not None:
+        return (one.problem,)
+    try:
+        definition.validate_tunable(definition.load(one.path, one.name))
+    except DefinitionError as err:
+        return err.problems
+    return ()
+
+
 def is_path(argument: str) -> bool:
     """Whether `argument` is the path of a definition rather than a name."""
     return "/" in argument or argument.endswith(SUFFIXES)

@@ -14,6 +14,7 @@ import pytest
 from qemu.launched import Home
 from qemu.private_bus import PrivateBus
 from qemu.test_tuning import CPU, SHIELDED, needs_two_cpus
+from qemu_launcher import cli
 
 ERROR = "org.qemulauncher.Error"
 MEMLOCK = "40G"  # more than any machine of ours lets an ordinary login lock
@@ -310,6 +311,38 @@ def test_as_json(home: Home, bus: PrivateBus) -> None:
     assert error == {"severity": "error", "about": "pinning", "text": "CPUs 1 are held by VM x of bob", "fix": None}
 
 
+@pytest.mark.parametrize(
+    ("launcher", "texts"),
+    [
+        ({"vcpu_pinning": ["x"], "schedular": "fifo"}, ["4:5: the host CPU of vCPU 0", "5:3: unknown key"]),
+        ({"scheduler": "batch"}, ["10:3: -preconfig stops QEMU before"]),
+    ],
+)
+def test_mistakes_as_json(home: Home, launcher: dict[str, Any], texts: list[str]) -> None:
+    """Where people read stderr, programs get their object all the same, and nothing beside it."""
+    path = home.define(qemu=("preconfig",), **launcher)
+    done = home.ask("check", "--json", str(path))
+    said = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert (said["vm"], said["would_start"], said["system"]["launcher"]) == (VM, False, cli.VERSION)
+    assert len(said["findings"]) == len(texts)
+    for one, text in zip(said["findings"], texts, strict=True):
+        assert set(one) == {"severity", "about", "text", "fix"}
+        assert (one["severity"], one["about"]) == ("error", "definition")
+        assert one["text"].startswith(f"{path}:{text}")
+
+
+@pytest.mark.parametrize("name", ["no-such-vm", "no name", "./no-such-file.yml"])
+def test_no_definition_as_json(home: Home, name: str) -> None:
+    done = home.ask("check", "--json", name)
+    said = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert (said["vm"], said["would_start"]) == (name.removeprefix("./").removesuffix(".yml"), False)
+    [one] = said["findings"]
+    by_run = home.ask("run", name)
+    assert by_run.stderr.startswith(f"qemu-launcher: {one['text']}\n")
+
+
 # Without a name
 
 
@@ -339,7 +372,7 @@ def test_installation_without_a_bus(home: Home) -> None:
     status, lines = installation(home, None)
     assert status == 2
     assert any(line.startswith("error    there is no system bus at ") for line in lines)
-    assert lines[-1].startswith("something is broken: ")
+    assert lines[-1].startswith("VMs without tuning can be started, tuned ones can not: 1 error")
 
 
 @pytest.mark.parametrize("members", [("CheckPins",), ("CheckPins", "CheckMemlock", "CheckScheduler")])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import absence
+from qemu_launcher import absence, locate
 from qemu_launcher.check import dryrun, finding, installation, report, versions
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import thread_plan
@@ -179,9 +179,42 @@ def test_installed(tmp_path: Path) -> None:
         (host.root / path[1:]).unlink()
         severity, text, fix = the_only(list(installation.installed(host.tree)))
         assert severity == "error"
-        assert path.rpartition("/")[2] in text
+        assert text.startswith(
+            f"qemu-launcher-helper is not installed, or not all of it: there is no {Path(path).name} ("
+        )
         assert fix == absence.HOW_TO_INSTALL
         host.write(path)
+    nothing = OtherHost(tmp_path / "nothing")
+    assert the_only(list(installation.installed(nothing.tree)))[1] == "qemu-launcher-helper is not installed"
+
+
+def test_not_installed_and_no_answer_are_one_thing() -> None:
+    files = [Finding("error", "helper", "it is not installed", "install it")]
+    no_bus = Finding("error", "helper", "there is no bus", "on the host:\ninstall it")
+    whole = Finding("error", "helper", "it is not installed, and there is no bus", "on the host:\ninstall it")
+    limits, said = Finding("ok", "limits", "many"), Finding("error", "helper", "it is not installed", "install it")
+    assert installation.together(files, [no_bus, limits]) == [whole, limits]
+    assert installation.together(files, [said]) == files
+    for answers in ([limits], [no_bus._replace(fix="log in again")], []):
+        assert installation.together(files, answers) == [*files, *answers]
+    fine = [Finding("ok", "helper", "it is installed")]
+    assert installation.together(fine, [no_bus]) == [*fine, no_bus]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ([], "tuned VMs can be started: 1 warning"),
+        (["helper"], "VMs without tuning can be started, tuned ones can not: 1 error, 1 warning"),
+        (["polkit", "definition"], "VMs without tuning can be started, tuned ones can not: 2 errors, 1 warning"),
+        (["definition"], "tuned VMs can be started, but for definitions with mistakes: 1 error, 1 warning"),
+        (["helper", "QEMU", "definition"], "no VM can be started: 3 errors, 1 warning"),
+    ],
+)
+def test_what_an_installation_comes_to(broken: list[str], words: str) -> None:
+    errors = [Finding("error", about, "x") for about in broken]
+    others = [Finding("ok", "QEMU", "y"), Finding("warning", "QEMU", "z")]
+    assert installation.verdict([*others, *errors]) == words
 
 
 def test_cgroups(tmp_path: Path) -> None:
@@ -221,10 +254,31 @@ def test_definitions(tmp_path: Path) -> None:
     (tmp_path / "bad.yml").write_text("launcher: {binari: q}\nqemu: [{a: b, c: d}]\n")
     (tmp_path / "preconfig.yml").write_text("launcher: {binary: q, scheduler: batch}\nqemu: [preconfig]\n")
     (tmp_path / "lost.yml").symlink_to("nowhere")
+    (tmp_path / "my vm.yml").write_text("launcher: {binary: q}\nqemu: []\n")
+    (tmp_path / "x.yaml").write_text("launcher: {binary: q}\nqemu: []\n")
     found = list(installation.definitions(environ))
-    assert [one.severity for one in found] == ["error", "error", "error", "ok"]
-    assert found[0].text.startswith(f"{tmp_path}/bad.yml:1:")
-    assert found[0].text.endswith("more)")
-    assert found[1].text == f"cannot read {tmp_path}/lost.yml: No such file or directory"
-    assert "-preconfig stops QEMU" in found[2].text
-    assert found[3].text == f"1 definition in {tmp_path} can be read"
+    assert [one.severity for one in found] == ["error"] * 5 + ["ok"]
+    bad, lost, misnamed, preconfig, suffix, good = (one.text for one in found)
+    assert bad.startswith(f"{tmp_path}/bad.yml:1:")
+    assert bad.endswith("more)")
+    assert lost == f"cannot read {tmp_path}/lost.yml: No such file or directory"
+    assert misnamed == f"{tmp_path}/my vm.yml: 'my vm' is no name for a VM"
+    assert preconfig.startswith(f"{tmp_path}/preconfig.yml:2:8: -preconfig stops QEMU")
+    assert suffix == f"{tmp_path}/x.yaml is not called x.yml"
+    assert good == f"1 definition in {tmp_path} can be read"
+
+
+def test_definitions_that_are_not_used_break_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`list` shows their mistakes too. A folder that cannot be read is told as `list` tells it."""
+    folders = [tmp_path / name for name in ("own", "system", "closed")]
+    for folder, more in zip(folders, ("", ", colour: red", ""), strict=True):
+        folder.mkdir()
+        (folder / "a.yml").write_text(f"launcher: {{binary: q{more}}}\nqemu: []\n")
+    monkeypatch.setattr(locate, "folders", lambda _: tuple(folders[:2]))
+    shadowed, good = installation.definitions({})
+    assert shadowed.severity == "note"
+    assert shadowed.text.startswith(f"{tmp_path}/system/a.yml:1:23: unknown key in launcher: 'colour'")
+    assert shadowed.text.endswith(f"; it is not used: {tmp_path}/own/a.yml comes first")
+    assert good.text.startswith("1 definition in ")
+    monkeypatch.setattr(locate, "located", lambda _: ([], [(folders[2], "Permission denied")]))
+    assert told([next(installation.definitions({}))]) == [f"warning: cannot read {tmp_path}/closed: Permission denied"]

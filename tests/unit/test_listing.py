@@ -173,3 +173,10 @@ def test_folder_that_cannot_be_read(
     out, err = capfd.readouterr()
     assert out == "[]\n"
     assert err == f"qemu-launcher: warning: cannot read {tmp_path}/loop: Too many levels of symbolic links\n"
+
+
+def test_mistakes_are_those_that_keep_a_start_from_tuning(folders: tuple[Path, Path, Path]) -> None:
+    """As `check` without a name has them."""
+    (folders[0] / "held.yml").write_text("launcher: {binary: q, scheduler: batch}\nqemu: [preconfig]\n")
+    [held] = listed(folders)
+    assert held.cells()[4].startswith("error: -preconfig stops QEMU")

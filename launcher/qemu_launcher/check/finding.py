@@ -4,13 +4,16 @@ Why it exists: each topic says what it found and how bad that is; whether the VM
 findings alone. Pure. A fix is a sentence or a command that can be pasted; several are several lines.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
+
+from ..errors import DefinitionError
 
 # From good to bad. ok: looked at, and as it should be. note: good to know. warning: the VM starts, but not as its user
 # will want it. error: it would not start.
 Severity = Literal["ok", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "error")
+DEFINITION = "definition"  # what findings about a definition itself are about
 
 
 class Finding(NamedTuple):
@@ -20,6 +23,12 @@ class Finding(NamedTuple):
     about: str
     text: str
     fix: str | None = None
+
+
+def mistakes(problems: Iterable[DefinitionError]) -> Iterator[Finding]:
+    """What is wrong with a definition, each with its place."""
+    for problem in problems:
+        yield Finding("error", DEFINITION, str(problem), problem.hint)
 
 
 def would_stop(findings: Iterable[Finding]) -> bool:

@@ -7,16 +7,15 @@ no access to it), or in a definition; 0 otherwise, also where a part is missing 
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import absence, access, agent, definition, locate
-from ..errors import DefinitionError, LauncherError
+from .. import absence, access, agent, locate
 from ..patience import patiently
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
-from .finding import Finding
+from .finding import Finding, Severity
 from .tree import ENTER, Tree
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ _FILES = (
 _SHARED = ("/usr/share", "/usr/local/share", "/etc")
 _UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system", "/usr/local/lib/systemd/system")
 _UNIT = "qemu-launcher-helper.service"
+_QEMU = "QEMU"
 _PROBE_VM = "check"
 _MOST_DEFINITIONS = 100
 
@@ -40,9 +40,8 @@ def check_installation(version: str, *, as_json: bool) -> int:
     """Check what is installed. `version`: the launcher's own. Returns the exit status."""
     tree, facts = Tree(), [("launcher", version)]
     user = access.user_name()
-    found = [*installed(tree), *members(user)]
     helper_facts, answers, mechanism = _helper(version)
-    found += answers
+    found = [*together(list(installed(tree)), answers), *members(user)]
     found += host_facts(tree, user)
     found += qemus(tree)
     found += definitions(os.environ)
@@ -53,11 +52,34 @@ def check_installation(version: str, *, as_json: bool) -> int:
     if as_json:
         report.say_json({"vm": None, "would_start": not stops}, head, found)
     else:
-        count = finding.counted(found)
-        report.show(
-            head, found, f"{'something is broken' if stops else 'tuned VMs can be started'}{count and ': '}{count}"
-        )
+        report.show(head, found, verdict(found))
     return 2 if stops else 0
+
+
+def verdict(found: Sequence[Finding]) -> str:
+    """What the findings come to: which VMs can be started."""
+    broken = {one.about for one in found if one.severity == "error"}
+    if not broken:
+        words = "tuned VMs can be started"
+    elif _QEMU in broken:
+        words = "no VM can be started"
+    elif broken == {finding.DEFINITION}:
+        words = "tuned VMs can be started, but for definitions with mistakes"
+    else:
+        words = "VMs without tuning can be started, tuned ones can not"
+    count = finding.counted(found)
+    return f"{words}{count and ': '}{count}"
+
+
+def together(files: list[Finding], answers: list[Finding]) -> list[Finding]:
+    """Not installed, and so nobody who answers: one finding, with the fuller remedy."""
+    if not (files and answers and files[0].severity == answers[0].severity == "error"):
+        return [*files, *answers]
+    missing, answer = files[0], answers[0]
+    if (missing.fix or "") not in (answer.fix or ""):
+        return [*files, *answers]
+    text = missing.text if answer.text in missing.text else f"{missing.text}, and {answer.text}"
+    return [missing._replace(text=text, fix=answer.fix), *files[1:], *answers[1:]]
 
 
 def installed(tree: Tree) -> Iterator[Finding]:
@@ -70,7 +92,9 @@ def installed(tree: Tree) -> Iterator[Finding]:
     if systemd and not any(tree.exists(f"{folder}/{_UNIT}") for folder in _UNITS):
         missing.append(f"{_UNIT} (for systemd)")
     if missing:
-        text = f"qemu-launcher-helper is not installed, or not all of it: there is no {', no '.join(missing)}"
+        text = "qemu-launcher-helper is not installed"
+        if len(missing) < len(_FILES) + systemd:
+            text += f", or not all of it: there is no {', no '.join(missing)}"
         yield Finding("error", "helper", text, absence.HOW_TO_INSTALL)
     else:
         whom = "the bus, polkit and systemd" if systemd else "the bus and polkit"
@@ -183,36 +207,38 @@ def qemus(tree: Tree) -> Iterator[Finding]:
                 found.setdefault(name, path)
     if not found:
         text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"
-        yield Finding("error", "QEMU", text, "install it: on Debian, sudo apt install qemu-system-x86")
+        yield Finding("error", _QEMU, text, "install it: on Debian, sudo apt install qemu-system-x86")
         return
     names = sorted(found)
     here = [name for name in names if name.endswith(os.uname().machine)] or names
     said = versions.qemu(found[here[0]], os.environ, Path("/"))
     more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-    yield Finding("ok", "QEMU", f"{found[here[0]]}: {said or 'of unknown version'}{more}")
+    yield Finding("ok", _QEMU, f"{found[here[0]]}: {said or 'of unknown version'}{more}")
 
 
 def definitions(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether the definitions that a name finds can be read. Of each the first problem: `check NAME` has all."""
+    """The definition files, as `list` finds them. Of each the first mistake: `check NAME` has all."""
     folders = locate.folders(environ)
-    names = locate.names(folders)
+    located, unreadable = locate.located(folders)
+    for folder, reason in unreadable:
+        yield Finding("warning", finding.DEFINITION, f"cannot read {folder}: {reason}")
     good = 0
-    for name in names[:_MOST_DEFINITIONS]:
-        try:
-            definition.validate_tunable(definition.load(locate.find(name, environ)[1], name))
-        except DefinitionError as err:
-            first = err.problems[0]
-            text = first.message if first.mark is None else f"{first.mark}: {first.message}"
-            more = f" (and {len(err.problems) - 1} more)" if len(err.problems) > 1 else ""
-            yield Finding("error", "definition", f"{text}{more}", first.hint)
-        except LauncherError as err:
-            yield Finding("error", "definition", err.message, err.hint)
-        else:
-            good += 1
+    for one in sorted(located, key=lambda one: one.name)[:_MOST_DEFINITIONS]:
+        problems = locate.mistakes(one)
+        for first in finding.mistakes(problems[:1]):
+            place = "" if str(one.path) in first.text else f"{one.path}: "
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            if one.shadowed_by is not None:  # no name finds it, so nothing is broken yet
+                more += f"; it is not used: {one.shadowed_by} comes first"
+            severity: Severity = "note" if one.shadowed_by is not None else "error"
+            yield first._replace(severity=severity, text=f"{place}{first.text}{more}")
+        good += not problems and one.shadowed_by is None
     if good:
         yield Finding(
-            "ok", "definition", f"{good} definition{'s' * (good != 1)} in {', '.join(map(str, folders))} can be read"
+            "ok",
+            finding.DEFINITION,
+            f"{good} definition{'s' * (good != 1)} in {', '.join(map(str, folders))} can be read",
         )
-    elif not names:
+    elif not (located or unreadable):
         fix = f"mkdir -p {folders[0]}; cp /usr/share/doc/qemu-launcher/examples/first.yml {folders[0]}"
-        yield Finding("note", "definition", f"there is no definition in {', '.join(map(str, folders))} yet", fix)
+        yield Finding("note", finding.DEFINITION, f"there is no definition in {', '.join(map(str, folders))} yet", fix)

@@ -2,7 +2,8 @@
 
 Why it exists: this is the story of the command. Each topic has its module; here they are asked in the order in which a
 start would meet them, as the user that the VM would run as, and told as one line each. Nothing of the host is changed,
-nobody is asked for a password, nothing needs root. A definition that is wrong is refused as a start refuses it.
+nobody is asked for a password, nothing needs root. A definition that is wrong is refused as a start refuses it; with
+--json that is a report too, so that who reads it gets an answer always.
 
 Exit status 2 when an error was found, else 0.
 """
@@ -30,7 +31,7 @@ from .. import (
     unexpanded,
 )
 from ..definition import VmDefinition, validate_tunable
-from ..errors import LauncherError, TuningFailed, printable
+from ..errors import DefinitionError, LauncherError, TuningFailed, printable
 from ..patience import patiently
 from ..voice import Voice
 from . import asked, cpus, cpusets, devices, environment, files, finding, memory, versions, vfio
@@ -67,6 +68,13 @@ def check_vm(definition: VmDefinition, version: str, *, as_json: bool) -> int:
     else:
         show(head, found, verdict)
     return _BROKEN if stops else 0
+
+
+def report_mistakes(vm: str, error: DefinitionError, version: str) -> int:
+    """As JSON: a definition that is wrong, or cannot be had. Nothing else is looked at. Returns the exit status."""
+    head = [("launcher", version), *system_facts(Tree())]
+    say_json({"vm": printable(vm), "would_start": False}, head, list(finding.mistakes(error.problems)))
+    return _BROKEN
 
 
 def system_facts(tree: Tree) -> Facts:
