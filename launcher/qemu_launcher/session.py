@@ -133,6 +133,7 @@ async def _run_qemu(
             stack.callback(made.ours.close)
         if relay is not None:
             relay.handed_over()
+        stack.push_async_callback(_after_end, qemu, tuning)
         await stack.enter_async_context(qemu)
         claim.update(qemu=qemu.process)
         place = f" in {command.working_directory}" if command.working_directory else ""
@@ -156,13 +157,19 @@ async def _run_qemu(
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(start.settle())
+        settling.add_done_callback(start.unsettled)
         shutdown = Shutdown(qemu, outcome, voice, manager, definition.shutdown_timeout)
         status = await shutdown.until_ended(signals)
         voice.step(f"QEMU ended {qemu.ended.result()}")
         settling.cancel()
         await asyncio.wait([settling])
-        await tuning.after_end()
         return status
+
+
+async def _after_end(qemu: Qemu, tuning: Tuning) -> None:
+    """Whether its guest ever ran or not; only a QEMU that runs on without us keeps what it has."""
+    if qemu.ended.done():
+        await tuning.after_end()
 
 
 class _Start:
@@ -227,6 +234,16 @@ class _Start:
             if qmp is not None and found is not None and found.can_grow and self._tuning.follows_vcpus:
                 watch = Hotplug(self.qemu.pid, found, lambda: self._read_threads(qmp), self._follow)
                 tasks.create_task(watch.watch(qmp))
+
+    def unsettled(self, settling: asyncio.Future[None]) -> None:
+        """Say that nobody looks after it any more, if that ended otherwise than with QEMU: no failure ends a guest."""
+        if settling.cancelled() or (error := settling.exception()) is None or self.qemu.ended.done():
+            return
+        first = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+        self._voice.warn(
+            f"cannot look after it any more: {type(first).__name__}: {first}; the guest runs on",
+            "vCPUs that are plugged in are not tuned, and systemd cannot ask it to power down",
+        )
 
     async def _follow(self, found: Threads) -> None:
         news = await self._tuning.follow(self.qemu, found)

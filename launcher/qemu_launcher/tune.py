@@ -11,7 +11,7 @@ defined or not at all.
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -53,7 +53,9 @@ class Tuning:
         self._granted: int | None = None
         self._plan: ThreadPlan | None = None
         self._helper = Assistance(definition, voice, on_stop)
-        self._scope: Path | None = None  # stays None where there is no systemd, or no cgroup v2, to have made one
+        # Where the helper has put it, as the tree says while QEMU lives: also when the step that did so has failed.
+        self._scope: Path | None = None
+        self._is_complete = False
 
     @property
     def wanted(self) -> bool:
@@ -151,15 +153,17 @@ class Tuning:
         ]
 
     async def after_end(self) -> None:
-        """QEMU is gone. A process it left behind may keep its scope, and with it the CPUs, alive: end both.
+        """QEMU is gone, however far it came. A process it left behind may keep its scope, and the CPUs: end both.
 
         Without systemd the helper, too, would see the end of the VM only when it looks again.
         """
         await self._helper.leave()
-        if self._helper.has_acted and (self._scope is None or not cgroups.ends_by_itself(self._scope)):
+        if self._scope is not None and cgroups.ends_by_itself(self._scope):
+            return
+        if self._helper.has_acted and (self._scope is not None or self._is_complete):
             await self._helper.release()
-            if self._scope is not None:
-                cgroups.end_members(self._scope)
+        if self._scope is not None:
+            cgroups.end_members(self._scope)
 
     def suspicion(self) -> str | None:
         """Why QEMU may have ended by itself before its guest ran, as a hint; None when tuning has no part in it."""
@@ -230,22 +234,31 @@ class Tuning:
             self._granted = min(self._memlock.wanted, hard_limit)
 
     async def _lift_memlock(self, need: MemlockNeed, qemu: Qemu) -> None:
-        self._granted = await self._helper.set_memlock(qemu.pid, need.wanted)
+        with self._watching_scope(qemu):
+            self._granted = await self._helper.set_memlock(qemu.pid, need.wanted)
         plan.check_granted(need, self._granted)
         self._check(readback.memlock_differences(qemu.pid, self._granted, exactly=True))
 
     async def _tune_threads(self, qemu: Qemu, threads: Threads) -> None:
         self._plan = wanted = plan.thread_plan(self._definition, threads)
         self._explain(wanted, threads)
-        await self._give(wanted, qemu)
-        if wanted.emulator is not None:
-            await self._schedule_emulator(wanted, wanted.emulator, qemu)
+        with self._watching_scope(qemu):
+            await self._give(wanted, qemu)
+            if wanted.emulator is not None:
+                await self._schedule_emulator(wanted, wanted.emulator, qemu)
         differences = readback.thread_differences(qemu.pid, wanted)
         if self._granted is not None and self._memlock is not None:
             differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
         self._check(differences)
-        self._scope = cgroups.scope_of(qemu.pid)
+        self._is_complete = True
         self._voice.step(f"read back from the kernel: all as defined{f', in {self._scope}' if self._scope else ''}")
+
+    @contextlib.contextmanager
+    def _watching_scope(self, qemu: Qemu) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._scope = cgroups.scope_of(qemu.pid) or self._scope
 
     def _explain(self, wanted: ThreadPlan, threads: Threads) -> None:
         pins = {pin.tid: pin for pin in wanted.pins}

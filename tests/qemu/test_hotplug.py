@@ -97,6 +97,29 @@ def test_vcpu_that_no_key_names_inherits_nothing_of_the_emulator(home: Home) -> 
     assert os.sched_getscheduler(run.qemu_pid) == os.SCHED_BATCH
 
 
+def test_watch_that_fails_is_told_and_ends_no_guest(home: Home) -> None:
+    """As by a full runtime directory, into whose record the new vCPU is to be written."""
+    full = (
+        "from qemu_launcher import runtime; update = runtime.Claim.update\n"
+        "def updated(self, **changes):\n"
+        "    if self.record.state == 'running': raise OSError(28, 'No space left on device')\n"
+        "    update(self, **changes)\n"
+        "runtime.Claim.update = updated\n"
+    )
+    home.define(qemu=GROWING, vcpu_pinning=[FIRST, FIRST], isolation="affinity")
+    run = home.start(argv=home.with_changed(full))
+    run.wait_running()
+    plug(run, 1)
+    problem = r"OSError: \[Errno 28\] No space left on device"
+    run.wait_line(rf"^vm-under-test: warning: cannot look after it any more: {problem}; the guest runs on$")
+    run.wait_line("^    vCPUs that are plugged in are not tuned, and systemd cannot ask it to power down$")
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "running"
+    qmp("quit")
+    assert run.end() == 0
+    assert "never retrieved" not in run.output
+
+
 def test_vcpu_that_cannot_come_is_an_error_at_the_start(home: Home) -> None:
     growing = ({"smp": "1,maxcpus=3"},)
     path = home.define(qemu=growing, vcpu_pinning={0: {3: {0: FIRST}}}, isolation="affinity")

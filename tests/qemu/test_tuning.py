@@ -289,6 +289,51 @@ def test_qemu_that_cannot_lock_what_it_maps_is_given_a_hint(home: Home, locks: b
     assert "its command line: " in run.output
 
 
+# What a failed start has left
+
+LINGERING = """\
+#!/bin/sh
+sleep 1000 >/dev/null 2>&1 </dev/null &
+echo $! >{scope}/cgroup.procs
+exec qemu-system-x86_64 "$@"
+"""
+# Where the tree says that QEMU is; nobody but we would see the scope end.
+IN_SCOPE = "from qemu_launcher import cgroups; cgroups.scope_of = lambda pid: cgroups.Path({scope!r})"
+
+
+@pytest.mark.parametrize(
+    ("plan", "members"),
+    [
+        ({"PinThreads": {"error": [f"{REFUSED}Conflict", "they are taken"]}}, ["PinThreads", "Release"]),
+        ({"SetScheduler": "die"}, ["PinThreads", "SetScheduler", "Release"]),
+    ],
+)
+def test_what_the_qemu_of_a_failed_start_left_in_its_scope_is_ended(
+    home: Home, bus: PrivateBus, plan: dict[str, Any], members: list[str]
+) -> None:
+    """Else the next start would take it for the VM: what began in the scope holds it, and the CPUs."""
+    scope = home.configuration / "qemu-launcher-1000-vm-under-test.scope"
+    scope.mkdir()
+    binary = home.configuration / "lingering"
+    binary.write_text(LINGERING.format(scope=scope))
+    binary.chmod(0o755)
+    bus.plan(**plan)
+    home.define(vcpu_pinning=[CPU], isolation="cpuset", scheduler="fifo", binary=str(binary))
+    run = home.start(env=bus.environment, argv=home.with_changed(IN_SCOPE.format(scope=str(scope))))
+    assert run.end() == 1
+    assert "running," not in run.output
+    assert bus.members() == members
+    wait_gone(int((scope / "cgroup.procs").read_text()))
+    assert "could not be given back" not in run.output
+
+
+def test_failed_start_that_was_granted_nothing_gives_nothing_back(home: Home, bus: PrivateBus) -> None:
+    bus.plan(PinThreads={"error": [f"{REFUSED}NotAuthorized", "not you"]})
+    home.define(vcpu_pinning=[CPU], isolation="cpuset")
+    assert_never_ran(home.start(env=bus.environment), message="not you")
+    assert bus.members() == ["PinThreads"]
+
+
 # on_tuning_failure: continue
 
 
