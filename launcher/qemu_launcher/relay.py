@@ -4,17 +4,17 @@ Why it exists: what QEMU inherits as stderr it keeps for life, so `start` cannot
 on what comes, always to our own stderr (the journal, a log file) and to `start` while it listens.
 
 QEMU never waits for us: what does not fit into the pipe is lost, and when we die QEMU, which ignores SIGPIPE, runs on
-unheard.
+unheard. Nor do we wait for whoever reads our stderr (`stderr`).
 """
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-_STDERR = 2
+from . import stderr
+
 _CHUNK = 1 << 16  # bytes; a pipe's whole content (pipe(7))
 
 
@@ -53,7 +53,6 @@ class Relay:
         if not data:  # nobody has it open any more
             asyncio.get_running_loop().remove_reader(self._reading)
             return False
-        with contextlib.suppress(OSError):
-            os.write(_STDERR, data)
+        stderr.write(data)
         self._hear(data.decode(errors="replace"))
         return True

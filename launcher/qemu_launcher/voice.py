@@ -1,17 +1,16 @@
 """What the launcher says while a VM runs: lines on stderr, `win11: ...`, next to what QEMU itself prints there.
 
 Why it exists: stderr is shared with QEMU, which may have made the terminal non-blocking, and it may be gone
-(closed window, full disk). A line that cannot be written is lost; saying something never fails and never waits.
+(closed window, full disk), or read by nobody any more (Ctrl-S). A line that cannot be written is lost; saying something
+never fails, and never waits longer than a moment (`stderr`).
 """
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
 
+from . import stderr
 from .errors import one_line, printable
 
-_STDERR = 2
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -51,8 +50,7 @@ class Voice:
 
     def _write(self, text: str) -> None:
         lines = printable(f"{text}\n")
-        with contextlib.suppress(OSError):
-            os.write(_STDERR, lines.encode(errors="backslashreplace"))
+        stderr.write(lines.encode(errors="backslashreplace"))
         self._hear(lines)
 
 

@@ -174,6 +174,17 @@ def test_closed_terminal_asks_the_guest(home: Home, terminal: Terminal) -> None:
     terminal.master, terminal.slave = pty.openpty()
 
 
+def test_stopped_terminal_does_not_stop_the_launcher(home: Home, terminal: Terminal) -> None:
+    """Ctrl-S, or an ssh that hangs: it would stand still at its first word, and let the guest be killed at the end."""
+    home.define(shutdown_timeout=1)
+    terminal.start()
+    terminal.wait("vm-under-test: running")
+    termios.tcflow(terminal.slave, termios.TCOOFF)
+    assert terminal.process is not None
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.process.wait(PATIENCE) == 0
+
+
 def test_launcher_in_the_background_leaves_the_terminal_alone(home: Home, terminal: Terminal) -> None:
     """The foreground belongs to somebody else by the time QEMU ends: his modes stay."""
     on_stdio(home)
