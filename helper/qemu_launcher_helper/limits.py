@@ -78,14 +78,12 @@ class Settings(NamedTuple):
 
     def limits_for(self, uid: int) -> Limits:
         """Return the first entry that names the user or one of his groups, or everybody; else the defaults."""
-        name, gids = "", list[int]()  # a uid without a name is only ever everybody
+        name, gids = "", set[int | None]()  # a uid without a name is only ever everybody
         with suppress(KeyError):
             user = pwd.getpwuid(uid)
-            name, gids = user.pw_name, os.getgrouplist(user.pw_name, user.pw_gid)
-        for entry in self.entries:
-            if not entry.users + entry.groups or name in entry.users or any(_number(g) in gids for g in entry.groups):
-                return entry
-        return Limits()
+            name, gids = user.pw_name, {*os.getgrouplist(user.pw_name, user.pw_gid)}
+        his = (e for e in self.entries if not e.users + e.groups or name in e.users or gids & {*map(_number, e.groups)})
+        return next(his, Limits())
 
 
 def _number(name: str, *, user: bool = False) -> int | None:
@@ -96,13 +94,17 @@ def _number(name: str, *, user: bool = False) -> int | None:
 
 def check(path: str | None = None) -> int:
     """Say what an administrator has to know of the file; return the exit status, 1 if he has to do something."""
-    entries = load(path).entries
-    unknown = [name for entry in entries for name in entry.users if _number(name, user=True) is None]
-    unknown += [name for entry in entries for name in entry.groups if _number(name) is None]
-    for name in unknown:
-        logging.error("%s names %a, whom this host does not know", path or PATH, name)
-    logging.info("%s is understood: %d [[limits]]", path or PATH, len(entries))
-    return int(bool(unknown))
+    with suppress(Failed):  # then it has been said why
+        entries = load(path).entries
+        unknown = [name for entry in entries for name in entry.users if _number(name, user=True) is None]
+        unknown += [name for entry in entries for name in entry.groups if _number(name) is None]
+        for name in unknown:
+            logging.error("%s names %a, whom this host does not know", path or PATH, name)
+        there = os.path.lexists(path or PATH)
+        found = f"is understood: {len(entries)} [[limits]]" if there else "is not there: the defaults are everybody's"
+        logging.info("%s %s", path or PATH, found)
+        return int(bool(unknown) or (not there and path is not None))
+    return 1
 
 
 def user_name(uid: int) -> str:
@@ -122,7 +124,7 @@ def load(path: str | None = None) -> Settings:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             mode, uid, size = (info := os.fstat(file.fileno())).st_mode, info.st_uid, info.st_size
             if not stat.S_ISREG(mode) or uid != 0 or mode & (stat.S_IWGRP | stat.S_IWOTH) or size > MAX_FILE_BYTES:
-                raise ValueError("not a regular file, of at most 64 KiB, that root alone can write")
+                raise ValueError(f"{size} bytes, mode {mode:o}, uid {uid}: not a file of 64 KiB that root alone writes")
             document = tomllib.load(file)
         tables = [(f"[[limits]] entry {number}", table) for number, table in enumerate(document.pop("limits", []), 1)]
         entries = [Limits(source=f"{path}, {place}", **_values(table, Limits, place)) for place, table in tables]
@@ -132,24 +134,25 @@ def load(path: str | None = None) -> Settings:
     except FileNotFoundError:
         return Settings()
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:  # the last: quite another shape
-        logging.critical("no service, %s: %a", path, str(err))
+        why = getattr(err, "strerror", err if isinstance(err, ValueError) else "write [[limits]], in two brackets")
+        logging.critical("nobody is served, %s is not understood: %a", path, str(why))
         raise Failed("helper.toml is broken, nobody is served: sudo qemu-launcher-helper --check says why") from err
 
 
-# By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts.
-_FORMS: dict[str, tuple[type, str]] = {
-    "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}"),
-    "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service"),
-    "users": (list, r"[^\s:,\0]{1,64}"),
-    "groups": (list, r"[^\s:,\0]{1,64}"),
-    "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"),
-    "max_cpus": (int, r"[0-9]{1,4}"),
-    "max_vms": (int, r"[0-9]{1,3}"),  # not more: the records are read at every call
-    "memlock": (str, r"infinity|[1-9][0-9]{0,5}[KMGT]"),
-    "policies": (list, "|".join(contract.POLICIES)),
-    "max_priority": (int, r"[0-9]{1,2}"),
-    "realtime": (str, r"shielded|anywhere"),
-    "deadline": (bool, "False"),
+# By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts; in words.
+_FORMS: dict[str, tuple[type, str, str]] = {
+    "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}", 'a list of patterns, as ["qemu-system-*"]'),
+    "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service", 'a list, as ["my-vm.service"]'),
+    "users": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["alice"]'),
+    "groups": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["students"]'),
+    "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", 'a text, as "8-15,24"'),
+    "max_cpus": (int, r"[0-9]{1,4}", "a number, 0 to 9999"),
+    "max_vms": (int, r"[0-9]{1,3}", "a number, 0 to 999"),  # not more: the records are read at every call
+    "memlock": (str, r"infinity|[1-9][0-9]{0,5}[KMGT]", 'a text, as "512M", "16G" or "infinity"'),
+    "policies": (list, "|".join(contract.POLICIES), f"a list of some of {', '.join(contract.POLICIES)}"),
+    "max_priority": (int, r"[0-9]{1,2}", "a number, 0 to 99"),
+    "realtime": (str, r"shielded|anywhere", '"shielded" or "anywhere"'),
+    "deadline": (bool, "False", "false"),
 }
 
 
@@ -161,14 +164,13 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {"cpus": parse_cpulist, "memlock": _
 
 
 def _values(table: Mapping[str, Any], of: type[Limits | Settings], place: str) -> dict[str, Any]:
-    values = {}
+    values, known = {}, [key for key in _FORMS if key in of._fields]
     for key, value in table.items():
-        kind, form = _FORMS[key] if key in _FORMS and key in of._fields else (type(None), "")
-        items, each = (value, str) if kind is list else ([value], kind)
+        kind, form, words = _FORMS[key] if key in known else (type(None), "", f"not there, but {', '.join(known)}")
+        each, one = (value, str) if kind is list else ([value], kind)
         # type(), as to isinstance a bool is an int
-        known = type(value) is kind and items and all(type(x) is each and re.fullmatch(form, str(x)) for x in items)
-        if not known:
-            raise ValueError(f"{place}: key {key} does not exist, or cannot be {value!r}")
+        if type(value) is not kind or not each or not all(type(x) is one and re.fullmatch(form, str(x)) for x in each):
+            raise ValueError(f"{place}: {key} = {value!r}: {key} is {words}")
         values[key] = _CONVERT.get(key, tuple if kind is list else kind)(value)
     return values
 

@@ -29,8 +29,7 @@ class Operations:
     """What the dispatcher calls once polkit has said yes."""
 
     def __init__(self, bus: SystemBus) -> None:
-        self._bus = bus
-        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by whose VMs it is about
+        self._bus, self._turns = bus, defaultdict[int, asyncio.Lock](asyncio.Lock)  # by whose VMs it is about
 
     async def perform(self, caller: Caller, settings: Settings, member: str, arguments: dict[str, Any]) -> list[Any]:
         """Do what the authorised `caller` asks and return the reply's body.

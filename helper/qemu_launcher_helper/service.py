@@ -177,8 +177,7 @@ class Quotas:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.in_flight: Counter[int] = Counter()
+        self._clock, self.in_flight = clock, Counter[int]()
         self._calls: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=CALLS_PER_WINDOW))
 
     @contextmanager

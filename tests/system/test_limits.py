@@ -186,7 +186,7 @@ def test_realtime_on_cpu_0_is_the_administrators_word(program: Claimant, helper_
 @pytest.mark.parametrize(
     ("text", "status", "words"),
     [
-        ("[[limits]]\nmax_vm = 1\n", 1, "[[limits]] entry 1: key max_vm does not exist"),
+        ("[[limits]]\nmax_vm = 1\n", 1, "[[limits]] entry 1: max_vm = 1: max_vm is not there"),
         ('[[limits]]\nusers = ["ailce"]\n', 1, "names 'ailce', whom this host does not know"),
         ('[[limits]]\nusers = ["alice"]\n', 0, f"{TOML} is understood: 1 [[limits]]"),
     ],

@@ -339,12 +339,46 @@ def test_check_names_whom_nobody_knows(
     assert said[:2] == [f"{toml} names {name!r}, whom this host does not know" for name in ("ailce", "stundents")]
 
 
+BRACKETS = "write [[limits]], in two brackets"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[limits]\nmax_vms = 1\n", BRACKETS),
+        ("limits = [1]", BRACKETS),
+        ("limits = 1", BRACKETS),
+        (
+            "[[limits]]\nmax_vm = 1\n",
+            "[[limits]] entry 1: max_vm = 1: max_vm is not there, but users, groups, cpus, max_cpus",
+        ),
+        ("limit = 1", "top level: limit = 1: limit is not there, but comm, services"),
+        ('[[limits]]\nsource = "x"\n', "source is not there"),
+        ('[[limits]]\nmemlock = "16GB"\n', 'memlock is a text, as "512M", "16G" or "infinity"'),
+        ('[[limits]]\nusers = "alice"\n', 'users is a list of names, as ["alice"]'),
+        ("[[limits]]\npolicies = ['deadline']\n", "policies is a list of some of other, batch, idle, fifo, rr"),
+        ("[[limits]\n", "at line 1, column 9"),
+        ("#" * 70000, "70000 bytes, mode 100644, uid 0: not a file of 64 KiB that root alone writes"),
+    ],
+)
 def test_check_says_what_is_wrong(
-    toml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    toml: Path, text: str, why: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    configure(toml, "[[limits]]\nmax_vm = 1\n")
+    """In one line, which does not send the administrator to where he is."""
+    configure(toml, text)
     assert check("--check", str(toml), monkeypatch=monkeypatch) == 1
-    assert f"{toml}: '[[limits]] entry 1: key max_vm does not exist" in capfd.readouterr().err
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"nobody is served, {toml} is not understood: ")
+    assert why in line
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["{toml}"], 1)])
+def test_check_of_no_file(
+    words: list[str], status: int, toml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """None is needed; but one that was named, and mistyped, is not understood."""
+    assert check("--check", *(word.format(toml=toml) for word in words), monkeypatch=monkeypatch) == status
+    assert capfd.readouterr().err == f"{toml} is not there: the defaults are everybody's\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--check", "a", "b"], ["--serve", "x"], ["-h"]])
