@@ -151,8 +151,8 @@ class Operation(NamedTuple):
 
     def _record_of(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> Record:
         """Verify the target; return the VM's record, or a new one."""
-        above = target.verify(self.caller, vm, self.settings.services, comm).rpartition("/")[0]
-        scope = f"{MECHANISM.slice.format(self.caller.uid) or above}/{contract.SCOPE.format(self.caller.uid, vm)}"
+        home = MECHANISM.home(target.verify(self.caller, vm, self.settings.services, comm), self.caller.uid)
+        scope = f"{home}/{contract.SCOPE.format(self.caller.uid, vm)}"
         return self._record(vm, target.pid, target.start_time, scope)
 
     def _record(self, vm: str, pid: int = 0, start_time: int = 0, scope: str = "") -> Record:

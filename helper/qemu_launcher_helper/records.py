@@ -19,7 +19,7 @@ from pathlib import Path
 from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
 from typing import NamedTuple
 
-from .contract import MESSAGE_ID, Refusal, TargetRefused
+from .contract import MESSAGE_ID, TargetRefused
 from .cpuset import MECHANISM as MECHANISM  # noqa: PLC0414  for all who act on the records
 from .cpuset.cpulist import cpulist
 from .target import Target
@@ -158,5 +158,5 @@ def tell(level: int, verdict: str, operation: str, facts: dict[str, str], reason
 def _logged(step: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, Refusal) as err:
-        logging.warning("%s failed: %a", step, str(err))
+    except Exception as err:  # noqa: BLE001  whatever it is, the other VMs are looked after
+        logging.warning("%s failed: %a", step, str(err) or type(err).__name__)

@@ -124,17 +124,16 @@ class Target(ExitStack):
         raise TargetRefused(f"Process {self.pid} is in no session or service of yours, nor in one of helper.toml's")
 
     def set_policy(self, start_times: Mapping[int, int], policy: str, priority: int) -> None:
-        """Set all threads, verify each before and after; TargetRefused and the old policy back when one is not itself.
+        """Set all threads, verify each before and after; TargetRefused, and SCHED_OTHER, for one that is another then.
 
         OSError when the kernel refuses (ProcessLookupError: the thread has ended); sched_setscheduler(2).
         """
         for tid, start_time in start_times.items():
-            before = os.sched_getscheduler(tid), os.sched_getparam(tid)
             if self.task_start_time(tid) != start_time:
                 raise TargetRefused(f"Thread {tid} is gone")
             _set(tid, POLICY[policy], os.sched_param(priority))
             if self.task_start_time(tid) != start_time:
-                _set(tid, *before)
+                _set(tid, os.SCHED_OTHER, os.sched_param(0))  # what it had is not known: it began meanwhile
                 raise TargetRefused(f"Thread {tid} is gone")
 
     def take_realtime(self, keep: Iterable[int] = ()) -> None:

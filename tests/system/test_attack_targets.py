@@ -112,6 +112,26 @@ def test_a5_a_number_that_becomes_anothers(
             host.wait_for("she is where she was", is_where_she_was, seconds=30)
 
 
+@pytest.mark.attack("A5")
+def test_a5_a_number_that_becomes_another_of_ones_own(program: Claimant, alice: User, stepping: Stepping) -> None:
+    """It does not go to its parent's group, as anybody else's would: its user can have it adopted by PID 1."""
+    program.disown()
+    child = program.spawn(1)
+    answers: list[Answer] = []
+    call = threading.Thread(target=lambda: answers.append(program.set_memlock(child, "vm", 64 << 20)))
+    with stepping.halted_at("before scope") as halt:
+        call.start()
+        host.wait_for("the helper is about to have it moved", lambda: halt.reached)
+        os.kill(child.pid, 9)
+        host.wait_for("the number is free", lambda: not (host.PROC / str(child.pid)).exists())
+        with born_as(child.pid, alice) as heir:
+            assert host.slice_of(alice.uid) not in host.cgroup(heir).parents
+            halt.close()
+            call.join(host.PATIENCE)
+            assert [answer.error for answer in answers] == ["TargetRefused"]
+            host.wait_for("it has ended with the VM's scope", lambda: not host.is_alive(heir))
+
+
 def strangers(program: Claimant, other: Claimant) -> dict[str, tuple[int, list[int], int | None]]:
     """What is not a QEMU of the program's own: a PID, TIDs, and the process that must not change."""
     mine, hers, second = program.spawn(1), other.spawn(1), program.spawn(1)

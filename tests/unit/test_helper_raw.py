@@ -118,6 +118,21 @@ def test_a_second_call_finds_the_group(tree: Tree, target: Target) -> None:
         assert tree.mechanism().enclose(TOP, target)
 
 
+@pytest.mark.parametrize(
+    ("unit", "home"),
+    [
+        ("/user.slice/user-1000.slice/session-1.scope", "/user.slice/user-1000.slice"),
+        ("/openrc.xdm", ""),
+        ("/openrc.xdm/x", ""),  # where nothing limits anything, any group will do to be started from
+        ("/user/alice/0", ""),
+        ("/c1", ""),
+        ("", ""),
+    ],
+)
+def test_where_a_vms_group_goes(unit: str, home: str) -> None:
+    assert Raw().home(unit, 1000) == RawV1().home(unit, 1000) == home
+
+
 def test_no_controller_where_cpusets_are_v1s(tree: Tree, target: Target) -> None:
     (tree.root / "cgroup.controllers").write_text("\n")
     assert tree.mechanism().enclose(TOP, target)

@@ -128,8 +128,14 @@ def test_a_process_that_ended_leaves_nothing(record: Record, monkeypatch: pytest
     assert left() == []
 
 
+@pytest.mark.parametrize("error", [OSError(16, "busy"), RecursionError("busy"), MemoryError("busy")])
 def test_one_vm_that_cannot_be_cleaned_up_keeps_no_other_from_it(
-    record: Record, facts: Facts, places: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception,
+    record: Record,
+    facts: Facts,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     facts.write("cgroup", "0::/elsewhere\n")
     record._replace(vm="a").write()
@@ -141,7 +147,7 @@ def test_one_vm_that_cannot_be_cleaned_up_keeps_no_other_from_it(
     def stubborn(self: Partition, scope: str) -> None:
         tried.append(scope.rpartition("-")[2])
         if len(tried) in (1, 3):
-            raise OSError(16, "busy")
+            raise error
 
     monkeypatch.setattr(Partition, "withdraw", stubborn)
     monkeypatch.setattr(Partition, "processes", lambda self, scope: [])

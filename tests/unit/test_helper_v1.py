@@ -10,6 +10,8 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 from qemu_launcher_helper import privileges
 from qemu_launcher_helper.contract import Conflict, Failed, Pin
+from qemu_launcher_helper.cpuset import v1
 from qemu_launcher_helper.cpuset.cpulist import parse_cpulist
 from qemu_launcher_helper.cpuset.v1 import V1
 from qemu_launcher_helper.target import Target
@@ -26,6 +29,7 @@ from unit.proc_facts import UNIT_LINES
 SCOPES = [f"/user.slice/user-{uid}.slice/qemu-launcher-{uid}-vm.scope" for uid in (1000, 1001)]
 NAMES = [scope.rpartition("/")[2] for scope in SCOPES]
 KTHREAD, HOST, VCPU0, VCPU1, OTHER0 = 2, 100, 201, 202, 301
+NO_PID = 2**22 + 1  # no process can have it, PID_MAX_LIMIT: here it has all threads, for Target it is gone
 FILES = {"cpuset.cpus": "", "cpuset.mems": "", "cpuset.cpu_exclusive": "0", "tasks": "", "cgroup.procs": ""}
 
 
@@ -39,6 +43,7 @@ class Kernel:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.mount, self.units, self.memory = folder / "cpuset", folder / "systemd", folder / "run/pool"
         self.steps = -1  # writes until somebody is killed; -1: nobody is
+        self.strangers: set[int] = set()  # numbers that are no thread of a VM's any more
         self.affinity: dict[int, frozenset[int]] = {}
         self._real: dict[str, Any] = {
             name: getattr(Path, name) for name in ("write_text", "read_text", "mkdir", "rmdir")
@@ -47,7 +52,7 @@ class Kernel:
         (self.units / "system.slice").mkdir(parents=True)
         for scope in SCOPES:
             (self.units / scope[1:]).mkdir(parents=True)
-            (self.units / scope[1:] / "cgroup.procs").write_text("")
+            (self.units / scope[1:] / "cgroup.procs").write_text(f"{NO_PID}\n")
         mounts = [f"32 31 0:27 / {self.units} rw shared:10 - cgroup cgroup rw,xattr,name=systemd"]
         mounts += [
             f"40 31 0:3{n} / {folder}/{name} rw - cgroup cgroup rw,{name}" for n, name in enumerate(("cpu", "cpuset"))
@@ -109,6 +114,11 @@ class Kernel:
         return self.mount in (path, *path.parents)
 
     def _read_text(self, path: Path, *args: object) -> str:
+        if path.name == "cpuset":  # /proc/PID/task/TID/cpuset
+            tid = int(path.parent.name)
+            if tid in self.strangers:
+                raise FileNotFoundError(errno.ENOENT, "no such thread", str(path))
+            return f"/{self.where(tid)}\n".replace("/.", "/")
         if path.name.startswith("cpuset.effective_"):
             path = path.with_name(path.name.replace("effective_", ""))
         return str(self._real["read_text"](path, *args))
@@ -298,7 +308,7 @@ def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkey
     monkeypatch.setattr(Target, "tids", lambda _: {me, KTHREAD})
     monkeypatch.setattr(Target, "task_start_time", lambda *_: 1)
     (kernel.units / SCOPES[0][1:] / "cgroup.procs").write_text(f"{me}\n")
-    kernel.group("elsewhere", "0-1", me)
+    kernel._real["write_text"](kernel.mount / "tasks", f"{me}\n" + (kernel.mount / "tasks").read_text())
     kernel.pin(0, one(VCPU0, 4), others=frozenset({2}))
     assert kernel.where(me) == f"qemu-launcher/pool/{NAMES[0]}/2"
     assert kernel.where(KTHREAD) == ".", "an io_uring worker of 6.1 refuses in this way, too"
@@ -306,6 +316,96 @@ def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkey
     monkeypatch.setattr(Target, "task_start_time", lambda *_: next(times))
     kernel.pin(0, one(VCPU0, 4))
     assert kernel.where(me) == "qemu-launcher/pool", "where the number is another's, it is put where everybody is"
+
+
+def test_whom_somebody_keeps_in_a_cpuset_stays_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shield would free it from there for good: nobody knows where it was. So its VM gets none."""
+    kernel.group("students", "0-1")
+    kernel._real["write_text"](kernel.mount / "tasks", f"{HOST}\n{VCPU1}\n{KTHREAD}\n")
+    kernel._real["write_text"](kernel.mount / "students/tasks", f"{VCPU0}\n")
+    with pytest.raises(Conflict, match=r"keeps a thread of the VM's in the cpuset '/students', which it would leave$"):
+        kernel.pin(0, one(VCPU0, 0, shielded=False))
+    me = os.getpid()
+    monkeypatch.setattr(Target, "cgroup", lambda _: SCOPES[0])
+    monkeypatch.setattr(Target, "tids", lambda _: {me})
+    monkeypatch.setattr(Target, "task_start_time", lambda *_: 1)
+    (kernel.units / SCOPES[0][1:] / "cgroup.procs").write_text(f"{me}\n")
+    kernel._real["write_text"](kernel.mount / "students/tasks", f"{me}\n")
+    with pytest.raises(Conflict, match="in the cpuset '/students'"):
+        kernel.pin(0, one(VCPU1, 4))
+    assert kernel.where(me) == "students"
+
+
+def test_a_number_that_is_another_tasks_by_now_is_not_moved(kernel: Kernel) -> None:
+    """Between the checks and here hundreds of tasks may have been moved: time enough for a number to be used again."""
+    kernel.group("docker", "0-7", 500)
+    kernel.strangers = {500}
+    with pytest.raises(Failed, match=r"^Threads 500 did not get CPUs 4$"):
+        kernel.pin(0, one(500, 4))
+    assert kernel.where(500) == "docker"
+    kernel.reconcile({})
+
+
+@pytest.mark.parametrize("shielding", [False, True])
+def test_a_cpuset_that_ends_meanwhile_keeps_no_other(
+    kernel: Kernel, shielding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.group("docker", "0-7")
+    kernel.group("docker/a", "0-7", 500)
+    if not shielding:
+        kernel.pin(0, one(VCPU0, 4))
+    going, scandir = kernel.group("user", "0-3"), os.scandir
+    kernel.group("user/x", "0-3")
+
+    def after_its_end(path: str | Path) -> object:
+        if str(path) == str(going / "x") and going.exists():
+            shutil.rmtree(going)
+        return scandir(path)
+
+    for scope in kernel.v1.orphans(frozenset()):
+        kernel.v1.withdraw(scope)
+    monkeypatch.setattr(os, "scandir", after_its_end)
+    kernel.v1.settle({SCOPES[0]: frozenset({4})} if shielding else {})
+    assert not going.exists()
+    assert kernel.cpus("docker/a") == ("0-3,5-7" if shielding else "0-7")
+    kernel.reconcile({})
+    assert sorted(kernel.tree()) == [".", "docker", "docker/a"]
+
+
+def test_too_many_cpusets_keep_nobody_from_having_his_cpus_back(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(v1, "MOST_CPUSETS", 3)
+    kernel.group("lxc", "0-7")
+    kernel.group("lxc/web", "0-7", 500)
+    kernel.pin(0, one(VCPU0, 4))
+    names = [f"a{number}" for number in range(20)]
+    for name in names:
+        kernel.group(name, "0-3")
+    with pytest.raises(Conflict, match=r"^CPUs 4-5 are not to be had with more than 3 cpusets$"):
+        kernel.v1.settle({SCOPES[0]: frozenset({4, 5})})
+    kernel.reconcile({})
+    assert (kernel.cpus("lxc/web"), kernel.cpus("lxc"), {*map(kernel.cpus, names)}) == ("0-7", "0-7", {"0-3"})
+    assert not kernel.memory.exists()
+
+
+def test_a_thousand_cpusets_in_one_another(tmp_path: Path) -> None:
+    """Any number of them would be looked at, and a function that calls itself for each would end in RecursionError."""
+    (tmp_path / "online").write_text("0-7\n")
+    (tmp_path / "mountinfo").write_text(f"40 31 0:33 / {tmp_path}/cpuset rw - cgroup cgroup rw,cpuset\n")
+    (tmp_path / "cpuset").mkdir()
+    here = os.open(tmp_path / "cpuset", os.O_RDONLY)
+    try:
+        for _ in range(1100):
+            os.mkdir("a", dir_fd=here)
+            below = os.open("a", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        found = V1(tmp_path / "mountinfo", tmp_path / "memory", tmp_path / "online")._others([])
+    finally:
+        os.close(here)
+        subprocess.run(["rm", "-r", tmp_path / "cpuset"], check=True)  # shutil and pytest are such functions too
+    assert len(found) >= 1000
 
 
 def test_orphans_are_found_by_their_cpusets(kernel: Kernel) -> None:

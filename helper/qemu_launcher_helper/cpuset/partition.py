@@ -10,6 +10,7 @@ Enabling a partition below the top level is the one write that needs CAP_SYS_ADM
 """
 
 import errno
+import glob
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,9 +35,8 @@ class Partition:
 
     name = "partition"
     reason = "The kernel has remote cpuset partitions"
-    # Where scopes of VMs may be; and the slice that a new one goes to, "" for the one in which the caller is.
+    # Where scopes of VMs may be.
     slices: tuple[str, ...] = ("user.slice/user-*.slice", "system.slice")
-    slice = ""
     # Whether the helper has to stay while there are VMs, as nobody starts it when one ends.
     resident = False
     # What the file of CPUs of a group says that is to be on all that are left: nothing, and the kernel does it.
@@ -50,19 +50,30 @@ class Partition:
         usable = (self.root / "cpuset.cpus.isolated").exists()
         return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
 
+    def home(self, unit: str, uid: int) -> str:
+        """Return the group that a VM's scope goes to, which is of this user and lives in `unit`."""
+        del uid
+        return unit.rpartition("/")[0]
+
     def enclose(self, scope: str, target: Target) -> bool:
         """Move the process into the scope, and tell whether that is done: not where systemd has to be asked for it."""
         del scope, target
         return False
 
     def give_back(self, pid: int, scope: str) -> None:
-        """Put a process that inherited a target's number, and was moved in its place, back beside its parent."""
+        """Put a process that inherited a target's number, and was moved in its place, back beside its parent.
+
+        One of the VM's own user stays, and ends with the scope: he can have it adopted by PID 1, where no limit of his
+        holds. So does one in a user namespace that PID 1 has adopted: its user ID does not say whose it is.
+        """
         with (
             suppress(OSError, TargetRefused),
             Target(pid) as stranger,
             Target(int(stranger.status()["PPid"])) as parent,
         ):
-            if stranger.cgroup() == scope:
+            own = f"/qemu-launcher-{stranger.status()['Uid'].split()[0]}-" in scope
+            alien = parent.pid == 1 and stranger.read("uid_map") != parent.read("uid_map")
+            if stranger.cgroup() == scope and not own and not alien:
                 (self._dir(parent.cgroup()) / "cgroup.procs").write_text(str(pid))
 
     def take_realtime(self, scope: str) -> None:
@@ -82,7 +93,7 @@ class Partition:
 
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
         """Make the levels above the scopes hold exactly what `live` (scope path -> reserved CPUs) needs."""
-        wanted: dict[Path, frozenset[int]] = {path: frozenset() for path in self.root.glob("user.slice/user-*.slice")}
+        wanted = dict.fromkeys([path for slices in self.slices for path in find(self.root, slices)], frozenset[int]())
         for scope, cpus in live.items():
             for path in self._dir(scope).parents:
                 if path == self.root:
@@ -162,7 +173,7 @@ class Partition:
 
     def _scopes(self) -> list[str]:
         patterns = [f"{slices}/qemu-launcher-*.scope" for slices in self.slices]
-        return [f"/{path.relative_to(self.root)}" for pattern in patterns for path in self.root.glob(pattern)]
+        return [f"/{path.relative_to(self.root)}" for pattern in patterns for path in find(self.root, pattern)]
 
     def _dir(self, scope: str) -> Path:
         return self.root / scope.lstrip("/")
@@ -224,6 +235,11 @@ def _drain(source: Path, emulator: Path, end: float, keep: str = "") -> None:
                 (emulator / "cgroup.threads").write_text(tid)
         late, seen = time.monotonic() > end, tids
         time.sleep(same / 1000)
+
+
+def find(root: Path, pattern: str) -> list[Path]:
+    # Path.glob of Python 3.11 fails when a folder ends meanwhile.
+    return [root / name for name in glob.glob(pattern, root_dir=root)]  # noqa: PTH207
 
 
 def threaded(path: Path) -> Path:

@@ -38,12 +38,16 @@ class Pool(Partition):
     name = "pool"
     reason = "The kernel is older than 6.7: its own threads are not kept away"
     slices: tuple[str, ...] = ("qemu.slice/qemu-*.slice",)
-    slice = "/qemu.slice/qemu-{}.slice"
 
     def __init__(self, root: Path = CGROUP, memory: Path = MEMORY, possible: Path = POSSIBLE) -> None:
         super().__init__(root)
         # A full list, as a group with tasks in it cannot be given an empty one (ENOSPC); CPUs that come later included.
         self._memory, self.everything = memory, parse_cpulist(possible.read_text())
+
+    def home(self, unit: str, uid: int) -> str:
+        """Return the group of the user's VMs: their shields cannot be below user.slice."""
+        del unit
+        return f"/qemu.slice/qemu-{uid}.slice"
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""

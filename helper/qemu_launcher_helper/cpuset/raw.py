@@ -30,6 +30,11 @@ class Raw(Partition):
     resident = True
     slices: tuple[str, ...] = (".", "user.slice/user-*.slice")
 
+    def home(self, unit: str, uid: int) -> str:
+        """Return the user's slice, or the top."""
+        above = super().home(unit, uid)
+        return above if above.startswith("/user.slice/") else ""
+
     def enclose(self, scope: str, target: Target) -> bool:
         """Make the VM's group, and move the process into it. Raises Unsupported where there is no cgroup v2."""
         if not (self.root / "cgroup.procs").exists():

@@ -19,6 +19,7 @@ go wherever he may write; so a scope says whose a thread was, and the cpuset tre
 """
 
 import errno
+import itertools
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
-from ..target import Target
+from ..target import PROC, Target
 from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, SWEEP_SECONDS, Partition, read
 from .pool import MEMORY, Pool, change, text
@@ -38,6 +39,8 @@ from .pool import MEMORY, Pool, change, text
 ONLINE = Path("/sys/devices/system/cpu/online")
 MOUNTS = Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
+# Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
+MOST_CPUSETS = 2000
 
 
 class V1(Pool):
@@ -45,7 +48,7 @@ class V1(Pool):
 
     name = "cpuset-v1"
     reason = "The host has the legacy cgroup hierarchy: most threads of the kernel's own are not kept away"
-    slices, slice = Partition.slices, Partition.slice
+    slices, home = Partition.slices, Partition.home
     # What there is in the hierarchy where scopes are.
     units = "system.slice"
 
@@ -92,9 +95,8 @@ class V1(Pool):
         pool = self._ours - shielded
         wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
         wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
-        others = [path for path in self._tree.glob("*/**/") if not {self._prefix, *alone} & {path, *path.parents}]
         try:
-            self._leave(others, wanted, shielded)
+            self._leave(self._others(alone), wanted, shielded)
         finally:
             _move(self._tree if shielded else self._pool, self._pool if shielded else self._tree)
             if not shielded and not any(self._pool.glob("*/")):
@@ -121,14 +123,15 @@ class V1(Pool):
             self._new(place, parse_cpulist(place.name))
             if place.parent == self._prefix:
                 (place / name).mkdir(exist_ok=True)
+        known, processes = {self._tree, self._pool, *self._places(scope)}, super().processes(scope)
         for place, tids in places.items():
             for tid in tids:
-                _put(tid, place)
+                self._take(tid, processes, known, place)
         for place in {*self._places(scope)} - {home}:
             _move(place, home, places.get(place, ()))
             if place not in places:
                 self._remove(place)
-        self._gather(scope, home, frozenset().union(*places.values()))
+        self._gather(scope, known, home, frozenset().union(*places.values()))
         for place, tids in places.items():
             if tids - _tasks(place) or read(place / "cpuset.effective_cpus") != parse_cpulist(place.name):
                 raise Failed(f"Threads {', '.join(sorted(tids))} did not get CPUs {place.name}")
@@ -156,13 +159,31 @@ class V1(Pool):
         names = {path.name for path in self._prefix.glob("*/qemu-launcher-*.scope")}
         return [f"/{name}" for name in sorted(names - {scope.rpartition("/")[2] for scope in known})]
 
-    def _leave(self, others: Iterable[Path], wanted: dict[Path, frozenset[int]], shielded: frozenset[int]) -> None:
+    def _others(self, alone: Collection[Path]) -> list[Path]:
+        """Return the cpusets of others, each before those below it; of too many MOST_CPUSETS, and one more.
+
+        Not by Path.glob: in Python 3.11 one that ends meanwhile ends it all (FileNotFoundError), as do a thousand in
+        one another (RecursionError).
+        """
+        found = [self._tree]
+        for path in found:
+            with suppress(OSError), os.scandir(path) as entries:
+                folders = (Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+                theirs = (folder for folder in folders if folder != self._prefix and folder not in alone)
+                found.extend(itertools.islice(theirs, MOST_CPUSETS + 2 - len(found)))
+        return found[1:]
+
+    def _leave(self, others: list[Path], wanted: dict[Path, frozenset[int]], shielded: frozenset[int]) -> None:
         """Give each cpuset in `wanted` these CPUs, and the `others` what they had less the `shielded` ones.
 
-        Raises Conflict when that leaves one nothing, or one keeps what it has; all others are as they should be.
+        Raises Conflict when that leaves one nothing, or one keeps what it has, or there are too many; all others are as
+        they should be.
         """
         known, memory, bare = self._remembered(), dict[str, list[str]](), ""
-        for path in others if shielded or known != {} else ():
+        crowd = f"are not to be had with more than {MOST_CPUSETS} cpusets" if len(others) > MOST_CPUSETS else ""
+        # What was remembered is put back, however many there are by now.
+        remembered = [self._tree / name for name in known or ()]
+        for path in dict.fromkeys([*others[:MOST_CPUSETS], *remembered]) if shielded or known != {} else ():
             name, now = str(path.relative_to(self._tree)), _cpus(path)
             if not now:  # it is still being made, or has ended
                 continue
@@ -183,9 +204,9 @@ class V1(Pool):
         refused = [path.name for path in from_below if not change(path / "cpuset.cpus", cpulist(wanted[path]))]
         if not shielded and not refused:
             self._memory.unlink(missing_ok=True)
-        if bare or refused:
-            what = f"are all that there are in the cpuset {bare!a}" if bare else f"are not left by {refused[0]!a}"
-            raise Conflict(f"CPUs {cpulist(shielded)} {what}")
+        if bare or refused or (crowd and shielded):
+            what = f"are all that there are in the cpuset {bare!a}" if bare else crowd
+            raise Conflict(f"CPUs {cpulist(shielded)} {what or f'are not left by {refused[0]!a}'}")
 
     def _places(self, scope: str) -> list[Path]:
         """Return all cpusets that hold threads of this scope, those of the shield last."""
@@ -208,8 +229,20 @@ class V1(Pool):
         for path in (*place.glob("*/"), place):
             path.rmdir()
 
-    def _gather(self, scope: str, home: Path, named: frozenset[str]) -> None:
-        """Move all threads of the scope's processes but the named ones, wherever they are, into `home`."""
+    def _take(self, tid: str, processes: Iterable[int], known: Collection[Path], place: Path) -> bool:
+        """Move a thread of these processes; tell whether that worked. It does not with what is none of theirs any more.
+
+        Conflict for one in a cpuset that is not `known`: an administrator keeps it there, and nobody would put it back.
+        """
+        for pid in processes:
+            if (at := text(PROC / f"{pid}/task/{tid}/cpuset")) is not None:
+                if self._tree / at.lstrip("/") not in known:
+                    raise Conflict(f"Somebody keeps a thread of the VM's in the cpuset {at!a}, which it would leave")
+                return _put(tid, place)
+        return False
+
+    def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str]) -> None:
+        """Move all threads of the scope's processes but the named ones into `home`."""
         stuck, end = set(named), time.monotonic() + SWEEP_SECONDS
         for pid in super().processes(scope):
             with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
@@ -217,7 +250,7 @@ class V1(Pool):
                     for tid in tids:
                         _still_in_time(end)
                         born = process.task_start_time(int(tid))
-                        if born == -1 or not _put(tid, home):
+                        if born == -1 or not self._take(tid, [pid], known, home):
                             stuck.add(tid)
                         elif process.task_start_time(int(tid)) != born:
                             _put(tid, self._pool)  # it has ended; if that moved somebody, then to where all others are

@@ -1,0 +1,136 @@
+"""Partitions, and what all mechanisms have of them, in a tree of plain files; the kernel's part is in tests/system."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from qemu_launcher_helper.contract import TargetRefused
+from qemu_launcher_helper.cpuset import partition
+from qemu_launcher_helper.cpuset.partition import Partition
+from qemu_launcher_helper.cpuset.pool import Pool
+from qemu_launcher_helper.target import Target
+
+SCOPE = "/user.slice/user-1000.slice/qemu-launcher-1000-vm.scope"
+SERVICES, ALICES = (
+    f"/{above}/qemu-launcher-{uid}-vm.scope"
+    for above, uid in (("system.slice", 0), ("user.slice/user-1001.slice", 1001))
+)
+STRANGER = 4711
+
+
+def exclusive(root: Path, group: str) -> str:
+    return (root / group / "cpuset.cpus.exclusive").read_text().strip()
+
+
+def test_system_slice_gives_back_what_no_service_of_its_has_any_more(tmp_path: Path) -> None:
+    """What it kept, the kernel would refuse to every slice beside it, and nobody would hold it."""
+    for scope in (SERVICES, ALICES):
+        (tmp_path / scope[1:]).mkdir(parents=True)
+    for group in [path for path in tmp_path.rglob("*") if path.is_dir()]:
+        (group / "cpuset.cpus.exclusive").write_text("\n")
+    mechanism = Partition(tmp_path)
+    mechanism.settle({SERVICES: frozenset({4}), ALICES: frozenset({2})})
+    assert (exclusive(tmp_path, "system.slice"), exclusive(tmp_path, "user.slice")) == ("4", "2")
+    shutil.rmtree(tmp_path / SERVICES[1:])
+    mechanism.settle({ALICES: frozenset({2})})
+    assert (exclusive(tmp_path, "system.slice"), exclusive(tmp_path, "user.slice")) == ("", "2")
+
+
+def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SCOPE[1:] / "vcpus").mkdir(parents=True)
+    going = tmp_path / "user.slice/user-2000.slice"
+    going.mkdir()
+    scandir = os.scandir
+
+    def after_its_end(path: str) -> object:
+        if str(path) == str(going):
+            shutil.rmtree(going, ignore_errors=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", after_its_end)
+    assert Partition(tmp_path).orphans(frozenset()) == [SCOPE]
+    assert not going.exists()
+
+
+class Stranger:
+    """Stands for a process that has a target's number, and was moved to its scope; and for its parent."""
+
+    words: dict[int, dict[str, str]]
+
+    def __init__(self, pid: int) -> None:
+        if pid not in self.words:
+            raise TargetRefused("gone")
+        self.pid = pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def status(self) -> dict[str, str]:
+        return self.words[self.pid]
+
+    def cgroup(self) -> str:
+        return self.words[self.pid]["cgroup"]
+
+    def read(self, name: str) -> str:
+        return self.words[self.pid].get(name, "0 0 4294967295\n")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(partition, "Target", Stranger)
+    for name in ("init.scope", "user.slice/user-1001.slice/session-7.scope"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "cgroup.procs").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("uid", "parent", "map_", "back"),
+    [
+        ("1001", 77, "", "user.slice/user-1001.slice/session-7.scope"),  # carol's, just born
+        ("0", 1, "", "init.scope"),  # a daemon's
+        ("1000", 77, "", ""),  # his own: whatever its parent is
+        ("1000", 1, "", ""),
+        ("100000", 1, "0 100000 65536\n", ""),  # in a container of anybody's
+        ("100000", 77, "0 100000 65536\n", "user.slice/user-1001.slice/session-7.scope"),
+        ("1001", 78, "", ""),  # its parent has ended
+    ],
+)
+def test_who_inherited_a_targets_number_goes_back(groups: Path, uid: str, parent: int, map_: str, back: str) -> None:
+    """But nobody's own process to PID 1, whose group is in no slice of its user's: limits on that hold on."""
+    Stranger.words = {
+        STRANGER: {"PPid": str(parent), "Uid": f"{uid}\t{uid}\t{uid}\t{uid}", "cgroup": SCOPE}
+        | ({"uid_map": map_} if map_ else {}),
+        1: {"cgroup": "/init.scope"},
+        77: {"cgroup": "/user.slice/user-1001.slice/session-7.scope"},
+    }
+    Partition(groups).give_back(STRANGER, SCOPE)
+    moved = {str(path.parent.relative_to(groups)) for path in groups.rglob("cgroup.procs") if path.read_text()}
+    assert moved == ({back} if back else set())
+
+
+def test_where_a_scope_goes() -> None:
+    slice_ = "/user.slice/user-1000.slice"
+    assert Partition().home(f"{slice_}/session-3.scope", 1000) == slice_
+    assert Partition().home("/system.slice/my-vm.service", 1000) == "/system.slice"
+    assert Pool().home(f"{slice_}/session-3.scope", 1000) == "/qemu.slice/qemu-1000.slice"
+
+
+def test_a_number_that_becomes_anothers_keeps_no_policy_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that the target had before, which may have been granted to it."""
+    starts, given = iter([1, 2]), list[tuple[int, int]]()
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_FIFO)
+    monkeypatch.setattr(
+        "qemu_launcher_helper.target._set", lambda _, policy, param: given.append((policy, param.sched_priority))
+    )
+    with Target(os.getpid()) as target:
+        monkeypatch.setattr(Target, "task_start_time", lambda *_: next(starts))
+        with pytest.raises(TargetRefused, match="is gone"):
+            target.set_policy({os.getpid(): 1}, "rr", 2)
+    assert given == [(os.SCHED_RR | os.SCHED_RESET_ON_FORK, 2), (os.SCHED_OTHER, 0)]
