@@ -40,7 +40,7 @@ SYSTEM = PROJECT / "tests" / "system"
 DEB_VARIABLE = "QEMU_LAUNCHER_DEB"  # a package that is built already
 KEPT_VARIABLE = "QEMU_LAUNCHER_LAB"  # the name of a kept lab to use instead of a fresh one, while writing tests
 # Variables of ours that count inside as well.
-PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED")
+PASSED_ON = ("CI", "QEMU_LAUNCHER_ROUNDS", "QEMU_LAUNCHER_SEED", "QEMU_LAUNCHER_SHARE")
 REMOTE = "/root/qemu-launcher"
 INNER_LOG = "/root/system-tests.log"
 # What the tests of a file take in a lab, for files where their number says little: seconds, all else as on a machine of

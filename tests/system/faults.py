@@ -27,6 +27,8 @@ from system.stepping import FOLDER, replaced_helper
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
 LONGEST_TURN, MOST_TURNS = 6, 3  # steps of one turn of a loop; turns that are all tried
 SEED = int(os.environ.get("QEMU_LAUNCHER_SEED", "1"))
+# Which part of these this run tries: 2/3 is the second of three, which labs can try side by side.
+SHARE, SHARES = map(int, os.environ.get("QEMU_LAUNCHER_SHARE", "1/1").split("/"))
 
 
 def say(line: str) -> None:
@@ -152,8 +154,9 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
         return hashlib.sha256(f"{SEED} {what} {name} {seen[name]}".encode()).digest()
 
     ranked = sorted((rank(point), point) for point in points)
-    chosen = sorted(point for _, point in ranked[:rounds])
-    say(f"{what}: {len(chosen)} of {len(points)} points, mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED}")
+    chosen = sorted(point for _, point in ranked[:rounds][SHARE - 1 :: SHARES])
+    how = f"mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED} QEMU_LAUNCHER_SHARE={SHARE}/{SHARES}"
+    say(f"{what}: {len(chosen)} of {len(points)} points, {how}")
     return chosen
 
 

@@ -10,7 +10,8 @@ of the kernel's or systemd's, or the death of the helper, of the VM or of its ca
   is looked at closely after some of them only.
 
 Each run on Debian 13 kills the helper at each of its steps; of all else `QEMU_LAUNCHER_ROUNDS=N` tries N points of
-each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N chooses others.
+each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N chooses others, QEMU_LAUNCHER_SHARE=2/3 the
+second third of them.
 """
 
 from __future__ import annotations
