@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from .errors import PROGRAM, UsageError, shortened
+from .errors import PROGRAM, UsageError, did_you_mean, shortened
 
 VERSION = "0.1.0"
 
@@ -237,11 +237,13 @@ VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 
 LONGEST_COMPLAINT = 300  # characters; argparse repeats all the words that it does not know
+_HINT = f"{PROGRAM} --help shows what can be said"
+_A_SLIP = 0.75  # how near a word must be to a command to be a slip of one: stpo, and not first to list
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(shortened(message, LONGEST_COMPLAINT), f"{PROGRAM} --help shows what can be said")
+        raise UsageError(shortened(message, LONGEST_COMPLAINT), _HINT)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -253,6 +255,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The meaning of the arguments after the program's name. Raises UsageError."""
     if argv[:1] == [COMPLETE]:
         return Complete(tuple(argv[1:]))
+    if argv[:1] == ["help"]:
+        return Help()
     command, rest = _split(argv)
     rest, line = _until_name(rest) if command == "monitor" else (rest, None)
     words = rest[: rest.index("--")] if "--" in rest else rest
@@ -261,9 +265,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if "--version" in words:
         return Version()
     parser = _parser(command)
-    for option in (word.partition("=")[0] for word in words):
-        if command not in OPTIONS.get(option, (command,)):
-            parser.error(f"{option} is an option of {_either(OPTIONS[option])}, not of {command}")
+    foreign = [option for word in words if command not in OPTIONS.get(option := word.partition("=")[0], (command,))]
+    if len(rest) == len(argv):
+        _check_command(words, foreign=bool(foreign))
+    if foreign and (command != "import" or "--" in rest):  # without -- they are QEMU's
+        parser.error(f"{foreign[0]} is an option of {_either(OPTIONS[foreign[0]])}, not of {command}")
     if command == "import":
         return _import(parser, rest)
     found = parser.parse_args(rest)
@@ -278,6 +284,21 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if command == "qmp" and found.command is None:
         parser.error("the QMP command is missing")
     return _MEANINGS[command](**vars(found))
+
+
+def _check_command(words: Sequence[str], *, foreign: bool) -> None:
+    """Where the word run was left out there is one plain word, a VM; else it was meant for a command.
+
+    `foreign`: there are options that run has not.
+    """
+    plain = [word for at, word in enumerate(words) if not word.startswith("-") and words[max(0, at - 1)] not in VALUED]
+    if not plain or not (foreign or len(plain) > 1):
+        return
+    hint = did_you_mean(plain[0], COMMANDS, _A_SLIP)
+    if len(plain) > 1 and plain[1] in COMMANDS:
+        hint = hint or f"the command comes first: {PROGRAM} {plain[1]} {shortened(plain[0])}"
+    if hint or len(plain) > 1:
+        raise UsageError(f"there is no command {shortened(plain[0])!r}", hint or _HINT)
 
 
 def _check_status(parser: _Parser, found: argparse.Namespace) -> None:
@@ -295,10 +316,16 @@ def _either(words: Sequence[str]) -> str:
 def _import(parser: _Parser, words: Sequence[str]) -> Import:
     """What is after `--` is QEMU's, whatever it looks like."""
     end = words.index("--") if "--" in words else len(words)
-    found = parser.parse_args(words[:end])
+    found, unknown = parser.parse_known_args(words[:end])
     behind = tuple(words[end + 1 :])
-    if found.vm is not None:
-        parser.error(f"{found.vm!r} stands before --: write import -- and then QEMU's command line")
+    stray = next((word for word in words[:end] if word in (found.vm, *unknown)), None)
+    if stray is not None and stray.startswith("--"):
+        parser.error(f"unrecognized arguments: {stray}")
+    if stray is not None and "--" not in words:
+        hint = f"write -- before QEMU's command line: {PROGRAM} import -- {shortened(stray)} ..."
+        raise UsageError(f"import does not know {shortened(stray)!r}", hint)
+    if stray is not None:
+        parser.error(f"{stray!r} stands before --: write import -- and then QEMU's command line")
     if behind and found.libvirt is not None:
         parser.error("import takes either --libvirt or, after --, QEMU's command line")
     if not behind and found.libvirt is None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import runtime
-from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError
+from . import locate, runtime
+from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError, did_you_mean
 from .qmp import Qmp
 from .record import RUNNING
 from .runtime import Found
@@ -57,6 +57,11 @@ def running(name: str, words: str) -> Found:
     if os.geteuid() == 0:  # who became another user to start it (`user:`) has to become him to see it too
         message = f"{name} is not running among the VMs of root"
         hint += f"\na VM with user: in its definition is that user's: sudo -u USER qemu-launcher {words}"
+    where = locate.folders(os.environ)
+    if name not in (known := locate.names(where)):
+        message += f", and there is no {name}{locate.SUFFIX} in {', '.join(map(str, where))}"
+        near = did_you_mean(name, [*known, *(other.name for other in runtime.find_all())])
+        hint = f"{near}\n{hint}" if near else hint
     raise NotRunning(message, hint)
 
 

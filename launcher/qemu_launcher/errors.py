@@ -196,9 +196,9 @@ def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def did_you_mean(word: str, choices: Sequence[str]) -> str | None:
-    """A hint that names the nearest of `choices`, None when none is near."""
+def did_you_mean(word: str, choices: Sequence[str], least: float = 0.6) -> str | None:
+    """A hint that names the nearest of `choices`, None when none is as near as `least`, of 1 for the same word."""
     import difflib  # noqa: PLC0415  only needed when something is wrong already
 
-    close = difflib.get_close_matches(word[:LONGEST_QUOTE].lower(), choices, n=1)
+    close = difflib.get_close_matches(word[:LONGEST_QUOTE].lower(), choices, n=1, cutoff=least)
     return f"did you mean {close[0]}?" if close else None

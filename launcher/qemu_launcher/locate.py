@@ -4,6 +4,7 @@ What is refused: names that could not travel to the helper as a VM name (for a p
 ending), and names without a definition; the message then says which folders were searched and what is near.
 """
 
+import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -115,9 +116,12 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
     `commands`: words that may have been meant if there is no such VM.
     """
     name = vm_name(argument)
-    if is_path(argument):
-        return name, Path(argument)
     where = folders(environ)
+    if is_path(argument):
+        path = Path(argument)
+        if _exists(path):
+            return name, path
+        raise DefinitionError(f"cannot read {argument}: {os.strerror(errno.ENOENT)}", _meant(argument, name, where))
     for folder in where:
         path = folder / (name + SUFFIX)
         if _exists(path):
@@ -134,6 +138,15 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
         f"there is no VM {name!r}: no {name}{SUFFIX} in {', '.join(map(str, where))}",
         hint or _no_folder(environ) or "its definition is described in qemu-launcher.yml(5)",
     )
+
+
+def _meant(path: str, name: str, where: Sequence[Path]) -> str | None:
+    """A hint for the path of a file that is not there."""
+    if not path.endswith(SUFFIXES) and _exists(Path(path + SUFFIX)):
+        return f"did you mean {path}{SUFFIX}?"
+    known = names(where)
+    hint = f"did you mean {name}?" if name in known else did_you_mean(name, known)
+    return hint and f"{hint} with a slash or {SUFFIX} it is the path of a file"
 
 
 def spelled(name: str, path: Path, environ: Mapping[str, str]) -> str:
@@ -175,4 +188,6 @@ def _exists(path: Path) -> bool:
         return False
     except OSError as err:
         raise DefinitionError(f"cannot read {path}: {err.strerror}") from err
+    except ValueError:  # a NUL in the path: so does reading it
+        return True
     return True

@@ -76,6 +76,9 @@ from unit.reading import ROOT
         ("run limits", cli.Run("limits", untuned=False, quiet=False)),
         ("--help", cli.Help()),
         ("-h", cli.Help()),
+        ("help", cli.Help()),
+        ("help start", cli.Help()),
+        ("run help", cli.Run("help", untuned=False, quiet=False)),
         ("run import", cli.Run("import", untuned=False, quiet=False)),
         ("import -- q", cli.Import(None, None, ("q",))),
         ("import -o x -- q -h --version -- import", cli.Import("x", None, ("q", "-h", "--version", "--", "import"))),
@@ -116,7 +119,6 @@ def test_odd_words_are_kept() -> None:
         ("monitor -q win11 x", "-q is an option of run and start, not of monitor"),
         ("monitor --foo win11 x", "unrecognized arguments: --foo"),
         ("list win11", "unrecognized arguments: win11"),
-        ("win11 win12", "unrecognized arguments: win12"),
         ("status a b", "unrecognized arguments: b"),
         ("--unt win11", "unrecognized arguments: --unt"),
         ("--foo win11", "unrecognized arguments: --foo"),
@@ -148,7 +150,7 @@ def test_odd_words_are_kept() -> None:
         ("import qemu -- x", "'qemu' stands before --: write import -- and then QEMU's command line"),
         ("import --libvirt x -- q", "import takes either --libvirt or, after --, QEMU's command line"),
         ("import --libvirt", "argument --libvirt: expected one argument"),
-        ("import -m 2G", "unrecognized arguments: -m"),
+        ("import --libvrt win11", "unrecognized arguments: --libvrt"),
         ("import -q -- x", "-q is an option of run and start, not of import"),
         ("run -o x y", "-o is an option of import, not of run"),
         ("status -- -q x", "unrecognized arguments: x"),
@@ -161,6 +163,56 @@ def test_refused(words: str, message: str) -> None:
     assert caught.value.message == message
     assert caught.value.hint == "qemu-launcher --help shows what can be said"
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "stray"),
+    [
+        ("import -m 2G", "-m"),
+        ("import qemu -m 2G", "qemu"),
+        ("import -o x.yml qemu -d int", "qemu"),
+        ("import -S", "-S"),
+        ("import -q", "-q"),
+    ],
+)
+def test_import_without_two_hyphens(words: str, stray: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_arguments(words.split())
+    assert caught.value.message == f"import does not know {stray!r}"
+    assert caught.value.hint == f"write -- before QEMU's command line: qemu-launcher import -- {stray} ..."
+
+
+NO_SLIP = "qemu-launcher --help shows what can be said"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "hint"),
+    [
+        ("startt first", "startt", "did you mean start?"),
+        ("--untuned stat first", "stat", "did you mean start?"),
+        ("stattus --json", "stattus", "did you mean status?"),
+        ("relase first --owner bob", "relase", "did you mean release?"),
+        ("--owner bob relase", "relase", "did you mean release?"),
+        ("impotr -o x.yml", "impotr", "did you mean import?"),
+        ("first stop", "first", "the command comes first: qemu-launcher stop first"),
+        ("first second", "first", NO_SLIP),
+        ("win11 win12", "win11", NO_SLIP),
+    ],
+)
+def test_mistyped_commands(words: str, name: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_arguments(words.split())
+    assert (caught.value.message, caught.value.hint) == (f"there is no command {name!r}", hint)
+
+
+@pytest.mark.parametrize("words", ["startt", "startt -q", "-- startt first"])
+def test_one_word_is_a_vm(words: str) -> None:
+    """Whether there is one is looked up later, and what is near then."""
+    if "--" in words:
+        with pytest.raises(UsageError, match="unrecognized arguments: first"):
+            cli.parse_arguments(words.split())
+    else:
+        assert cli.parse_arguments(words.split()) == cli.Run("startt", untuned=False, quiet="-q" in words)
 
 
 def test_help_fits_a_terminal_and_names_every_command() -> None:

@@ -1,6 +1,7 @@
 """How the running VMs are shown, without any VM."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from qemu_launcher.control import State
 from qemu_launcher.errors import NotRunning
 from qemu_launcher.procfs import Scheduling
 from qemu_launcher.record import Record
+from qemu_launcher.runtime import Found
 from qemu_launcher.status import Memory, Picture, Vcpu
 
 REALTIME = Scheduling("fifo", 1, reset_on_fork=True)
@@ -41,8 +43,12 @@ def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_root_is_told_whose_vms_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_root_is_told_whose_vms_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """With `user:` root has started a VM that is that user's, and root's no more."""
+    monkeypatch.setenv("QEMU_LAUNCHER_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "win11.yml").touch()
     monkeypatch.setattr(runtime, "find_all", list)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert status.show(None) == 0
@@ -70,6 +76,25 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         with pytest.raises(NotRunning, match="win11 is not running") as caught:
             ask("win11")
         assert caught.value.exit_status == 3
+
+
+def test_name_that_nothing_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor a definition: it is a slip, of the name of one or of a VM that runs."""
+    monkeypatch.setenv("QEMU_LAUNCHER_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    (tmp_path / "win11.yml").touch()
+    by_path = Found("elsewhere", Record(), None)
+    monkeypatch.setattr(runtime, "find_all", lambda: [by_path])
+    for name, hint in (
+        ("win12", "did you mean win11?\n"),
+        ("elswhere", "did you mean elsewhere?\n"),
+        ("x", ""),
+    ):
+        for ask in (status.show, power.stop, power.kill, power.pause, power.resume):
+            with pytest.raises(NotRunning) as caught:
+                ask(name)
+            assert caught.value.message == f"{name} is not running, and there is no {name}.yml in {tmp_path}"
+            assert caught.value.hint == f"{hint}see what runs with: qemu-launcher status"
 
 
 def test_markup_in_a_path_is_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,11 @@ def test_folders_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("argument", ["./vm.yml", "vm.yml", "/a/b/vm.yaml", "../vm.yml", "a/vm"])
-def test_paths(argument: str) -> None:
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    argument = argument.replace("/a/b/", f"{tmp_path}/")
+    Path(argument).touch()
     assert locate.find(argument, {}) == ("vm", Path(argument))
 
 
@@ -65,6 +69,29 @@ def test_not_found_names_the_folders_and_what_is_near(home: Path, tmp_path: Path
         locate.find("win12", environment(home))
     assert caught.value.message == f"there is no VM 'win12': no win12.yml in {home}, {tmp_path}/etc, {tmp_path}/local"
     assert caught.value.hint == "did you mean win11?"
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("win11.yml", "did you mean win11? with a slash or .yml it is the path of a file"),
+        ("./win11", "did you mean win11? with a slash or .yml it is the path of a file"),
+        ("/no/such/place/win12.yml", "did you mean win11? with a slash or .yml it is the path of a file"),
+        ("./here", "did you mean ./here.yml?"),
+        ("./elsewhere.yml", None),
+        ("here.yml/x", None),
+    ],
+)
+def test_a_path_that_leads_nowhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, hint: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (home / "win11.yml").touch()
+    Path("here.yml").touch()
+    with pytest.raises(DefinitionError) as caught:
+        locate.find(argument, environment(home))
+    assert caught.value.message == f"cannot read {argument}: No such file or directory"
+    assert caught.value.hint == hint
 
 
 def test_not_found_may_be_a_command(home: Path) -> None:

@@ -89,7 +89,9 @@ def test_help_and_version(environ: dict[str, str]) -> None:
          "    qemu-launcher --help shows what can be said\n"),
         (("stop", "a b"), 2, "qemu-launcher: 'a b' is no name for a VM\n"
          "    use letters, digits, - and _, beginning with a letter or digit; at most 48\n"),
-        (("command", b"/\xff/vm.yml"), 2, "qemu-launcher: cannot read /\\xff/vm.yml: No such file or directory\n"),
+        (("command", b"/\xff/vm.yml"), 2, "qemu-launcher: cannot read /\\xff/vm.yml: No such file or directory\n"
+         "    did you mean vm? with a slash or .yml it is the path of a file\n"),
+        (("startt", "vm"), 2, "qemu-launcher: there is no command 'startt'\n    did you mean start?\n"),
     ],
 )  # fmt: skip
 def test_one_message_and_a_status(
@@ -187,7 +189,8 @@ def test_what_actions_raise(
     assert capfd.readouterr().err == message
 
 
-def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vm.yml").touch()
     monkeypatch.setattr(definition, "load", lambda path, name: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        program.main(["command", "./vm.yml"])
+        program.main(["command", f"{tmp_path}/vm.yml"])
