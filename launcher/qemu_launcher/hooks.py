@@ -4,7 +4,7 @@ Why it exists: swtpm, virtiofsd and the like must be there before QEMU, and go a
 that the VM is, in the foreground until it has ended, in the definition's environment and directory; one that is to stay
 puts itself into the background. None inherits a descriptor of ours but stdout and stderr, so that a daemon cannot keep
 the VM's lock; none has the terminal's input, and each is a process group of its own, so that Ctrl-C reaches it through
-us alone: as SIGTERM to the group, and SIGKILL if that does not end it.
+us alone: as SIGTERM to the group, and SIGKILL to what is left of it when the command has ended, or does not end.
 
 before_start: the first that does not exit 0, or cannot be started, is HookFailed, and QEMU is not started.
 after_stop: runs whenever before_start was begun, as ExecStopPost= of systemd.service(5), so also after a failed start;

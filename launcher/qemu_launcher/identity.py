@@ -73,10 +73,10 @@ def _account(definition: VmDefinition, user: str | int | None, gid: int | None) 
                 hint = "add group: as well, since the user database cannot tell it"
                 raise _refusal(definition, "user", f"there is no user {user} on this host", hint) from err
     uid = os.geteuid()
-    return Account(uid, os.getegid(), access_name(uid), os.environ.get("HOME", "/"), os.environ.get("SHELL", ""))
+    return Account(uid, os.getegid(), _user_name(uid), os.environ.get("HOME", "/"), os.environ.get("SHELL", ""))
 
 
-def access_name(uid: int) -> str | None:
+def _user_name(uid: int) -> str | None:
     """Name of a uid, None if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
