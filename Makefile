@@ -131,11 +131,12 @@ test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and t
 
 # `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1.
 # tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
-test-all: setup deb ## the same, with every system test on every host, without systemd and with dbus-broker among them; takes an hour more
+test-all: setup deb ## the same, with each system test on every host that it is meant for, without systemd and with dbus-broker among them; takes an hour more
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
-# `make test` tries some points of each kind, the same ones each time; QEMU_LAUNCHER_SEED=N tries others. Each mechanism has
-# its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all are days.
+# `make test` tries, with partitions, all deaths of the helper, and of each other kind some points, the same ones each time;
+# QEMU_LAUNCHER_SEED=N tries others. Each mechanism has its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all
+# are days.
 test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; large VMs, crowds; takes days
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \
 		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_scale.py tests/system/test_crowd.py

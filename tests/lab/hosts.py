@@ -28,7 +28,7 @@ FIXTURE = "lab_host"
 HOSTS_MARKER = "hosts"
 HOSTS_MARKER_HELP = (
     f"{HOSTS_MARKER}(*names, more=(), why=''): a system test that runs on these hosts and, by `make test-all`, on "
-    "`more`, because of `why`; without this marker, on Debian 13, and on Debian 12 (tests/lab/hosts.py)"
+    "`more`, because of `why`; without this marker, on Debian 13 and, by `make test-all`, on 12 (tests/lab/hosts.py)"
 )
 
 

@@ -57,7 +57,7 @@ INIT_PACKAGES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recipe:
-    """One image. Another suite, or another bus, is another recipe."""
+    """One image. Another suite, or another init, is another recipe."""
 
     name: str = "trixie"  # for people, and to tell the images of different recipes apart
     suite: str = "trixie"
