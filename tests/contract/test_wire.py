@@ -66,7 +66,9 @@ def test_size_of_a_message() -> None:
 def test_actions_in_the_xml() -> None:
     """The comment above each method names the action that the helper asks about."""
     text = (ROOT / "dbus/org.qemulauncher.Helper1.xml").read_text()
-    for comment, name in re.findall(r"<!--((?:(?!-->).)*)-->\s*<method name=\"(\w+)\">", text, re.DOTALL):
+    comments = re.findall(r"<!--((?:(?!-->).)*)-->\s*<method name=\"(\w+)\">", text, re.DOTALL)
+    assert [name for _, name in comments] == list(xml_methods()), "each has one"
+    for comment, name in comments:
         named = re.findall(r"org\.qemulauncher\.[a-z-]+", comment)
         action = contract.METHODS[name][2]
         assert named == ([action] if action else []), name

@@ -350,6 +350,15 @@ def helper() -> int | None:
     return found[0] if found else None
 
 
+def descriptors(pid: int, looks: int = 4) -> int:
+    """How many the helper has open at rest. Even then it looks at VMs every 15 s: the fewest of some looks."""
+    found = []
+    for _ in range(looks):
+        found.append(len(os.listdir(PROC / f"{pid}/fd")))
+        time.sleep(0.1)
+    return min(found)
+
+
 def born_of_us() -> frozenset[int]:
     """CPUs of a process forked just now by this test."""
     done = subprocess.run(["cat", "/proc/self/status"], check=True, capture_output=True, text=True)

@@ -28,10 +28,6 @@ def peak(pid: int) -> int:
     return int(host.status(pid)["VmHWM"].split()[0]) << 10
 
 
-def descriptors(pid: int) -> int:
-    return len(list((host.PROC / f"{pid}/fd").iterdir()))
-
-
 def test_the_bus_is_the_one_that_this_host_was_booted_with() -> None:
     broker = "lab.bus=dbus-broker" in (host.PROC / "cmdline").read_text()
     assert bool(host.processes("dbus-broker")) == broker
@@ -48,7 +44,7 @@ def test_a13_floods(alice: User, bob: User, carol: User, way: str) -> None:
         assert honest.call("GetLimits", "").error == "ok"
         pid = host.helper()
         assert pid is not None
-        files = descriptors(pid)
+        files = host.descriptors(pid)
         for flooder in (alice, bob):  # a member; and one whom the bus stops
             said: list[str] = []
 
@@ -69,4 +65,4 @@ def test_a13_floods(alice: User, bob: User, carol: User, way: str) -> None:
         assert host.isolated() == {4, 5}
         assert host.helper() == pid
         assert peak(pid) < 110 * MIB
-        assert descriptors(pid) == files
+        assert host.descriptors(pid) == files
