@@ -11,21 +11,8 @@ which an engineer starts and stops by hand, is the one exception). Only the stan
 """
 
 from lab.booting import boot
-from lab.errors import CommandFailed, CommandTimeout, LabDied, LabError, MissingTool
-from lab.recipe import BOOKWORM, TRIXIE, Machine, Recipe
+from lab.errors import LabError
+from lab.recipe import Machine
 from lab.vm import Finished, Vm
 
-__all__ = [
-    "BOOKWORM",
-    "TRIXIE",
-    "CommandFailed",
-    "CommandTimeout",
-    "Finished",
-    "LabDied",
-    "LabError",
-    "Machine",
-    "MissingTool",
-    "Recipe",
-    "Vm",
-    "boot",
-]
+__all__ = ["Finished", "LabError", "Machine", "Vm", "boot"]

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from lab import booting, image
-from lab.errors import CommandFailed, LabError
+from lab.booting import kept_lab
+from lab.errors import LabError
 from lab.image import say
 from lab.recipe import CACHE, RECIPES, TRIXIE, Machine
 from lab.vm import Vm
@@ -28,9 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so that what we started ends
     try:
         status: int = options.act(options)
-    except CommandFailed as error:
-        say(str(error))
-        return 1
     except LabError as error:
         say(str(error))
         return 1
@@ -57,7 +55,7 @@ def _shell(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace) -> int:
-    folder = _folder(options.name)
+    folder = kept_lab(options.name)
     if _running(folder):
         raise LabError(f"lab {options.name} runs already")
     vm = booting.start(folder, RECIPES[options.recipe], _machine(options), kept=True)
@@ -71,15 +69,15 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _exec(options: argparse.Namespace) -> int:
-    return _command(Vm.attach(_folder(options.name)), options)
+    return _command(Vm.attach(kept_lab(options.name)), options)
 
 
 def _console_of(options: argparse.Namespace) -> int:
-    return _console(Vm.attach(_folder(options.name)), options.user, "the lab stays")
+    return _console(Vm.attach(kept_lab(options.name)), options.user, "the lab stays")
 
 
 def _put(options: argparse.Namespace) -> int:
-    vm = Vm.attach(_folder(options.name))
+    vm = Vm.attach(kept_lab(options.name))
     _prepare(vm, options)
     for pair in options.files:
         vm.put(*_pair(pair))
@@ -87,17 +85,17 @@ def _put(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    Vm.attach(_folder(options.name)).get(options.remote, options.local)
+    Vm.attach(kept_lab(options.name)).get(options.remote, options.local)
     return 0
 
 
 def _log(options: argparse.Namespace) -> int:
-    sys.stdout.write(Vm.attach(_folder(options.name)).report() + "\n")
+    sys.stdout.write(Vm.attach(kept_lab(options.name)).report() + "\n")
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
-    folder = _folder(options.name)
+    folder = kept_lab(options.name)
     Vm.attach(folder).close()
     shutil.rmtree(folder)
     return 0
@@ -142,10 +140,6 @@ def _pair(text: str) -> tuple[Path, str]:
 
 def _machine(options: argparse.Namespace) -> Machine:
     return Machine(kernel_arguments=tuple(options.append.split()), fresh=options.fresh)
-
-
-def _folder(name: str) -> Path:
-    return CACHE / "run" / f"kept-{name}"
 
 
 def _running(folder: Path) -> bool:

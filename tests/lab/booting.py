@@ -48,6 +48,11 @@ KERNEL_ARGUMENTS = (
 _counter = itertools.count(1)
 
 
+def kept_lab(name: str) -> Path:
+    """The folder of a lab that is kept under this name."""
+    return CACHE / "run" / f"kept-{name}"
+
+
 @contextlib.contextmanager
 def boot(recipe: Recipe = TRIXIE, machine: Machine = Machine(), *, cache: Path = CACHE) -> Iterator[Vm]:  # noqa: B008
     """A running lab that ends with the block; when the block ends with an exception, its console and journal are shown.

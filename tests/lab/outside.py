@@ -28,11 +28,11 @@ from typing import Any
 import pytest
 
 from lab import hosts
-from lab.booting import boot, check_tools, description
+from lab.booting import boot, check_tools, description, kept_lab
 from lab.errors import LabError, MissingTool
 from lab.image import say
 from lab.inside import OUTSIDE_MARKER, OUTSIDE_MARKER_HELP, REPORT_FD, REQUEST_VARIABLE
-from lab.recipe import CACHE, PROJECT
+from lab.recipe import PROJECT
 from lab.slots import slot_count
 from lab.vm import Vm
 
@@ -202,11 +202,6 @@ class SystemRun:
         """Returns when it is."""
         if self._keeper.is_alive():
             self._keeper.join()
-
-
-def kept_lab(name: str) -> Path:
-    """The folder of a kept lab."""
-    return CACHE / "run" / f"kept-{name}"
 
 
 def kept_host(name: str) -> hosts.Host:

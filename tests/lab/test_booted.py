@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import CommandFailed, LabDied, MissingTool, Vm, boot
+from lab import Vm, boot
+from lab.errors import CommandFailed, LabDied, MissingTool
 from lab.recipe import PROJECT
 
 pytestmark = pytest.mark.lab

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from package.building import need, run
 from package.contents import FILES, ROOT, python_files
 
 DOCS = "usr/share/doc/qemu-launcher/"
@@ -19,19 +20,10 @@ ADDED = {
 }
 
 
-def run(*argv: str | Path, cwd: Path = ROOT) -> str:
-    """The output of a program that must succeed."""
-    done = subprocess.run(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def deb() -> Path:
     """The package, built by `make deb` from the tree as it is."""
-    missing = [tool for tool in ("dpkg-buildpackage", "dh", "dh_python3", "go-md2man") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"not installed: {' '.join(missing)}: make setup")
+    need("dpkg-buildpackage", "dh", "dh_python3", "go-md2man")
     run("make", "--no-print-directory", "deb")
     return ROOT / run("make", "--no-print-directory", "-s", "deb-path").strip()
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from package.building import need, run
 from package.contents import FILES, PACKAGES, ROOT, python_files
 
 SPEC = ROOT / "packaging/rpm/qemu-launcher.spec"
@@ -63,7 +64,7 @@ class Tree(NamedTuple):
         drop = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if os.geteuid() == 0 else ()
         bare = ("env", "-i", "PATH=/usr/bin:/bin", f"HOME={self.path.parent}", "LC_ALL=C.UTF-8")
         shell = ("sh", "-c", f'umask {umask}; exec "$@"', "sh")
-        return _run(*drop, *bare, *shell, *argv, cwd=self.path)
+        return run(*drop, *bare, *shell, *argv, cwd=self.path)
 
     def rpm(self, umask: str = "022") -> Path:
         """Build the package for Fedora."""
@@ -76,29 +77,17 @@ class Tree(NamedTuple):
         return next((self.path / "build/arch").glob(f"qemu-launcher-{VERSION}-1-any.pkg.tar*"))
 
 
-def _run(*argv: str | Path, cwd: Path = ROOT) -> str:
-    done = subprocess.run(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def _need(*tools: str) -> None:
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"not installed: {' '.join(missing)}: make setup")
-
-
 @pytest.fixture(scope="module")
 def tree() -> Iterator[Tree]:
     """The archive of `make dist`, which has to be all that a build needs. Not in pytest's folder: that is root's."""
-    _need("go-md2man", "rpmbuild", "makepkg", "pacman", "bsdtar", "fakeroot")
-    _run("make", "--no-print-directory", "dist")
+    need("go-md2man", "rpmbuild", "makepkg", "pacman", "bsdtar", "fakeroot")
+    run("make", "--no-print-directory", "dist")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         place.chmod(0o755)
         macros = place / "macros"
         macros.write_text(MACROS)
-        _run("bsdtar", "--extract", "--file", ROOT / f"build/qemu-launcher-{VERSION}.tar.gz", "--directory", place)
+        run("bsdtar", "--extract", "--file", ROOT / f"build/qemu-launcher-{VERSION}.tar.gz", "--directory", place)
         if os.geteuid() == 0:
             for path in (place, *place.rglob("*")):
                 os.chown(path, NOBODY, NOBODY)
@@ -118,7 +107,7 @@ def arch(tree: Tree) -> Path:
 
 
 def _query(package: Path, tmp_path: Path, *what: str) -> list[str]:
-    return _run("rpm", "--dbpath", tmp_path / "db", "--query", "--package", package, *what).splitlines()
+    return run("rpm", "--dbpath", tmp_path / "db", "--query", "--package", package, *what).splitlines()
 
 
 def _in_rpm(package: Path, tmp_path: Path) -> dict[str, Entry]:
@@ -201,7 +190,7 @@ def test_what_starts_finds_what_is_installed(
     kind: str, modules: str, helper: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Entry scripts name the modules' folder, unit and bus the helper; bytecode survives new times."""
-    _run("bsdtar", "--extract", "--file", request.getfixturevalue(kind), "--directory", tmp_path)
+    run("bsdtar", "--extract", "--file", request.getfixturevalue(kind), "--directory", tmp_path)
     for script in ("usr/bin/qemu-launcher", helper):
         assert f'\nPACKAGES = "/{modules}"\n' in (tmp_path / script).read_text()
     unit = (tmp_path / "usr/lib/systemd/system/qemu-launcher-helper.service").read_text()
@@ -221,7 +210,7 @@ def test_what_starts_finds_what_is_installed(
     program = (tmp_path / "usr/bin/qemu-launcher").read_text().replace(f'"/{modules}"', f'"{tmp_path / modules}"')
     here = tmp_path / "program"
     here.write_text(program)
-    assert _run("/usr/bin/python3", "-I", here, "--version") == f"qemu-launcher {VERSION}\n"
+    assert run("/usr/bin/python3", "-I", here, "--version") == f"qemu-launcher {VERSION}\n"
 
 
 def test_rpm_requirements(rpm: Path, tmp_path: Path) -> None:
@@ -246,7 +235,7 @@ def test_rpm_scripts(rpm: Path, tmp_path: Path) -> None:
     for name, text in scripts.items():
         path = tmp_path / name
         path.write_text(text)
-        _run("sh", "-n", path)
+        run("sh", "-n", path)
         assert not re.search(r"%\w", text), f"a macro that is none: {text}"
     assert "remove-system-units qemu-launcher-helper.service" in scripts["PREUN"]
     assert "mark-restart-system-units qemu-launcher-helper.service" in scripts["POSTUN"]
@@ -280,7 +269,7 @@ def test_arch_metadata(arch: Path) -> None:
         "post_upgrade",
         "pre_remove",
     ]
-    hint = _run("bash", "-euc", f"{text['.INSTALL']}\npost_install")
+    hint = run("bash", "-euc", f"{text['.INSTALL']}\npost_install")
     assert "usermod -aG qemu-launcher NAME" in hint
 
 
@@ -325,7 +314,7 @@ def _digest(path: Path) -> str:
 
 def test_rpmlint_is_silent(rpm: Path) -> None:
     """The checker has nothing to say of spec and package but what rpmlint.toml explains."""
-    _need("rpmlint")
+    need("rpmlint")
     done = subprocess.run(
         ["rpmlint", "--config", str(SPEC.with_name("rpmlint.toml")), str(SPEC), str(rpm)],
         capture_output=True,
@@ -340,5 +329,5 @@ def test_rpmlint_is_silent(rpm: Path) -> None:
 
 def test_shellcheck_is_silent() -> None:
     """The shell of the recipe for Arch."""
-    _need("shellcheck")
-    assert _run("shellcheck", ARCH / "PKGBUILD", ARCH / "qemu-launcher.install") == ""
+    need("shellcheck")
+    assert run("shellcheck", ARCH / "PKGBUILD", ARCH / "qemu-launcher.install") == ""

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,12 @@ class Run:
     def wait_recorded(self) -> None:
         """The same for one that says nothing (-q): until its record says so."""
         record = self.home.runtime / "qemu-launcher" / f"{self.name}.lock"
-        while not (record.exists() and '"running"' in record.read_text()):
+
+        def is_running() -> bool:
             assert self.process.poll() is None
-            os.sched_yield()
+            return record.exists() and '"running"' in record.read_text()
+
+        wait_until(is_running)
 
     def record(self) -> dict[str, Any]:
         return self.home.record(self.name)
@@ -264,6 +267,14 @@ def silent_bus(home: Home) -> Iterator[tuple[socket.socket, dict[str, str]]]:
         bus.bind(str(place))
         bus.listen()
         yield bus, {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}"}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """For what nobody tells: look until it is so."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def wait_gone(pid: int) -> None:

@@ -15,12 +15,11 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from qemu.launched import PATIENCE, Home, Run, is_alive, wait_gone
+from qemu.launched import PATIENCE, Home, Run, is_alive, wait_gone, wait_until
 from qemu.private_bus import PrivateBus
 
 VM = "vm-under-test"
@@ -55,7 +54,7 @@ class World:
         calls = len(self.bus.calls())
         run = self.start()
         run.wait_running()
-        _until(lambda: len(self.bus.calls()) == calls + 2)  # the map is sent once more
+        wait_until(lambda: len(self.bus.calls()) == calls + 2)  # the map is sent once more
         found = self.log.read_text().splitlines()
         self.quit(run)
         assert len(found) >= LEAST_STEPS, found
@@ -64,7 +63,7 @@ class World:
     def reached(self, run: Run) -> bool:
         """Wait until the step was reached, or the start is over without it: that happens, in a loop over /proc say."""
         calls = len(self.bus.calls())
-        _until(
+        wait_until(
             lambda: (
                 "reached" in self.log.read_text().splitlines()
                 or run.process.poll() is not None
@@ -82,7 +81,7 @@ class World:
 
     def left_over(self) -> int | None:
         """The QEMU that is left, when whatever else was left has gone by itself: a child at its gate, say."""
-        _until(lambda: all(_is_qemu(pid) for pid in self.home.leftovers()))
+        wait_until(lambda: all(_is_qemu(pid) for pid in self.home.leftovers()))
         assert len(self.home.leftovers()) <= 1
         return next(iter(self.home.leftovers()), None)
 
@@ -93,14 +92,6 @@ class World:
         self.quit(run)
         assert self.home.leftovers() == []
         return run.output
-
-
-def _until(holds: object) -> None:
-    assert callable(holds)
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def _is_qemu(pid: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import Home
+from qemu.launched import Home, wait_until
 from qemu.private_bus import private_bus
 from qemu.test_imports import guarded
 
@@ -83,14 +83,7 @@ def test_a_killed_launcher_lets_the_host_sleep(home: Home, logind: Service) -> N
 
 
 def wait_given_back(logind: Service) -> None:
-    import time
-
-    from qemu.launched import PATIENCE
-
-    deadline = time.monotonic() + PATIENCE
-    while {"given_back": True} not in logind.asked:
-        assert time.monotonic() < deadline, logind.asked
-        time.sleep(0.01)
+    wait_until(lambda: {"given_back": True} in logind.asked)
 
 
 def test_refused(home: Home, logind: Service) -> None:

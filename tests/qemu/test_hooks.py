@@ -4,14 +4,13 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qemu import launched
-from qemu.launched import PATIENCE, Home, is_alive, wait_gone
+from qemu.launched import Home, is_alive, wait_gone, wait_until
 
 QUICK = ("version",)  # QEMU says what it is and ends
 TELL = 'import os, sys; open(sys.argv[1], "a").write(" ".join(sys.argv[2:]) + "\\n")'
@@ -32,11 +31,8 @@ def lines(log: Path) -> list[str]:
 
 def wait_line(log: Path) -> str:
     """The first line of `log`, once it is whole."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := lines(log)) or not log.read_text().endswith("\n"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found[0]
+    wait_until(lambda: bool(lines(log)) and log.read_text().endswith("\n"))
+    return lines(log)[0]
 
 
 def test_in_order_around_qemu(home: Home, tmp_path: Path) -> None:

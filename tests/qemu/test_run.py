@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 
 from demo import guest
-from qemu.launched import Home, Run, is_alive, wait_gone
-
-TWO_VCPUS = ({"smp": 2},)
+from qemu.launched import Home, Run, is_alive, wait_gone, wait_until
 
 
 def with_guest(home: Home) -> tuple[dict[str, str], ...]:
@@ -98,12 +96,13 @@ def test_third_ctrl_c_kills_a_qemu_that_does_not_quit(home: Home) -> None:
 
 def wait_pending(pid: int, number: signal.Signals) -> None:
     """Until a stopped process has been sent a signal that it cannot take."""
-    while True:
+
+    def is_pending() -> bool:
         pending = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         assert pending is not None
-        if int(pending[1], 16) & (1 << number - 1):
-            return
-        os.sched_yield()
+        return bool(int(pending[1], 16) & (1 << number - 1))
+
+    wait_until(is_pending)
 
 
 def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> None:
@@ -412,11 +411,7 @@ def test_closed_standard_descriptors_are_not_taken_for_ours(home: Home) -> None:
     """Started with stdin, stdout and stderr closed, the lock must not become QEMU's stderr."""
     home.define()
     words = " ".join(home.command("run", "vm-under-test"))
-    home.start(argv=["sh", "-c", f"exec {words} 0<&- 1>&- 2>&-"])
-    lock = home.runtime / "qemu-launcher" / "vm-under-test.lock"
-    while not (lock.exists() and '"running"' in lock.read_text()):
-        assert home.runs[0].process.poll() is None
-        os.sched_yield()
+    home.start(argv=["sh", "-c", f"exec {words} 0<&- 1>&- 2>&-"]).wait_recorded()
     fds = Path(f"/proc/{home.record()['qemu'][0]}/fd")
     assert [str((fds / str(fd)).readlink()) for fd in range(3)] == ["/dev/null"] * 3
     assert home.ask("kill", "vm-under-test").returncode == 0

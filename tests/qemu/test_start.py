@@ -62,10 +62,6 @@ class World(abc.ABC):
     def qemu(self, name: str = VM) -> int:
         return int(self.home.record(name)["qemu"][0])
 
-    def environment_of_qemu(self, name: str = VM) -> dict[str, str]:
-        pairs = Path(f"/proc/{self.qemu(name)}/environ").read_bytes().decode().split("\0")
-        return dict(pair.split("=", 1) for pair in pairs if pair)
-
     def sockets(self) -> list[str]:
         return [path.name for path in (self.home.runtime / "qemu-launcher").iterdir() if ".start" in path.name]
 

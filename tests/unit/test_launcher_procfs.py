@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,30 +80,15 @@ def test_end_takes_sigterm_first_and_sigkill_then() -> None:
         assert child.wait() == -signal.SIGKILL
 
 
-def test_threads_affinity_and_scheduling_of_a_thread() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        begun.set()
-        go_on.wait()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        assert begun.wait(30)
-        tid = thread.native_id
-        assert tid is not None
-        assert set(procfs.tids(os.getpid())) >= {os.getpid(), tid}
-        cpu = min(os.sched_getaffinity(0))
-        os.sched_setaffinity(tid, {cpu})
-        assert procfs.allowed_cpus(os.getpid(), tid) == frozenset({cpu})
-        assert procfs.allowed_cpus(os.getpid(), os.getpid()) == frozenset(os.sched_getaffinity(0))
-        os.sched_setscheduler(tid, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-        assert procfs.scheduling(tid) == Scheduling("batch", 0, reset_on_fork=True)
-        assert str(procfs.scheduling(tid)) == "batch (reset on fork)"
-    finally:
-        go_on.set()
-        thread.join()
+def test_threads_affinity_and_scheduling_of_a_thread(tid: int) -> None:
+    assert set(procfs.tids(os.getpid())) >= {os.getpid(), tid}
+    cpu = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(tid, {cpu})
+    assert procfs.allowed_cpus(os.getpid(), tid) == frozenset({cpu})
+    assert procfs.allowed_cpus(os.getpid(), os.getpid()) == frozenset(os.sched_getaffinity(0))
+    os.sched_setscheduler(tid, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    assert procfs.scheduling(tid) == Scheduling("batch", 0, reset_on_fork=True)
+    assert str(procfs.scheduling(tid)) == "batch (reset on fork)"
 
 
 def test_gone_is_an_answer() -> None:

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,6 @@ from unit.proc_facts import UNIT_LINES
 ALL = frozenset(os.sched_getaffinity(0))
 CPU = frozenset({max(ALL)})
 two_cpus = pytest.mark.skipif(len(ALL) < 2, reason="optional: needs two CPUs")
-
-
-@pytest.fixture
-def tid() -> Iterator[int]:
-    """A thread that stands for a vCPU."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        begun.set()
-        go_on.wait()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert begun.wait(30)
-    assert thread.native_id is not None
-    yield thread.native_id
-    go_on.set()
-    thread.join()
 
 
 def plan(tid: int, isolation: Any = "cpuset", policy: str | None = None, priority: int = 0) -> ThreadPlan:
