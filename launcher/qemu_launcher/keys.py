@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import pinning, unexpanded, yamlnode
+from . import pinning, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
 from .pinning import MAX_UINT32
 from .yamlnode import List, Map, Node, Scalar, describe, fail
@@ -108,6 +108,8 @@ def read_launcher(node: Node | None, problems: list[DefinitionError]) -> Section
 
 def _path(node: Node, what: str) -> Path:
     if isinstance(node, Scalar) and node.kind == "null" and node.text == "~":
+        from . import unexpanded  # noqa: PLC0415  only for this message, and `command` is to be quick
+
         fail(node, f"{what} must be text, and ~ alone is nothing (null) in YAML", unexpanded.HINT)
     return Path(yamlnode.string(node, what))
 
