@@ -86,7 +86,7 @@ def test_it_leaves_nothing_behind_while_the_helper_is_there(alice: User, vm: Cal
     expect_everything_back(second, kill_qemu)
 
 
-def define_wrapped(user: User) -> Path:
+def define_wrapped(user: User, **launcher: object) -> Path:
     """A VM whose binary forks a sleeper, inside the scope, and becomes QEMU; the file with the sleeper's PID.
 
     The memory lock brings the process into its scope before it executes anything, and its children with it. The sleeper
@@ -101,7 +101,7 @@ echo $! >{sleeper}
 exec qemu-system-x86_64 "$@"
 """
     wrapper = user.file(user.home / "wrapper", script, mode=0o755)
-    define(user, "wrapped", {**TUNING, "binary": str(wrapper), "rlimit_memlock": "64M"}, cpus=2)
+    define(user, "wrapped", {**TUNING, "binary": str(wrapper), "rlimit_memlock": "64M", **launcher}, cpus=2)
     return sleeper
 
 
@@ -114,6 +114,17 @@ def test_a_child_that_qemu_leaves_behind_does_not_keep_the_cpus(alice: User, vm:
     running.quit()
     host.wait_until_as_before()
     assert not host.is_alive(child), "what is left in the scope is ended"
+
+
+@pytest.mark.hosts("legacy", more=("trixie", "bookworm"), why="elsewhere the helper ends what is left in a scope")
+def test_nor_does_one_whose_start_failed(alice: User) -> None:
+    """Its memory was granted, and brought it into its scope; then it asks for a priority that she may not have."""
+    sleeper = define_wrapped(alice, priority=99)
+    status, words = refused(alice, "wrapped")
+    assert status == 1
+    assert "99" in words, words
+    host.wait_until_as_before()
+    assert not host.is_alive(int(sleeper.read_text())), "the next start would take it for the VM"
 
 
 def test_nor_does_one_whose_launcher_was_killed(alice: User, vm: Callable[..., Launch]) -> None:
