@@ -152,6 +152,7 @@ def _check(arguments: cli.Check) -> int:
         return installation.check_installation(cli.VERSION, as_json=arguments.json)
     name = arguments.vm
     try:
+        name = locate.vm_name(arguments.vm)
         name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
         vm = definition.load(path, name)
         from .check import report  # noqa: PLC0415  after all that can be wrong without it
