@@ -93,6 +93,7 @@ def reconcile(release: str | None = None) -> list[Record]:
         with _logged("giving CPUs back"):
             MECHANISM.take_realtime(scope)
             MECHANISM.withdraw(scope)
+    MECHANISM.tidy()
     with _logged("giving CPUs back"):
         settle(live)
     return live

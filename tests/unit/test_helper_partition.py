@@ -55,6 +55,30 @@ def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypat
     assert not going.exists()
 
 
+def test_what_systemd_could_not_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tries once. What the helper was making in a scope when its VM ended would stay until the next of that name."""
+    monkeypatch.setattr(partition, "SCOPES", tmp_path / "transient")
+    (tmp_path / "transient").mkdir()
+    slice_ = tmp_path / "user.slice/user-1000.slice"
+    left, lives, held = (slice_ / f"qemu-launcher-1000-{name}.scope" for name in ("left", "lives", "held"))
+    for scope in (left, lives, held):
+        scope.mkdir(parents=True)
+        (tmp_path / "transient" / scope.name).touch()
+        # Not in the folder, as the kernel's files keep no group from being removed.
+        (tmp_path / scope.name).write_text("populated 1\n" if scope == lives else "populated 0\n")
+    (left / "vcpus/4711").mkdir(parents=True)
+    real = Path.read_text
+
+    def read_text(path: Path) -> str:
+        return real(tmp_path / path.parent.name if path.name == "cgroup.events" else path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    (tmp_path / "transient" / left.name).unlink()
+    (tmp_path / "transient" / lives.name).unlink()
+    Partition(tmp_path).tidy()
+    assert sorted(slice_.iterdir()) == [held, lives], "one of them is systemd's still"
+
+
 class Stranger:
     """Stands for a process that has a target's number, and was moved to its scope; and for its parent."""
 

@@ -28,6 +28,8 @@ SWEEP_SECONDS, SWEEP_THREADS = 2.0, 16
 # either. So many looks, each after one millisecond more, are half a second.
 STUCK_LOOKS = 30
 CGROUP = Path("/sys/fs/cgroup")
+# Scopes that systemd has not let go of: it keeps a file of each.
+SCOPES = Path("/run/systemd/transient")
 
 
 class Partition:
@@ -90,6 +92,18 @@ class Partition:
         """End at once what an ended VM left in its scope; harmless when there is no scope any more."""
         with suppress(FileNotFoundError):
             (self._dir(scope) / "cgroup.kill").write_text("1")
+
+    def tidy(self) -> None:
+        """Remove groups of VMs that have ended, where nobody else does it any more: what is alive is not removed.
+
+        Without systemd that is everywhere. systemd does it once, as soon as nobody is left in a scope: it cannot when
+        groups are made in it at that moment, for a VM that ends while its threads are pinned.
+        """
+        for group in map(self._dir, self._scopes()):
+            with suppress(OSError):  # what was killed may take a moment to end: next time
+                if not (SCOPES / group.name).exists() and "populated 0" in (group / "cgroup.events").read_text():
+                    for path in sorted(group.glob("**/"), reverse=True):
+                        path.rmdir()
 
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
         """Make the levels above the scopes hold exactly what `live` (scope path -> reserved CPUs) needs."""

@@ -4,7 +4,7 @@
                                        in its user's slice, whose limits go on to hold
 
 All groups are root's, as with systemd: users can move nothing in or out. Nobody starts the helper when a VM ends, so it
-stays as long as there is one (service.py), and `settle` removes the groups in which nothing is left.
+stays as long as there is one (service.py), and `tidy` removes the groups in which nothing is left.
 
 With v1 the group only says whose a process is, and kills what a VM has left behind; the cpusets are in the other
 hierarchy. cgroup v2 can be mounted beside v1 with every kernel, there without a controller.
@@ -12,8 +12,6 @@ hierarchy. cgroup v2 can be mounted beside v1 with every kernel, there without a
 There is no pool: most tasks of a host without systemd are in the root's group, which cannot leave any CPU.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from ..contract import Unsupported
@@ -50,15 +48,6 @@ class Raw(Partition):
         if not target.is_alive():
             self.give_back(target.pid, scope)
         return True
-
-    def settle(self, live: Mapping[str, frozenset[int]]) -> None:
-        """Remove the groups of VMs that have ended; then as the mechanism does it."""
-        for group in map(self._dir, self._scopes()):
-            with suppress(OSError):  # what was killed may take a moment to end: next time
-                if "populated 0" in (group / "cgroup.events").read_text():
-                    for path in sorted(group.glob("**/"), reverse=True):
-                        path.rmdir()
-        super().settle(live)
 
 
 class RawPartition(Raw):
