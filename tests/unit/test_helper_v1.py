@@ -308,7 +308,7 @@ def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkey
     monkeypatch.setattr(Target, "tids", lambda _: {me, KTHREAD})
     monkeypatch.setattr(Target, "task_start_time", lambda *_: 1)
     (kernel.units / SCOPES[0][1:] / "cgroup.procs").write_text(f"{me}\n")
-    kernel._real["write_text"](kernel.mount / "tasks", f"{me}\n" + (kernel.mount / "tasks").read_text())
+    kernel.group("user", "0-7", me)  # as libpam-cgfs makes them, with all that there is
     kernel.pin(0, one(VCPU0, 4), others=frozenset({2}))
     assert kernel.where(me) == f"qemu-launcher/pool/{NAMES[0]}/2"
     assert kernel.where(KTHREAD) == ".", "an io_uring worker of 6.1 refuses in this way, too"
@@ -318,9 +318,12 @@ def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkey
     assert kernel.where(me) == "qemu-launcher/pool", "where the number is another's, it is put where everybody is"
 
 
-def test_whom_somebody_keeps_in_a_cpuset_stays_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cpus", "mems"), [("0-1", "0"), ("0-7", "1")])
+def test_whom_somebody_keeps_in_a_cpuset_stays_there(
+    kernel: Kernel, cpus: str, mems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shield would free it from there for good: nobody knows where it was. So its VM gets none."""
-    kernel.group("students", "0-1")
+    (kernel.group("students", cpus) / "cpuset.mems").write_text(mems)
     kernel._real["write_text"](kernel.mount / "tasks", f"{HOST}\n{VCPU1}\n{KTHREAD}\n")
     kernel._real["write_text"](kernel.mount / "students/tasks", f"{VCPU0}\n")
     with pytest.raises(Conflict, match=r"keeps a thread of the VM's in the cpuset '/students', which it would leave$"):

@@ -232,11 +232,12 @@ class V1(Pool):
     def _take(self, tid: str, processes: Iterable[int], known: Collection[Path], place: Path) -> bool:
         """Move a thread of these processes; tell whether that worked. It does not with what is none of theirs any more.
 
-        Conflict for one in a cpuset that is not `known`: an administrator keeps it there, and nobody would put it back.
+        Conflict for one in a cpuset that is not `known`, and keeps it from anything: nobody would put it back there.
         """
         for pid in processes:
             if (at := text(PROC / f"{pid}/task/{tid}/cpuset")) is not None:
-                if self._tree / at.lstrip("/") not in known:
+                group, mems = self._tree / at.lstrip("/"), text(self._tree / "cpuset.mems")
+                if group not in known and (_cpus(self._pool) - _cpus(group) or text(group / "cpuset.mems") != mems):
                     raise Conflict(f"Somebody keeps a thread of the VM's in the cpuset {at!a}, which it would leave")
                 return _put(tid, place)
         return False
