@@ -167,7 +167,7 @@ def test_a_broken_configuration_stops_all_service(member: User) -> None:
         assert {reply.short for reply in replies.values()} == {"Failed"}
         assert "sudo qemu-launcher-helper --check" in replies["SetMemlock"].body[0]
         assert host.recorded() == before
-        assert any("helper.toml: '[[limits]] entry 1: key max_vms" in line for line in host.logged())
+        assert any("helper.toml is not understood: '[[limits]] entry 1: max_vms = -1" in line for line in host.logged())
         host.toml.write_text("[[limits]]\nmax_vms = 1\n")
         host.toml.chmod(0o666)
         assert {reply.short for reply in using(host, member, call_all).values()} == {"Failed"}
