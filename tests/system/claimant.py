@@ -19,7 +19,8 @@ one JSON object a line, does it, answers with one:
     {"do": "end", "pid": P}                  kills and reaps a child -> {}
     {"do": "apprentice"}                     a child that is such a program too, with a connection of its own, and is
                                              told the same orders -> {"pid": P}; one that died over an order answers {}
-    {"do": "disown"}                         children that end are reaped at once, by nobody -> {}
+    {"do": "disown"}                         from now on, children that end are reaped at once, by nobody -> {}
+    {"do": "own"}                            they wait to be reaped, as at the beginning -> {}
 """
 
 import contextlib
@@ -198,8 +199,8 @@ def serve(orders: TextIO, answers: TextIO) -> None:
                 with contextlib.suppress(ProcessLookupError, ChildProcessError):
                     os.kill(order["pid"], signal.SIGKILL)
                     os.waitpid(order["pid"], 0)
-            case "disown":
-                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            case "disown" | "own" as which:
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN if which == "disown" else signal.SIG_DFL)
             case "call" | "manager" as whom:
                 more = SYSTEMD if whom == "manager" else {}
                 reply = client.call(order["member"], order["signature"], order["body"], **more)

@@ -67,6 +67,7 @@ class Claimant:
         self._patient = patient
         self._children: set[int] = set()
         self._grandchildren: set[int] = set()
+        self._disowns = False
 
     def __enter__(self) -> Self:
         return self
@@ -102,8 +103,9 @@ class Claimant:
         return answer
 
     def disown(self) -> None:
-        """Have children that end vanish at once, their numbers free, from now on."""
+        """Have children that end vanish at once, their numbers free, until `end_all`."""
         self._ask(do="disown")
+        self._disowns = True
 
     def end(self, pid: int) -> None:
         """Kill a child."""
@@ -111,7 +113,7 @@ class Claimant:
         self._ask(do="end", pid=pid)
 
     def end_all(self) -> int:
-        """Kill all children that are left, and theirs; how many children there were."""
+        """Kill all children that are left, and theirs, and own those to come; how many children there were."""
         left = sorted(self._children)
         for pid in left:
             self.end(pid)
@@ -119,6 +121,9 @@ class Claimant:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._grandchildren.clear()
+        if self._disowns:
+            self._ask(do="own")
+            self._disowns = False
         return len(left)
 
     def set_memlock(self, child: Child, vm: str, size: int) -> Answer:

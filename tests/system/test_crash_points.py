@@ -260,7 +260,6 @@ def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[]
     return answer
 
 
-# The second one last: a program that has disowned its children owns none any more.
 @pytest.mark.parametrize("reaped", [False, True])
 def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities, reaped: bool) -> None:
     found = enumerate_calls(program, faults, 600, "act", "ask", "end", "look")
