@@ -93,7 +93,7 @@ def reconcile(release: str | None = None) -> list[Record]:
         with _logged("giving CPUs back"):
             MECHANISM.take_realtime(scope)
             MECHANISM.withdraw(scope)
-    MECHANISM.tidy()
+    MECHANISM.tidy(frozenset(record.scope for record in live))
     with _logged("giving CPUs back"):
         settle(live)
     return live

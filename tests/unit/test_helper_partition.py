@@ -57,13 +57,12 @@ def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypat
 
 def test_what_systemd_could_not_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tries once. What the helper was making in a scope when its VM ended would stay until the next of that name."""
-    monkeypatch.setattr(partition, "SCOPES", tmp_path / "transient")
-    (tmp_path / "transient").mkdir()
+    monkeypatch.setattr(partition, "UNITS", tmp_path / "units")
+    (tmp_path / "units").mkdir()
     slice_ = tmp_path / "user.slice/user-1000.slice"
-    left, lives, held = (slice_ / f"qemu-launcher-1000-{name}.scope" for name in ("left", "lives", "held"))
-    for scope in (left, lives, held):
+    left, lives, held, new = (slice_ / f"qemu-launcher-1000-{n}.scope" for n in ("left", "lives", "held", "new"))
+    for scope in (left, lives, held, new):
         scope.mkdir(parents=True)
-        (tmp_path / "transient" / scope.name).touch()
         # Not in the folder, as the kernel's files keep no group from being removed.
         (tmp_path / scope.name).write_text("populated 1\n" if scope == lives else "populated 0\n")
     (left / "vcpus/4711").mkdir(parents=True)
@@ -73,10 +72,9 @@ def test_what_systemd_could_not_remove(tmp_path: Path, monkeypatch: pytest.Monke
         return real(tmp_path / path.parent.name if path.name == "cgroup.events" else path)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    (tmp_path / "transient" / left.name).unlink()
-    (tmp_path / "transient" / lives.name).unlink()
-    Partition(tmp_path).tidy()
-    assert sorted(slice_.iterdir()) == [held, lives], "one of them is systemd's still"
+    (tmp_path / "units" / f"invocation:{held.name}").symlink_to("4f09c1")  # dangling, as they are
+    Partition(tmp_path).tidy(frozenset({f"/user.slice/user-1000.slice/{new.name}"}))
+    assert sorted(slice_.iterdir()) == [held, lives, new], "one is systemd's still, one is just being made"
 
 
 class Stranger:

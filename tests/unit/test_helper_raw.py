@@ -165,12 +165,12 @@ def test_groups_go_when_nothing_is_left_in_them(tree: Tree, where: str) -> None:
         (ended / below).mkdir()
     lives = tree.group(f"{where}/{NAME}", populated=True)
     others = [tree.group(f"{where}/{name}", populated=False) for name in ("openrc.ssh", "qemu-launcher", "x.scope")]
-    tree.mechanism().tidy()
+    tree.mechanism().tidy(frozenset())
     assert not ended.exists()
     assert lives.exists()
     assert all(group.exists() for group in others), "none but ours"
     (lives / "cgroup.events").write_text("populated 0\nfrozen 0\n")
-    tree.mechanism().tidy()
+    tree.mechanism().tidy(frozenset())
     assert not lives.exists()
 
 
@@ -179,7 +179,7 @@ def test_what_was_killed_may_take_a_moment_to_end(tree: Tree) -> None:
     group = tree.group(TOP, populated=False)
     (group / "emulator").mkdir()
     (group / "emulator/cgroup.events").write_text("populated 1\nfrozen 0\n")
-    tree.mechanism().tidy()
+    tree.mechanism().tidy(frozenset())
     assert group.exists()
 
 

@@ -28,8 +28,8 @@ SWEEP_SECONDS, SWEEP_THREADS = 2.0, 16
 # either. So many looks, each after one millisecond more, are half a second.
 STUCK_LOOKS = 30
 CGROUP = Path("/sys/fs/cgroup")
-# Scopes that systemd has not let go of: it keeps a file of each.
-SCOPES = Path("/run/systemd/transient")
+# Where systemd has a link for each unit that is not dead.
+UNITS = Path("/run/systemd/units")
 
 
 class Partition:
@@ -93,15 +93,16 @@ class Partition:
         with suppress(FileNotFoundError):
             (self._dir(scope) / "cgroup.kill").write_text("1")
 
-    def tidy(self) -> None:
-        """Remove groups of VMs that have ended, where nobody else does it any more: what is alive is not removed.
+    def tidy(self, known: frozenset[str]) -> None:
+        """Remove groups of VMs that have ended, not in `known`, where nobody else does it any more.
 
         Without systemd that is everywhere. systemd does it once, as soon as nobody is left in a scope: it cannot when
         groups are made in it at that moment, for a VM that ends while its threads are pinned.
         """
-        for group in map(self._dir, self._scopes()):
+        for group in map(self._dir, {*self._scopes()} - known):
             with suppress(OSError):  # what was killed may take a moment to end: next time
-                if not (SCOPES / group.name).exists() and "populated 0" in (group / "cgroup.events").read_text():
+                dead = not (UNITS / f"invocation:{group.name}").is_symlink()
+                if dead and "populated 0" in (group / "cgroup.events").read_text():
                     for path in sorted(group.glob("**/"), reverse=True):
                         path.rmdir()
 
