@@ -88,12 +88,12 @@ def reconcile(release: str | None = None) -> list[Record]:
     for record in list(read_all()):
         left = record if record.key != release and _holds(record) else _withdraw(record, stray=record.key != release)
         live += [left] if left else []
-    for scope in MECHANISM.orphans(frozenset(record.scope for record in live)):
+    for scope in MECHANISM.orphans(known := frozenset(record.scope for record in live)):
         logging.warning("withdrawing a shield without a record: %a", scope)
         with _logged("giving CPUs back"):
             MECHANISM.take_realtime(scope)
             MECHANISM.withdraw(scope)
-    MECHANISM.tidy(frozenset(record.scope for record in live))
+    MECHANISM.tidy(known)
     with _logged("giving CPUs back"):
         settle(live)
     return live

@@ -142,8 +142,7 @@ def _not_started(key: str, command: HookCommand, err: OSError, env: dict[str, st
     message = f"{command.mark}: {key}: cannot start {program!r}: {err.strerror}"
     if err.filename is not None and os.fspath(err.filename) != program:
         folder = os.fspath(err.filename)
-        hint = unexpanded.HINT if unexpanded.is_in(folder) else "see working_directory"
-        return HookFailed(f"{message}: {folder!r}", hint)
+        return HookFailed(f"{message}: {folder!r}", unexpanded.hint(folder, "see working_directory"))
     if isinstance(err, FileNotFoundError) and "/" not in program:
         return HookFailed(message, f"install it, or give its whole path; PATH is {':'.join(os.get_exec_path(env))}")
-    return HookFailed(message, unexpanded.HINT if unexpanded.is_in(program) else None)
+    return HookFailed(message, unexpanded.hint(program))

@@ -138,7 +138,7 @@ class Qemu:
         where = f" {path!r}" if stage == b"c" else ""
         return QemuFailed(
             f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {os.strerror(number)}",
-            unexpanded.HINT if unexpanded.is_in(path) else None,
+            unexpanded.hint(path),
             argv=self.command.argv,
         )
 

@@ -12,9 +12,9 @@ HINT = "~ and $HOME are the shell's; write the whole path"
 _WORD = r"(?:^|[=,:])(?:~[\w.-]*/|\$HOME\b|\$\{HOME\})"
 
 
-def is_in(path: str) -> bool:
-    """Whether `path` begins with what a shell would have replaced."""
-    return path.startswith(("~", "$"))
+def hint(path: str, otherwise: str | None = None) -> str | None:
+    """HINT when `path` begins with what a shell would have replaced; else `otherwise`."""
+    return HINT if path.startswith(("~", "$")) else otherwise
 
 
 def is_among(words: Iterable[str]) -> bool:

@@ -236,11 +236,15 @@ class V1(Pool):
         """
         for pid in processes:
             if (at := text(PROC / f"{pid}/task/{tid}/cpuset")) is not None:
-                group, mems = self._tree / at.lstrip("/"), text(self._tree / "cpuset.mems")
-                if group not in known and (_cpus(self._pool) - _cpus(group) or text(group / "cpuset.mems") != mems):
+                if (group := self._tree / at.lstrip("/")) not in known and self._confines(group):
                     raise Conflict(f"Somebody keeps a thread of the VM's in the cpuset {at!a}, which it would leave")
                 return _put(tid, place)
         return False
+
+    def _confines(self, group: Path) -> bool:
+        """Tell whether a cpuset has fewer CPUs than the pool, or other memory than all tasks."""
+        memory = (text(path / "cpuset.mems") for path in (group, self._tree))
+        return not _cpus(group) >= _cpus(self._pool) or len({*memory}) > 1
 
     def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str]) -> None:
         """Move all threads of the scope's processes but the named ones into `home`."""

@@ -59,7 +59,7 @@ def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folde
             if binary(tree, program, env, folder) is None:
                 mark = next(command.mark for command in wanted if command.argv[0] == program)
                 text = f"{mark}: {key} cannot start {program!r}: it is in no folder of PATH, or not yours to execute"
-                fix = unexpanded.HINT if unexpanded.is_in(program) else "install it, or correct its path"
+                fix = unexpanded.hint(program, "install it, or correct its path")
                 yield Finding("error" if severity == "error" else "warning", key, text, fix)
     if definition.before_start:
         yield Finding(
@@ -72,8 +72,7 @@ def sockets(tree: Tree, wanted: Iterable[str], folder: Path) -> Iterator[Finding
     for name in wanted:
         path = str(folder / name)
         if not tree.exists(path):
-            fix = "start the program that listens there (swtpm, virtiofsd) before the VM"
-            fix = unexpanded.HINT if unexpanded.is_in(name) else fix
+            fix = unexpanded.hint(name, "start the program that listens there (swtpm, virtiofsd) before the VM")
             yield Finding("error", f"socket {name}", f"there is no socket {path} (-chardev)", fix)
         elif not tree.may(path, WRITE):
             fix = "have that program started by the same user"
@@ -89,8 +88,8 @@ def _closed_folder(tree: Tree, path: str) -> str | None:
 
 
 def _near(tree: Tree, path: str, image: Image) -> str:
-    if unexpanded.is_in(image.path):
-        return unexpanded.HINT
+    if hint := unexpanded.hint(image.path):
+        return hint
     folder, missing = "/", path
     for folder in map(str, Path(path).parents):
         if tree.exists(folder):

@@ -139,15 +139,13 @@ class _Vm:
         folder = str(self._folder)
         if not tree.is_directory(folder) or not tree.may(folder, ENTER):
             text = f"QEMU cannot run in {folder} (working_directory)"
-            given = str(self._definition.working_directory or "")
-            fix = unexpanded.HINT if unexpanded.is_in(given) else "make it, or correct the path"
+            fix = unexpanded.hint(str(self._definition.working_directory or ""), "make it, or correct the path")
             yield Finding("error", "folder", text, fix)
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
             where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
             fix = "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path"
-            fix = unexpanded.HINT if unexpanded.is_in(name) else fix
-            yield Finding("error", "binary", f"cannot start {name!r}{where}", fix)
+            yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, fix))
             return
         said = versions.qemu(path, self._env, self._folder if tree.is_directory(folder) else Path("/"))
         self.qemu = f"{said or 'of unknown version'}, {path}"
