@@ -1,4 +1,4 @@
-"""How to get the helper where there is none, or none that the bus knows of: in a container, elsewhere than on Debian.
+"""How to get what is not there: the helper, or one that the bus knows of; QEMU. In a container, or not on Debian, too.
 
 Why it exists: "not installed" is the first thing that many will read, and what helps is different in each of these.
 Looks at a few files; starts nothing, changes nothing.
@@ -13,6 +13,8 @@ HOW_TO_INSTALL = (
     "on other distributions: sudo make install in its sources\n"
     "it needs a host with a system bus (dbus) and polkit"
 )
+# Debian's package by QEMU's name for the architecture; `qemu-system` brings all there are.
+_PACKAGES = {"x86_64": "x86", "i386": "x86", "aarch64": "arm", "arm": "arm", "ppc": "ppc", "ppc64": "ppc"}
 WITHOUT_HELPER = "to pin without the helper, with your own rights: isolation: affinity; nothing is shielded then"
 
 # systemd's name for it, else what docker, podman (with toolbox, distrobox) and flatpak leave: systemd-detect-virt(1).
@@ -40,6 +42,15 @@ def _remedies(root: Path) -> Iterator[str]:
         yield "if that does not help, install it again: on Debian, sudo apt install --reinstall ./qemu-launcher_*.deb"
         return
     yield HOW_TO_INSTALL
+
+
+def qemu(binary: str) -> str:
+    """What to do where there is no program `binary`, a name or a path, that was to be QEMU; a hint."""
+    _, called, architecture = binary.rpartition("/")[2].partition("qemu-system-")
+    if not called:
+        return "correct the name, or give its whole path"
+    package = "-".join(["qemu-system", *filter(None, [_PACKAGES.get(architecture)])])
+    return f"install it (on Debian: sudo apt install {package}), or give its whole path"
 
 
 def in_container() -> str | None:

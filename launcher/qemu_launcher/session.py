@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from . import cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
+from . import absence, cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
 from .awake import Awake
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
@@ -392,7 +392,7 @@ def _check_binary(definition: VmDefinition) -> None:
         return
     raise QemuFailed(
         f"cannot start {binary!r}: it is in no folder of PATH ({':'.join(os.get_exec_path(env))})",
-        "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path",
+        absence.qemu(binary),
         argv=(binary,),
     )
 

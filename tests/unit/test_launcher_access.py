@@ -146,6 +146,24 @@ def test_host_without_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert words in absence.HOW_TO_INSTALL
 
 
+@pytest.mark.parametrize(
+    ("binary", "package"),
+    [
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        ("/opt/bin/qemu-system-i386", "qemu-system-x86"),
+        ("qemu-system-aarch64", "qemu-system-arm"),
+        ("qemu-system-riscv64", "qemu-system"),
+        ("qemu-system-", "qemu-system"),
+    ],
+)
+def test_package_of_a_missing_qemu(binary: str, package: str) -> None:
+    assert f"sudo apt install {package})" in absence.qemu(binary)
+
+
+def test_package_of_what_is_no_qemu() -> None:
+    assert "apt" not in absence.qemu("qemu-sytem-x86_64")
+
+
 def test_hint_names_the_package_that_make_deb_builds() -> None:
     built = subprocess.run(
         ["make", "-s", "--no-print-directory", "deb-path"], cwd=ROOT, capture_output=True, text=True, check=True

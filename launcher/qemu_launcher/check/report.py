@@ -144,8 +144,7 @@ class _Vm:
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
             where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
-            fix = "install it (on Debian: sudo apt install qemu-system-x86), or give its whole path"
-            yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, fix))
+            yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, absence.qemu(name)))
             return
         said = versions.qemu(path, self._env, self._folder if tree.is_directory(folder) else Path("/"))
         self.qemu = f"{said or 'of unknown version'}, {path}"
