@@ -87,9 +87,8 @@ class Operation(NamedTuple):
         with Target(pid) as target:
             record = self._record_of(target, vm, self.settings.comm)
             start_times = target.verify_threads(tids)
-            shielded, realtime = MECHANISM.shielded_threads(record.scope) or {}, set(record.realtime).difference(tids)
-            if policy in contract.REALTIME_POLICIES:
-                realtime.update(tids)
+            shielded = MECHANISM.shielded_threads(record.scope) or {}
+            realtime = {*record.realtime} - {*tids} | {*(tids if policy in contract.REALTIME_POLICIES else ())}
             limits.check_policy(policy, priority, self.limits, realtime & {*tids, *shielded}, shielded)
             before = record.rttime_before or (target.rlimit(RLIMIT_RTTIME) if realtime else None)
             granted = record._replace(realtime=tuple(sorted(realtime)), scheduled=f"{policy} {priority} {sorted(tids)}")
@@ -152,8 +151,7 @@ class Operation(NamedTuple):
     def _record_of(self, target: Target, vm: str, comm: Iterable[str] = ("*",)) -> Record:
         """Verify the target; return the VM's record, or a new one."""
         home = MECHANISM.home(target.verify(self.caller, vm, self.settings.services, comm), self.caller.uid)
-        scope = f"{home}/{contract.SCOPE.format(self.caller.uid, vm)}"
-        return self._record(vm, target.pid, target.start_time, scope)
+        return self._record(vm, target.pid, target.start_time, f"{home}/{contract.SCOPE.format(self.caller.uid, vm)}")
 
     def _record(self, vm: str, pid: int = 0, start_time: int = 0, scope: str = "") -> Record:
         """Return the VM's record, or a new one within the limits. Conflict when the VM is another live process."""
@@ -182,9 +180,11 @@ class Operation(NamedTuple):
             yield
             self._verify_inside(target, record)
             record._replace(settled=True).write()
-        except BaseException:
+        except BaseException as err:
             # A repeated call that fails, say because the launcher died meanwhile, takes nothing away that still holds.
             reconcile(release=None if repeated else record.key)
+            if isinstance(err, OSError | Failed) and not target.is_alive():
+                raise ProcessLookupError from err  # its threads and groups go one by one: the kernel says many things
             raise
 
     def _verify_inside(self, target: Target, record: Record) -> None:

@@ -270,7 +270,8 @@ def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinit
         faults.order_calls("act", "ask", "end", "look", at=point.at, do="wait")
         child = program.spawn(3)
         with to_its_end(program, child, faults, affinities):
-            until_halt(program, child, faults, lambda: program_end(child))
+            answer = until_halt(program, child, faults, lambda: program_end(child))
+            assert "journal" not in answer.text, "the helper has no words for it"
 
     def program_end(child: Child) -> None:
         os.kill(child.pid, signal.SIGKILL)
