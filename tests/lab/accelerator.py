@@ -20,7 +20,9 @@ TCG = "tcg,thread=single"
 CPU = {
     KVM: "host",
     # Without cx16: QEMU 7.2 sometimes leaves wrong flags behind after cmpxchg16b, and the kernel dies of it.
-    TCG: "max,-cx16",
+    # Without what makes emulation slower: erms has pages copied byte by byte, smap changes the TLB with each copy from
+    # or to a program, la57 adds a level to each walk through the page tables; pku and mpx are more to save and restore.
+    TCG: "max,-cx16,-erms,-smap,-la57,-pku,-mpx",
 }
 PROBE_SECONDS = 60.0
 # Without a disk the kernel comes this far and no further; printed by init/do_mounts.c.
