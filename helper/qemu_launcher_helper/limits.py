@@ -142,7 +142,7 @@ def load(path: str | None = None) -> Settings:
 # By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts; in words.
 _FORMS: dict[str, tuple[type, str, str]] = {
     "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}", 'a list of patterns, as ["qemu-system-*"]'),
-    "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service", 'a list, as ["my-vm.service"]'),
+    "services": (list, r"[A-Za-z0-9:_.-]{1,200}\.service", 'a list, as ["my-vm.service"], and no NAME@...'),
     "users": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["alice"]'),
     "groups": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["students"]'),
     "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", 'a text, as "8-15,24"'),

@@ -3,6 +3,9 @@
 import hashlib
 import importlib
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from dbus_next import __version__
@@ -28,3 +31,26 @@ def test_version() -> None:
 def test_source_is_the_audited_one(module: str) -> None:
     source = inspect.getsource(importlib.import_module(module))
     assert hashlib.sha256(source.encode()).hexdigest() == AUDITED[module]
+
+
+def test_root_imports_nothing_else(tmp_path: Path) -> None:
+    """dbus-next has a part for GLib, which it imports with all others where PyGObject is installed, on each desktop."""
+    helper = Path(__file__).parents[2] / "helper"
+    (tmp_path / "qemu_launcher_helper").symlink_to(helper / "qemu_launcher_helper")
+    (tmp_path / "gi").mkdir()
+    (tmp_path / "gi/__init__.py").write_text("raise SystemExit('imported')")
+    script = (helper / "qemu-launcher-helper").read_text()
+    replaced = {
+        'PACKAGES = "/usr/lib/python3/dist-packages"': f'PACKAGES = "{tmp_path}"',
+        "raise SystemExit(main())": "print(*(name for name, module in sys.modules.items() if module))",
+    }
+    for old, new in replaced.items():
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "script").write_text(script)
+    command = ["/usr/bin/python3", "-IS", str(tmp_path / "script")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {name.partition(".")[0] for name in done.stdout.split()}
+    own = {"__main__", "dbus_next", "prctl", "_prctl", "qemu_launcher_helper"}
+    assert names - sys.stdlib_module_names == own

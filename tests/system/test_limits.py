@@ -133,7 +133,7 @@ def test_a_change_counts_at_once(program: Claimant, helper_toml: Callable[..., N
         ("[[limits]\n", 0o644),
     ],
 )
-def test_an_unsafe_or_broken_file_refuses_all_service(
+def test_an_unsafe_or_broken_file_refuses_all_but_giving_back(
     program: Claimant, helper_toml: Callable[..., None], text: str, mode: int
 ) -> None:
     child = program.spawn(1)
@@ -149,6 +149,9 @@ def test_an_unsafe_or_broken_file_refuses_all_service(
     assert host.traces() == []
     helper_toml("[[limits]]\nmax_vms = 1\n")
     assert program.pin(child, "vm", 4).error == "ok"
+    helper_toml(text, mode=mode)
+    assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
+    assert host.isolated() == frozenset()
 
 
 def test_a_file_of_somebody_elses_refuses_all_service(program: Claimant, helper_toml: Callable[..., None]) -> None:
