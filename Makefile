@@ -226,11 +226,12 @@ place = sed -e 's|^PACKAGES = .*|PACKAGES = "$(PYTHONDIR)"|' -e 's|/usr/libexec/
 	-e 's|/usr/bin/qemu-launcher|$(BINDIR)/qemu-launcher|g' $(1) > $(2) && chmod $(3) $(2)
 
 install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit files always below /usr)
-	@install -d $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR)/qemu-.slice.d $(USERUNITDIR) $(SYSUSERSDIR) $(UDEVDIR) $(DBUSDIR)/system.d \
+	@umask 022; mkdir -p $(addprefix $(DESTDIR),$(BINDIR) $(SBINDIR) $(LIBEXECDIR) $(UNITDIR)/qemu-.slice.d $(USERUNITDIR) $(SYSUSERSDIR) $(UDEVDIR) $(DBUSDIR)/system.d \
 		$(DBUSDIR)/system-services $(DBUSDIR)/interfaces $(POLKITDIR)/actions $(POLKITDIR)/rules.d \
 		$(addprefix $(MANDIR)/man,1 5 7 8) $(DOCDIR)/examples $(BASHDIR) $(ZSHDIR) $(FISHDIR))
 	@$(call place,launcher/qemu-launcher,$(DESTDIR)$(BINDIR)/qemu-launcher,755)
 	@$(call place,helper/qemu-launcher-helper,$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper,755)
+	@install -m 755 helper/qemu-launcher-handover $(DESTDIR)$(LIBEXECDIR)/
 	@ln -srf $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper $(DESTDIR)$(SBINDIR)/qemu-launcher-helper
 	@$(call place,helper/qemu-launcher-helper.service,$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service,644)
 	@$(call place,launcher/qemu-launcher@.service,$(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service,644)
@@ -254,21 +255,22 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 	@install -m 644 launcher/completions/qemu-launcher.bash $(DESTDIR)$(BASHDIR)/qemu-launcher
 	@install -m 644 launcher/completions/_qemu-launcher $(DESTDIR)$(ZSHDIR)/
 	@install -m 644 launcher/completions/qemu-launcher.fish $(DESTDIR)$(FISHDIR)/
+	@[ "$(DOCDIR)" = /usr/share/doc/qemu-launcher ] || sed -i 's|/usr/share/doc/qemu-launcher|$(DOCDIR)|g' \
+		$(addprefix $(DESTDIR),$(POLKITDIR)/rules.d/50-qemu-launcher.rules $(PYTHONDIR)/qemu_launcher/check/installation.py \
+		$(foreach page,$(notdir $(MAN_PAGES)),$(MANDIR)/man$(subst .,,$(suffix $(page)))/$(page)))
 	@[ -n "$(DESTDIR)" ] || { umask 022; $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
 		if command -v systemd-sysusers >/dev/null; then systemd-sysusers qemu-launcher.conf; \
-		else getent group qemu-launcher >/dev/null || groupadd --system qemu-launcher; fi; $(reload); \
+		else getent group qemu-launcher >/dev/null || groupadd --system qemu-launcher; fi; \
+		helper/qemu-launcher-handover changed; \
+		status=0; $(LIBEXECDIR)/qemu-launcher-helper 2>build/helper.log || status=$$?; [ $$status = 2 ] || \
+			{ cat build/helper.log; echo "The helper does not start: dbus-next and python-prctl have to be the distribution's."; } >&2; \
 		echo 'Installed. Who may use it: sudo usermod -aG qemu-launcher NAME, then log out and in.'; }
 
-# The group first: a bus that meets an unknown group in the policy drops that rule.
-reload = if [ -d /run/systemd/system ]; then systemctl daemon-reload; \
-	systemctl stop qemu-launcher-helper.service 2>/dev/null || true; fi; \
-	if [ -S /run/dbus/system_bus_socket ]; then dbus-send --system --print-reply --type=method_call \
-	--dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig >/dev/null || true; fi
-
 uninstall: ## remove what `make install` with the same variables put there; running VMs keep running
-	@[ -n "$(DESTDIR)" ] || { [ ! -d /run/systemd/system ] || systemctl stop qemu-launcher-helper.service || true; }
+	@[ -n "$(DESTDIR)" ] || helper/qemu-launcher-handover removing
 	@rm -rf $(addprefix $(DESTDIR)$(PYTHONDIR)/,qemu_launcher qemu_launcher_helper) $(DESTDIR)$(DOCDIR)/examples
 	@rm -f $(DESTDIR)$(BINDIR)/qemu-launcher $(DESTDIR)$(SBINDIR)/qemu-launcher-helper $(DESTDIR)$(LIBEXECDIR)/qemu-launcher-helper \
+		$(DESTDIR)$(LIBEXECDIR)/qemu-launcher-handover \
 		$(DESTDIR)$(UNITDIR)/qemu-launcher-helper.service $(DESTDIR)$(USERUNITDIR)/qemu-launcher@.service \
 		$(DESTDIR)$(UNITDIR)/qemu-.slice.d/10-defaults.conf \
 		$(DESTDIR)$(SYSUSERSDIR)/qemu-launcher.conf $(DESTDIR)$(UDEVDIR)/60-qemu-launcher.rules \
@@ -281,7 +283,7 @@ uninstall: ## remove what `make install` with the same variables put there; runn
 		$(DESTDIR)$(MANDIR)/man8/qemu-launcher-helper.8 $(DESTDIR)$(MANDIR)/man5/qemu-launcher-helper.toml.5 \
 		$(DESTDIR)$(BASHDIR)/qemu-launcher $(DESTDIR)$(ZSHDIR)/_qemu-launcher $(DESTDIR)$(FISHDIR)/qemu-launcher.fish
 	@rmdir --ignore-fail-on-non-empty $(wildcard $(DESTDIR)$(DOCDIR) $(DESTDIR)$(PYTHONDIR) $(DESTDIR)$(UNITDIR)/qemu-.slice.d) 2>/dev/null || true
-	@[ -n "$(DESTDIR)" ] || { $(reload); }
+	@[ -n "$(DESTDIR)" ] || helper/qemu-launcher-handover changed
 
 clean: ## remove what was built and cached in the tree (the lab's images stay in QEMU_LAUNCHER_CACHE)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "usr/bin/qemu-launcher": 0o755,
     "usr/libexec/qemu-launcher-helper": 0o755,
+    "usr/libexec/qemu-launcher-handover": 0o755,
     "usr/sbin/qemu-launcher-helper": 0o777,  # a link to the one above, for `--check`
     "usr/lib/systemd/system/qemu-launcher-helper.service": 0o644,
     "usr/lib/systemd/user/qemu-launcher@.service": 0o644,

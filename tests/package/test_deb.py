@@ -66,12 +66,18 @@ def test_group_exists_before_the_bus_reads_its_policy(deb: Path, tmp_path: Path)
     run("dpkg-deb", "--control", deb, tmp_path)
     postinst = (tmp_path / "postinst").read_text()
     group = re.search(r"^\s*systemd-sysusers .*qemu-launcher\.conf", postinst, re.MULTILINE)
-    reload = re.search(r"ReloadConfig", postinst)
+    reload = re.search(r"/usr/libexec/qemu-launcher-handover changed", postinst)
+    assert "ReloadConfig" in (ROOT / "helper/qemu-launcher-handover").read_text()
     assert group is not None
     assert reload is not None
     assert group.start() < reload.start()
-    for script in ("postinst", "prerm", "postrm"):
-        run("sh", "-n", tmp_path / script)
+    for script in (
+        tmp_path / "postinst",
+        tmp_path / "prerm",
+        tmp_path / "postrm",
+        ROOT / "helper/qemu-launcher-handover",
+    ):
+        run("sh", "-n", script)
 
 
 def test_dependencies(deb: Path) -> None:

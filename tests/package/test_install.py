@@ -69,6 +69,36 @@ def test_another_prefix_keeps_the_daemons_folders(tmp_path: Path) -> None:
     assert re.findall(r"^ExecStart=(.*)$", service, re.MULTILINE) == ["/opt/ql/bin/qemu-launcher run -- %i"]
     for entry in ("bin/qemu-launcher", "libexec/qemu-launcher-helper"):
         assert 'PACKAGES = "/opt/ql/lib/qemu-launcher"' in (tmp_path / "opt/ql" / entry).read_text()
+    # And whoever is sent to the examples finds them.
+    pointing = [path for path in tmp_path.rglob("*") if path.is_file() and "doc/qemu-launcher/ex" in path.read_text()]
+    assert len(pointing) > 5
+    for path in pointing:
+        assert "/usr/share/doc/qemu-launcher" not in path.read_text(), path
+        assert "/opt/ql/share/doc/qemu-launcher/examples" in path.read_text(), path
+
+
+def test_folders_that_are_there_keep_their_modes(tmp_path: Path) -> None:
+    """polkit's folder of rules is closed to others on Debian 12; /usr/local's belong to a group on some hosts."""
+    rules = tmp_path / "usr/share/polkit-1/rules.d"
+    rules.mkdir(parents=True)
+    rules.chmod(0o700)
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ql")
+    assert stat.S_IMODE(rules.stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "opt/ql/bin").stat().st_mode) == 0o755
+
+
+def test_its_own_modules_come_before_an_older_packages(tmp_path: Path) -> None:
+    """`make install` beside the distribution's package: the program runs with the modules that came with it."""
+    for folder in ("older/dist-packages", "own"):
+        (tmp_path / folder / "qemu_launcher").mkdir(parents=True)
+        (tmp_path / folder / "qemu_launcher/__init__.py").touch()
+        (tmp_path / folder / "qemu_launcher/__main__.py").write_text(f"main = lambda: print({folder!r})\n")
+    script = (ROOT / "launcher/qemu-launcher").read_text()
+    script = script.replace('PACKAGES = "/usr/lib/python3/dist-packages"', f'PACKAGES = "{tmp_path}/own"')
+    script = script.replace("import sys\n", f"import sys\nsys.path.append('{tmp_path}/older/dist-packages')\n", 1)
+    (tmp_path / "script").write_text(script)
+    run = subprocess.run(["/usr/bin/python3", "-I", tmp_path / "script"], capture_output=True, text=True, check=False)
+    assert run.stdout == "own\n", run.stderr
 
 
 def test_uninstall_removes_every_file(tmp_path: Path) -> None:

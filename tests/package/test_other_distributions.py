@@ -172,6 +172,7 @@ def test_arch_has_debians_files(arch: Path) -> None:
     assert inside[rules] == Entry(0o040750, "0:102", "")
     renamed = {
         "usr/lib/qemu-launcher/qemu-launcher-helper": "usr/libexec/qemu-launcher-helper",
+        "usr/lib/qemu-launcher/qemu-launcher-handover": "usr/libexec/qemu-launcher-handover",
         "usr/bin/qemu-launcher-helper": "usr/sbin/qemu-launcher-helper",
     }
     assert _as_debian(inside, "usr/lib/qemu-launcher", renamed) == FILES | python_files() | DOCUMENTS
@@ -237,7 +238,8 @@ def test_rpm_scripts(rpm: Path, tmp_path: Path) -> None:
         path.write_text(text)
         run("sh", "-n", path)
         assert not re.search(r"%\w", text), f"a macro that is none: {text}"
-    assert "remove-system-units qemu-launcher-helper.service" in scripts["PREUN"]
+    removing = "/usr/libexec/qemu-launcher-handover removing"
+    assert scripts["PREUN"].index(removing) < scripts["PREUN"].index("remove-system-units qemu-launcher-helper.service")
     assert "mark-restart-system-units qemu-launcher-helper.service" in scripts["POSTUN"]
     called = tmp_path / "called"
     for tool in ("getent", "groupadd"):
@@ -263,12 +265,11 @@ def test_arch_metadata(arch: Path) -> None:
     assert dict(fields)["license"] == "GPL-3.0-or-later"
     depends = {re.split("[<>=]", value)[0] for name, value in fields if name == "depend"}
     assert depends == {NAMES[name][1] for name in _dependencies()} | {"python", "dbus", "polkit", "systemd"}
-    assert re.findall(r"^(\w+)\(\)", text[".INSTALL"], re.MULTILINE) == [
-        "_stop_helper",
-        "post_install",
-        "post_upgrade",
-        "pre_remove",
-    ]
+    functions = re.findall(r"^(\w+)\(\)", text[".INSTALL"], re.MULTILINE)
+    assert functions == ["post_install", "post_upgrade", "pre_remove"]
+    with tarfile.open(arch) as archive:
+        for called in re.findall(r"/(\S*handover)", text[".INSTALL"]):
+            assert archive.getmember(called).mode & 0o111
     hint = run("bash", "-euc", f"{text['.INSTALL']}\npost_install")
     assert "usermod -aG qemu-launcher NAME" in hint
 
