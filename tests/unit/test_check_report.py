@@ -23,6 +23,18 @@ FINDINGS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("version", "count"), [("239 (239-82.el8)", 1), ("248.3", 1), ("249 (249.11-0ubuntu3)", 0), ("257", 0)]
+)
+def test_a_systemd_that_cannot_start_the_helper_when_a_vm_ends(version: str, count: int) -> None:
+    found = list(installation.old_systemd(f"Some Linux 8.10, systemd {version}"))
+    assert [one.severity for one in found] == ["error"] * count
+
+
+def test_no_systemd_is_no_old_one() -> None:
+    assert list(installation.old_systemd("Devuan GNU/Linux 5, no systemd")) == []
+
+
 def test_words_in_front_fixes_below(capfd: pytest.CaptureFixture[str]) -> None:
     report.show([("launcher", "1.0"), ("definition", "/x.yml")], FINDINGS, "win11 would not start")
     assert capfd.readouterr().out == (

@@ -156,6 +156,36 @@ def test_a_group_whose_last_cpus_are_offline(host: Host) -> None:
         host.settle(2, 3)
 
 
+def test_a_group_that_anothers_vm_leaves_nothing_is_no_reason_to_refuse(host: Host) -> None:
+    """An administrator gives it the CPUs of a VM that runs; it is this VM's next claim that is refused."""
+    host.settle(4, 5)
+    host.write("docker", "4-5")
+    theirs, claim = {SCOPES[0]: frozenset({4, 5})}, {SCOPES[1]: frozenset({6, 7})}
+    host.pool.settle(claim | theirs)
+    assert host.cpus("user.slice") == "0-3"
+    with pytest.raises(Conflict, match=r"^CPUs 4-5 are all that AllowedCPUs= leaves to 'docker'$"):
+        host.pool.settle(theirs | claim)
+
+
+@pytest.mark.parametrize("state", ["root", "isolated", "isolated invalid (no CPUs)"])
+def test_a_partition_of_somebody_elses_stays_one(host: Host, state: str) -> None:
+    """Since Linux 6.1 the kernel ends it, without an error, as soon as a list beside it has one of its CPUs."""
+    host.write("rt", "2-3")
+    (host.root / "rt/cpuset.cpus.partition").write_text(f"{state}\n")
+    host.write("docker", "")
+    host.write("system.slice", "0-1,4-5")
+    valid = state in ("root", "isolated")
+    host.settle(4, 5)
+    assert host.cpus("user.slice") == ("0-1,6-7" if valid else "0-3,6-7")
+    assert (host.cpus("system.slice"), host.cpus("rt")) == ("0-1", "2-3")
+    if valid:
+        with pytest.raises(Conflict, match=r"^CPUs 2 are those of a partition that others have made$"):
+            host.settle(1, 2)
+    host.settle()
+    assert host.cpus("user.slice") == ("0-1,4-7" if valid else "0-7")
+    assert (host.cpus("system.slice"), host.cpus("rt")) == ("0-1,4-5", "2-3")
+
+
 def test_a_group_that_keeps_its_cpus_does_not_keep_the_others_from_theirs(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

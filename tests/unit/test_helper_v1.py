@@ -1,7 +1,9 @@
 """The cpusets of v1, in a tree of files that does what the kernel's does: who is where, and what is refused.
 
 A task is in one cpuset at a time; a cpuset has CPUs before it has tasks, no more of them than the one above and no
-fewer than those below; one with tasks is not removed. The real kernel's part is in tests/system/test_v1.py.
+fewer than those below; one with tasks is not removed. A task that is ending stays, and to move it is no error. With
+other CPUs all tasks of a cpuset have all of them, as before Linux 6.2. The real kernel's part is in
+tests/system/test_v1.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import pytest
 from qemu_launcher_helper import privileges
 from qemu_launcher_helper.contract import Conflict, Failed, Pin
 from qemu_launcher_helper.cpuset import v1
-from qemu_launcher_helper.cpuset.cpulist import parse_cpulist
+from qemu_launcher_helper.cpuset.cpulist import cpulist, parse_cpulist
 from qemu_launcher_helper.cpuset.v1 import V1
 from qemu_launcher_helper.target import Target
 from unit.proc_facts import UNIT_LINES
@@ -44,11 +46,13 @@ class Kernel:
         self.mount, self.units, self.memory = folder / "cpuset", folder / "systemd", folder / "run/pool"
         self.steps = -1  # writes until somebody is killed; -1: nobody is
         self.strangers: set[int] = set()  # numbers that are no thread of a VM's any more
+        self.ending: set[int] = set()
         self.affinity: dict[int, frozenset[int]] = {}
         self._real: dict[str, Any] = {
             name: getattr(Path, name) for name in ("write_text", "read_text", "mkdir", "rmdir")
         }
-        (folder / "online").write_text("0-7\n")
+        self._online = folder / "online"
+        self._online.write_text("0-7\n")
         (self.units / "system.slice").mkdir(parents=True)
         for scope in SCOPES:
             (self.units / scope[1:]).mkdir(parents=True)
@@ -67,7 +71,7 @@ class Kernel:
             monkeypatch.setattr(Path, name, lambda path, *a, _do=kernels, **k: _do(path, *a, **k))
         self.group("", "0-7", HOST, VCPU0, VCPU1, OTHER0, KTHREAD)
         (self.mount / "cpuset.mems").write_text("0")
-        self.v1 = V1(folder / "mountinfo", self.memory, folder / "online")
+        self.v1 = V1(folder / "mountinfo", self.memory, self._online)
 
     def group(self, name: str, cpus: str, *tids: int) -> Path:
         """Another cpuset, made by somebody else."""
@@ -81,8 +85,32 @@ class Kernel:
 
     def where(self, tid: int) -> str:
         """The cpuset of a thread."""
-        [found] = [path for path in self.mount.rglob("tasks") if str(tid) in path.read_text().split()]
-        return str(found.parent.relative_to(self.mount))
+        found = self.mount
+        folders = [found]
+        for found in folders:  # not by os.scandir, which a test replaces
+            if str(tid) in (found / "tasks").read_text().split():
+                break
+            folders += [found / name for name in os.listdir(found) if (found / name).is_dir()]
+        return str(found.relative_to(self.mount))
+
+    def offline(self, cpu: int) -> None:
+        """What the kernel does: no cpuset has it any more; the tasks of one that has no other are in the one above."""
+        write, read = self._real["write_text"], self._real["read_text"]
+        for path in sorted(self.mount.rglob("cpuset.cpus"), key=lambda path: -len(path.parts)):
+            left = parse_cpulist(read(path)) - {cpu}
+            write(path, cpulist(left) + "\n")
+            if not left:
+                above = path.parent.parent
+                while parse_cpulist(read(above / "cpuset.cpus")) <= {cpu}:
+                    above = above.parent
+                write(above / "tasks", read(above / "tasks") + read(path.with_name("tasks")))
+                write(path.with_name("tasks"), "")
+        write(self._online, cpulist(parse_cpulist(read(self._online)) - {cpu}))
+
+    def online(self, cpu: int) -> None:
+        """It is the root's again, and nobody else's."""
+        for path in (self._online, self.mount / "cpuset.cpus"):
+            self._real["write_text"](path, cpulist(parse_cpulist(self._real["read_text"](path)) | {cpu}) + "\n")
 
     def cpus(self, group: str) -> str:
         return (self.mount / group / "cpuset.cpus").read_text().strip()
@@ -133,6 +161,8 @@ class Kernel:
                 raise OSError(errno.EINVAL, "PF_NO_SETAFFINITY")
             if not path.with_name("cpuset.cpus").read_text().strip() or not path.with_name("cpuset.mems").read_text():
                 raise OSError(errno.ENOSPC, "no CPUs or no memory yet")
+            if int(text) in self.ending:
+                return len(text)
             old = self.mount / self.where(int(text)) / "tasks"
             real(old, "".join(f"{tid}\n" for tid in old.read_text().split() if tid != text))
             self.affinity.pop(int(text), None)
@@ -149,6 +179,8 @@ class Kernel:
                     raise OSError(errno.EINVAL, "exclusive")
             if not cpus and (group / "tasks").read_text().split():
                 raise OSError(errno.ENOSPC, "it has tasks")
+            for tid in (group / "tasks").read_text().split():
+                self.affinity.pop(int(tid), None)
         return int(real(path, text.strip() + "\n"))
 
     def _mkdir(self, path: Path, *args: int, **more: object) -> None:
@@ -292,6 +324,63 @@ def test_what_taskset_has_chosen_holds_on(kernel: Kernel) -> None:
     assert kernel.affinity == {HOST: {1, 4}}
     kernel.reconcile({})
     assert kernel.affinity == {HOST: {1, 4}}
+
+
+def test_who_is_ending_and_does_not_end_keeps_no_cpus(kernel: Kernel) -> None:
+    """In a file system of its own, say: it is listed for as long as that likes, and "moved" without an error."""
+    kernel.ending = {HOST}
+    kernel.pin(0, one(VCPU0, 4))
+    kernel.pin(1, one(OTHER0, 6), beside=(4,))
+    kernel.ending = {HOST, VCPU0}
+    for _ in range(2):
+        with contextlib.suppress(OSError):  # which is logged
+            kernel.v1.withdraw(SCOPES[0])
+        kernel.v1.settle({SCOPES[1]: frozenset({6})})
+        assert kernel.cpus("qemu-launcher/pool") == "0-5,7"
+    kernel.v1.withdraw(SCOPES[1])
+    kernel.v1.settle({})
+    assert kernel.where(OTHER0) == "."
+    assert kernel.cpus("qemu-launcher/pool") == "0-7", "the cpusets stay until it has ended"
+    kernel.ending = set()
+    kernel.reconcile({})
+    assert sorted(kernel.tree()) == ["."]
+
+
+def test_threads_whose_only_cpu_goes_offline_are_not_lost(kernel: Kernel) -> None:
+    """The kernel puts them into our topmost cpuset, whose CPUs are all there are, other VMs' among them."""
+    kernel.pin(1, one(OTHER0, 6))
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 2, shielded=False), beside=(6,))
+    kernel.offline(4)
+    kernel.offline(2)
+    assert kernel.where(VCPU0) == "qemu-launcher"
+    assert kernel.where(VCPU1) == f"qemu-launcher/pool/{NAMES[0]}"
+    assert kernel.v1.shielded_threads(SCOPES[0]) is None
+    kernel.v1.withdraw(SCOPES[0])
+    kernel.v1.settle({SCOPES[1]: frozenset({6})})
+    assert {kernel.where(VCPU0), kernel.where(VCPU1)} == {"qemu-launcher/pool"}
+    assert kernel.cpus("qemu-launcher/pool") == "0-1,3,5,7"
+    kernel.reconcile({})
+    assert sorted(kernel.tree()) == ["."]
+
+
+def test_a_cpu_that_goes_and_returns_unseen_costs_a_container_no_other(kernel: Kernel) -> None:
+    kernel.group("docker", "0-7", 500)
+    kernel.pin(0, one(VCPU0, 4))
+    kernel.offline(2)
+    kernel.online(2)
+    assert kernel.cpus("docker") == "0-1,3,5-7"
+    kernel.v1.settle({SCOPES[0]: frozenset({4})})
+    kernel.reconcile({})
+    assert kernel.cpus("docker") == "0-7"
+
+
+def test_a_cpuset_that_anothers_vm_leaves_nothing_is_no_reason_to_refuse(kernel: Kernel) -> None:
+    """Somebody makes one of a shielded CPU alone; it is he who loses, not whoever comes next."""
+    kernel.pin(0, one(VCPU0, 4))
+    kernel.group("docker", "4")
+    kernel.v1.settle({SCOPES[1]: frozenset({6}), SCOPES[0]: frozenset({4})})
+    with pytest.raises(Conflict, match="'docker'"):
+        kernel.v1.settle({SCOPES[0]: frozenset({4}), SCOPES[1]: frozenset({6})})
 
 
 def test_a_thread_that_the_kernel_does_not_move(kernel: Kernel) -> None:

@@ -59,10 +59,11 @@ class Pool(Partition):
     def settle(self, live: Mapping[str, frozenset[int]]) -> None:
         """Let each group of the host, and each scope of a VM, have all CPUs but those that `live` shields for others.
 
-        Raises Conflict when that leaves a group nothing, or one keeps what it has; all others are as they should be.
+        Raises Conflict when the first of them leaves a group nothing, or one keeps what it has; all others are as they
+        should be.
         """
         shielded = frozenset[int]().union(*live.values())
-        groups, bare = self._groups(shielded)
+        groups, bare = self._groups(shielded, next(iter(live.values()), shielded))
         scopes = {self._dir(scope) / "cpuset.cpus": live.get(scope, frozenset()) for scope in self._scopes()}
         scopes |= {self._outside(scope) / "cpuset.cpus": frozenset[int]() for scope in self._scopes()}
         wanted = groups | {path: cpulist(self.everything - shielded | own) for path, own in scopes.items()}
@@ -76,27 +77,35 @@ class Pool(Partition):
         if bare:
             raise Conflict(bare)
 
-    def _groups(self, shielded: frozenset[int]) -> tuple[dict[Path, str], str]:
-        """Return what to write for each group of the host, and a refusal where that is nothing; remember what is there.
+    def _groups(self, shielded: frozenset[int], claim: frozenset[int]) -> tuple[dict[Path, str], str]:
+        """Return what to write for each group of the host, and why the `claim` cannot be had; remember what is there.
 
         A killed helper has written some of it, or none: `memory` says of each text which of both it is.
         """
         known, memory, bare = self._remembered(), dict[str, list[str]](), ""
-        online, wanted = text(self.root / "cpuset.cpus.effective") or "", dict[Path, str]()
+        online, wanted = parse_cpulist(text(self.root / "cpuset.cpus.effective") or ""), dict[Path, str]()
+        # Partitions of somebody else's: the kernel ends one, without an error, when a list beside it has its CPUs.
+        states = {path.parent: text(path) for path in self.root.glob("*/cpuset.cpus.partition")}
+        alone = [path / "cpuset.cpus" for path, state in states.items() if state in ("root", "isolated")]
+        theirs = frozenset[int]().union(*(parse_cpulist(text(path) or "") for path in alone))
+        if claim & theirs:
+            bare = f"CPUs {cpulist(claim & theirs)} are those of a partition that others have made"
         for path in self.root.glob("*/cpuset.cpus") if shielded or known != {} else ():
             name, now = path.parent.name, text(path)
-            if now is None or name == "qemu.slice":
+            if now is None or name == "qemu.slice" or path in alone:
                 continue
             # Where what it was is lost, a full list: what is there may be ours, and would stay for good.
             before, *ours = ["", now] if known is None else known.get(name, [now])
             # Neither what was there nor ours: an administrator has changed it meanwhile, and knows best.
             before = before if now in ours else now
-            left = (parse_cpulist(before) or self.everything) - shielded
+            listed = parse_cpulist(before) or self.everything - theirs
+            left = listed - shielded
             if shielded or now != before:
                 wanted[path] = cpulist(left) or before
                 memory[name] = [before, now, wanted[path]]
-            if shielded and not left & parse_cpulist(online):  # such a group gets its parent's
-                bare = f"CPUs {before or online} are all that AllowedCPUs= leaves to {name!a}"
+            # Such a group gets its parent's. That of another VM's are none is no reason to refuse this one's.
+            if shielded and not left & online and (listed & claim or not listed & online):
+                bare = f"CPUs {before or cpulist(online)} are all that AllowedCPUs= leaves to {name!a}"
         if shielded:
             self._remember(memory)
         return wanted, bare

@@ -91,15 +91,21 @@ class V1(Pool):
         owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
         for place in self._prefix.glob("[0-9]*/"):
             if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
-                self._remove(place)
+                with suppress(OSError):  # one that is ending, and does not end, is still in there
+                    self._remove(place)
+        _move(self._prefix, self._pool)  # where the kernel puts threads whose only CPU went offline
         pool = self._ours - shielded
         wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
         wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
         try:
-            self._leave(self._others(alone), wanted, shielded)
+            if not shielded:
+                # Before Linux 6.2 a cpuset with other CPUs gives its tasks all of them, whatever taskset(1) had chosen.
+                with suppress(Failed):
+                    _move(self._pool, self._tree)
+            self._leave(self._others(alone), wanted, shielded, next(iter(live.values()), shielded))
         finally:
             _move(self._tree if shielded else self._pool, self._pool if shielded else self._tree)
-            if not shielded and not any(self._pool.glob("*/")):
+            if not shielded and not any([*self._pool.glob("*/"), *self._prefix.glob("[0-9]*/")]):
                 self._pool.rmdir()
                 self._prefix.rmdir()
                 self._tree.chmod(0o555)
@@ -141,7 +147,7 @@ class V1(Pool):
         for place in self._places(scope):
             self._remove(place)
         for group in self._pool.glob(f"{scope.rpartition('/')[2]}/"):
-            group.rmdir()
+            self._remove(group)
 
     def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
         """Return the threads inside the shield with the CPUs they have; None when there is no valid shield."""
@@ -173,13 +179,21 @@ class V1(Pool):
                 found.extend(itertools.islice(theirs, MOST_CPUSETS + 2 - len(found)))
         return found[1:]
 
-    def _leave(self, others: list[Path], wanted: dict[Path, frozenset[int]], shielded: frozenset[int]) -> None:
+    def _leave(
+        self,
+        others: list[Path],
+        wanted: dict[Path, frozenset[int]],
+        shielded: frozenset[int],
+        claim: frozenset[int],
+    ) -> None:
         """Give each cpuset in `wanted` these CPUs, and the `others` what they had less the `shielded` ones.
 
-        Raises Conflict when that leaves one nothing, or one keeps what it has, or there are too many; all others are as
-        they should be.
+        Raises Conflict when the `claim` leaves one nothing, or one keeps what it has, or there are too many; all others
+        are as they should be.
         """
         known, memory, bare = self._remembered(), dict[str, list[str]](), ""
+        # What has not been offline since they were written: a CPU that returns does so to no list.
+        stayed = self.everything - (self._ours - _cpus(self._prefix))
         crowd = f"are not to be had with more than {MOST_CPUSETS} cpusets" if len(others) > MOST_CPUSETS else ""
         # What was remembered is put back, however many there are by now.
         remembered = [self._tree / name for name in known or ()]
@@ -187,11 +201,12 @@ class V1(Pool):
             name, now = str(path.relative_to(self._tree)), _cpus(path)
             if not now:  # it is still being made, or has ended
                 continue
-            before, *ours = [cpulist(self.everything), cpulist(now)] if known is None else known.get(name, [""])
+            before, *written = [cpulist(self.everything), cpulist(now)] if known is None else known.get(name, [""])
             # The kernel takes offline CPUs from all lists. What is neither ours nor that, an administrator has written.
-            before = before if now in [parse_cpulist(list_) & self.everything for list_ in ours] else cpulist(now)
+            ours = [parse_cpulist(list_) & those for list_ in written for those in (self.everything, stayed)]
+            before = before if now in ours else cpulist(now)
             left = parse_cpulist(before) & self.everything - shielded
-            bare = bare if left else name
+            bare = bare if left or not parse_cpulist(before) & claim else name
             if shielded or left != now:
                 wanted[path] = left or now
                 memory[name] = [before, *map(cpulist, (now, now | left, left))]
@@ -267,14 +282,16 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
 
 
 def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
-    """Move all tasks but `keep`, those born meanwhile included, and those that the kernel keeps where they are not."""
-    stuck, end, all_here = set(keep), math.inf, read(source / "cpuset.cpus")
-    while tids := _tasks(source) - stuck:
+    """Move all tasks but `keep`, those born meanwhile included.
+
+    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved.
+    """
+    tried, end, all_here = set(keep), math.inf, read(source / "cpuset.cpus")
+    while tids := _tasks(source) - tried:
         for tid in tids:
             _still_in_time(end)  # those of the first round are no more than there are
-            if not _put(tid, target, all_here):
-                stuck.add(tid)
-        end = min(end, time.monotonic() + SWEEP_SECONDS)
+            _put(tid, target, all_here)
+        tried, end = tried | tids, min(end, time.monotonic() + SWEEP_SECONDS)
 
 
 def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:

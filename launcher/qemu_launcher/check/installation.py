@@ -7,6 +7,7 @@ no access to it), or in a definition; 0 otherwise, also where a part is missing 
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,20 +35,22 @@ _UNIT = "qemu-launcher-helper.service"
 _QEMU = "QEMU"
 _PROBE_VM = "check"
 _MOST_DEFINITIONS = 100
+_OLDEST_SYSTEMD = 249  # which has OnSuccess=, systemd.unit(5)
 
 
 def check_installation(version: str, *, as_json: bool) -> int:
     """Check what is installed. `version`: the launcher's own. Returns the exit status."""
     tree, facts = Tree(), [("launcher", version)]
-    user = access.user_name()
+    user, system = access.user_name(), report.system_facts(tree)
     helper_facts, answers, mechanism = _helper(version)
     found = [*together(list(installed(tree)), answers), *members(user)]
     found += host_facts(tree, user)
+    found += old_systemd(dict(system)["system"])
     found += qemus(tree)
     found += definitions(os.environ)
     found += cpus.leftovers(tree, frozenset(), mechanism)
     found = finding.without_repetitions(found)
-    head = [*facts, *helper_facts, *report.system_facts(tree)]
+    head = [*facts, *helper_facts, *system]
     stops = finding.would_stop(found)
     if as_json:
         report.say_json({"vm": None, "would_start": not stops}, head, found)
@@ -195,6 +198,14 @@ def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
         yield Finding("ok", "cgroup", "cgroup v2 is there, with the cpuset controller")
     for one in devices.kvm(tree, "needed", user):
         yield one._replace(severity="warning") if one.severity == "error" else one
+
+
+def old_systemd(system: str) -> Iterator[Finding]:
+    """A systemd that cannot start the helper when a VM ends. `system`: as report.system_facts() has it."""
+    version = re.search(r"\bsystemd ([0-9]+)", system)
+    if version is not None and int(version[1]) < _OLDEST_SYSTEMD:
+        text = f"systemd {version[1]} refuses the scopes of tuned VMs: the helper needs {_OLDEST_SYSTEMD} or newer"
+        yield Finding("error", "systemd", text, absence.WITHOUT_HELPER)
 
 
 def qemus(tree: Tree) -> Iterator[Finding]:
