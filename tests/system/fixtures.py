@@ -188,6 +188,17 @@ def administrator(carol: User) -> Iterator[User]:
     reload_polkit()
 
 
+@contextlib.contextmanager
+def offline(*cpus: int) -> Iterator[None]:
+    """These CPUs are, for the block: as an administrator does it, or a host that repairs itself."""
+    files = [Path(f"/sys/devices/system/cpu/cpu{cpu}/online") for cpu in cpus]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            file.write_text("0")
+            stack.callback(file.write_text, "1")
+        yield
+
+
 def reload_polkit() -> None:
     """Have polkitd read its rules anew; it would by itself, but only at some time after they changed."""
     subprocess.run(["systemctl", "restart", "polkit.service"], check=True)

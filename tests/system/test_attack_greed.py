@@ -20,7 +20,7 @@ import pytest
 
 from system import host
 from system.claims import Answer, Child, Claimant
-from system.fixtures import start_helper, stop_helper
+from system.fixtures import offline, start_helper, stop_helper
 from system.people import User
 from system.stepping import Stepping
 from system.test_crash_only import leave_scope
@@ -175,18 +175,6 @@ def test_a10_two_users_race(alice: User, carol: User, stepping: Stepping, helper
             assert racer.answers["ok"] > ROUNDS // 10
         assert sum(racer.answers.get("Conflict", 0) for racer in racers) > 0, "they did meet"
         sys.stdout.write(f"{[racer.answers for racer in racers]}\n")
-
-
-@contextmanager
-def offline(*cpus: int) -> Iterator[None]:
-    """Take CPUs away from the host, as for a while."""
-    for cpu in cpus:
-        (CPU / f"cpu{cpu}/online").write_text("0")
-    try:
-        yield
-    finally:
-        for cpu in cpus:
-            (CPU / f"cpu{cpu}/online").write_text("1")
 
 
 def failures() -> str:

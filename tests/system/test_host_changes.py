@@ -6,14 +6,14 @@ Afterwards it is as after any VM: see `host_as_before`. A change that leaves a s
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from system import host
 from system.claims import Child, Claimant
-from system.fixtures import start_helper, stop_helper
+from system.fixtures import offline, start_helper, stop_helper
 from system.people import User
 from system.stepping import Stepping
 from system.vms import Launch, define
@@ -24,17 +24,6 @@ TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "shutdown_
 SYSTEMD_DROP_INS = Path("/run/systemd/system.control")
 SLEPT = Path("/sys/power/suspend_stats/success")  # how often
 LOGIND_DROP_IN = Path("/run/systemd/logind.conf.d/test.conf")
-
-
-@contextmanager
-def offline(*cpus: int) -> Iterator[None]:
-    """These CPUs are, for the block: as an administrator does it, or a host that repairs itself."""
-    files = [Path(f"/sys/devices/system/cpu/cpu{cpu}/online") for cpu in cpus]
-    with ExitStack() as stack:
-        for file in files:
-            file.write_text("0")
-            stack.callback(file.write_text, "1")
-        yield
 
 
 @contextmanager

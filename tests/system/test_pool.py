@@ -156,6 +156,35 @@ def test_cpus_that_are_all_that_a_group_has(program: Claimant, allowed: Callable
     assert said("system.slice") == "4-5"
 
 
+def test_a_partition_of_an_administrators_stays_one(program: Claimant) -> None:
+    """The kernel would end it, without an error, if a group beside it got a list with its CPUs."""
+    own, others = host.CGROUP / "rt", [group.name for group in host.groups() if said(group.name)]
+    own.mkdir()
+    try:
+        for name in others:
+            (host.CGROUP / name / "cpuset.cpus").write_text("0-1,4-7")
+        (own / "cpuset.cpus").write_text("2-3")
+        (own / "cpuset.cpus.partition").write_text("isolated")
+        assert (own / "cpuset.cpus.partition").read_text() == "isolated\n"
+        child = program.spawn(2)
+        assert program.pin(child, "vm", 4, 5).error == "ok"
+        assert everybody()["user.slice"] == {0, 1, 6, 7}
+        assert (own / "cpuset.cpus.partition").read_text() == "isolated\n"
+        end(program, child)
+        assert everybody()["user.slice"] == {0, 1, 4, 5, 6, 7}
+        assert (own / "cpuset.cpus.partition").read_text() == "isolated\n"
+        answer = program.pin(program.spawn(1), "vm", 2)
+        assert answer == ("Conflict", ["CPUs 2-3 are those of a partition that others have made"])
+        assert (own / "cpuset.cpus.partition").read_text() == "isolated\n"
+    finally:
+        (own / "cpuset.cpus.partition").write_text("member")
+        own.rmdir()
+        for name in others:
+            (host.CGROUP / name / "cpuset.cpus").write_text("0-7")
+    assert program.call("GetLimits", "").error == "ok"
+    assert set(everybody().values()) == {ALL}
+
+
 @pytest.mark.parametrize("ends", [("hers", "others"), ("others", "hers")], ids=" before ".join)
 def test_two_vms_of_two_users_in_any_order(program: Claimant, carol: User, ends: tuple[str, str]) -> None:
     """Hers is started first. What is left when one has ended is the other's shield, whole."""

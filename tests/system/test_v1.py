@@ -8,19 +8,25 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from system import host, legacy
 from system.claims import Claimant, end
-from system.fixtures import start_helper
+from system.fixtures import offline, start_helper
 from system.people import User
 from system.vms import HELPER_UNIT, Launch, define
 
 pytestmark = pytest.mark.hosts("legacy", why="it is about hosts with the legacy hierarchy")
 
 ALL = "0-7"
+
+
+def in_pool(pid: int, tid: int) -> bool:
+    """Whether that thread is where all tasks of the host are."""
+    return legacy.cpuset_of(pid, tid) == "qemu-launcher/pool"
 
 
 @pytest.fixture
@@ -89,6 +95,26 @@ def test_vms_of_two_users_beside_a_container_end_in_either_order(
             end(*((other, hers), (program, mine))[first])
             assert not legacy.OURS.exists()
             assert legacy.said(container) == legacy.said(container.parent) == ALL
+
+
+def test_pinned_cpus_go_offline_and_come_back(program: Claimant, carol: User) -> None:
+    """The kernel puts their threads into our topmost cpuset, which has all CPUs; none stays on another VM's."""
+    with Claimant(carol) as other:
+        hers, child = other.spawn(1), program.spawn(2)
+        assert other.pin(hers, "vm", 6).error == "ok"
+        pins = [[child.tids[0], [4], True], [child.tids[1], [2], False]]
+        assert program.call("PinThreads", "usa(uaub)au", child.pid, "vm", pins, []).error == "ok"
+        with offline(2, 4):
+            for tid in child.tids:
+                host.wait_for("it is where all others are", partial(in_pool, child.pid, tid))
+                assert host.cpus_of(child.pid, tid) == {0, 1, 3, 5}
+            assert legacy.cpuset_of(hers.pid, hers.tids[0]) == "qemu-launcher/6"
+        host.wait_for("others have them again", lambda: host.born_of_us() == {0, 1, 2, 3, 4, 5})
+        assert host.cpus_of(hers.pid, hers.tids[0]) == {6}
+        end(other, hers)
+        end(program, child)
+    assert not legacy.OURS.exists()
+    assert host.cpus_of(1) == host.online()
 
 
 def test_her_own_groups_of_systemds_give_her_nothing(program: Claimant, alice: User) -> None:

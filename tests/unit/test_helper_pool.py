@@ -181,9 +181,15 @@ def test_a_partition_of_somebody_elses_stays_one(host: Host, state: str) -> None
     if valid:
         with pytest.raises(Conflict, match=r"^CPUs 2 are those of a partition that others have made$"):
             host.settle(1, 2)
+    for _ in range(2):
+        host.settle()
+        assert host.cpus("user.slice") == ("0-1,4-7" if valid else "0-7")
+        assert (host.cpus("system.slice"), host.cpus("rt")) == ("0-1,4-5", "2-3")
+    # When it is none any more, its CPUs are everybody's again, as soon as the helper runs.
+    (host.root / "rt/cpuset.cpus.partition").write_text("member\n")
     host.settle()
-    assert host.cpus("user.slice") == ("0-1,4-7" if valid else "0-7")
-    assert (host.cpus("system.slice"), host.cpus("rt")) == ("0-1,4-5", "2-3")
+    assert host.cpus("user.slice") == "0-7"
+    assert not host.memory.exists()
 
 
 def test_a_group_that_keeps_its_cpus_does_not_keep_the_others_from_theirs(

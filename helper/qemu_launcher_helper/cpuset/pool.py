@@ -63,12 +63,13 @@ class Pool(Partition):
         should be.
         """
         shielded = frozenset[int]().union(*live.values())
-        groups, bare = self._groups(shielded, next(iter(live.values()), shielded))
+        alone = self._partitions()
+        groups, bare = self._groups(shielded, next(iter(live.values()), shielded), alone)
         scopes = {self._dir(scope) / "cpuset.cpus": live.get(scope, frozenset()) for scope in self._scopes()}
         scopes |= {self._outside(scope) / "cpuset.cpus": frozenset[int]() for scope in self._scopes()}
         wanted = groups | {path: cpulist(self.everything - shielded | own) for path, own in scopes.items()}
         refused = [path.parent.name for path, cpus in wanted.items() if not change(path, cpus)]
-        if not shielded and not refused:
+        if not shielded and not refused and not alone:
             self._memory.unlink(missing_ok=True)
         if refused:
             raise Conflict(
@@ -77,22 +78,29 @@ class Pool(Partition):
         if bare:
             raise Conflict(bare)
 
-    def _groups(self, shielded: frozenset[int], claim: frozenset[int]) -> tuple[dict[Path, str], str]:
+    def _partitions(self) -> dict[str, frozenset[int]]:
+        """Return those of somebody else's, with their CPUs.
+
+        The kernel ends one, since Linux 6.1 without an error, when a group beside it gets a list with one of them.
+        """
+        states = {path.parent: text(path) for path in self.root.glob("*/cpuset.cpus.partition")}
+        valid = [path for path, state in states.items() if state in ("root", "isolated")]
+        return {path.name: parse_cpulist(text(path / "cpuset.cpus") or "") for path in valid}
+
+    def _groups(
+        self, shielded: frozenset[int], claim: frozenset[int], alone: Mapping[str, frozenset[int]]
+    ) -> tuple[dict[Path, str], str]:
         """Return what to write for each group of the host, and why the `claim` cannot be had; remember what is there.
 
         A killed helper has written some of it, or none: `memory` says of each text which of both it is.
         """
         known, memory, bare = self._remembered(), dict[str, list[str]](), ""
         online, wanted = parse_cpulist(text(self.root / "cpuset.cpus.effective") or ""), dict[Path, str]()
-        # Partitions of somebody else's: the kernel ends one, without an error, when a list beside it has its CPUs.
-        states = {path.parent: text(path) for path in self.root.glob("*/cpuset.cpus.partition")}
-        alone = [path / "cpuset.cpus" for path, state in states.items() if state in ("root", "isolated")]
-        theirs = frozenset[int]().union(*(parse_cpulist(text(path) or "") for path in alone))
-        if claim & theirs:
+        if claim & (theirs := frozenset[int]().union(*alone.values())):
             bare = f"CPUs {cpulist(claim & theirs)} are those of a partition that others have made"
         for path in self.root.glob("*/cpuset.cpus") if shielded or known != {} else ():
             name, now = path.parent.name, text(path)
-            if now is None or name == "qemu.slice" or path in alone:
+            if now is None or name in ("qemu.slice", *alone):
                 continue
             # Where what it was is lost, a full list: what is there may be ours, and would stay for good.
             before, *ours = ["", now] if known is None else known.get(name, [now])
@@ -106,7 +114,7 @@ class Pool(Partition):
             # Such a group gets its parent's. That of another VM's are none is no reason to refuse this one's.
             if shielded and not left & online and (listed & claim or not listed & online):
                 bare = f"CPUs {before or cpulist(online)} are all that AllowedCPUs= leaves to {name!a}"
-        if shielded:
+        if shielded or alone:  # these come back when there is no such partition any more
             self._remember(memory)
         return wanted, bare
 
