@@ -175,6 +175,8 @@ def test_a_partition_of_somebody_elses_stays_one(host: Host, state: str) -> None
     host.write("docker", "")
     host.write("system.slice", "0-1,4-5")
     valid = state in ("root", "isolated")
+    host.settle()
+    assert not host.memory.exists()
     host.settle(4, 5)
     assert host.cpus("user.slice") == ("0-1,6-7" if valid else "0-3,6-7")
     assert (host.cpus("system.slice"), host.cpus("rt")) == ("0-1", "2-3")

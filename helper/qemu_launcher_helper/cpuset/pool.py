@@ -69,7 +69,7 @@ class Pool(Partition):
         scopes |= {self._outside(scope) / "cpuset.cpus": frozenset[int]() for scope in self._scopes()}
         wanted = groups | {path: cpulist(self.everything - shielded | own) for path, own in scopes.items()}
         refused = [path.parent.name for path, cpus in wanted.items() if not change(path, cpus)]
-        if not shielded and not refused and not alone:
+        if not shielded and not refused and not (alone and groups):
             self._memory.unlink(missing_ok=True)
         if refused:
             raise Conflict(
@@ -114,7 +114,7 @@ class Pool(Partition):
             # Such a group gets its parent's. That of another VM's are none is no reason to refuse this one's.
             if shielded and not left & online and (listed & claim or not listed & online):
                 bare = f"CPUs {before or cpulist(online)} are all that AllowedCPUs= leaves to {name!a}"
-        if shielded or alone:  # these come back when there is no such partition any more
+        if shielded or (alone and memory):  # all comes back when there is no such partition any more
             self._remember(memory)
         return wanted, bare
 
