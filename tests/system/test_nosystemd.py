@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from system import host, legacy
+from system.fixtures import stop_helper
 from system.people import Login, User, plain_command
 from system.vms import Launch, define, refused
 
@@ -34,6 +35,7 @@ def syslog() -> Iterator[Callable[[], list[str]]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(SYSLOG))
         listener.setblocking(False)
+        stop_helper()  # one that is there has begun without it
         said: list[str] = []
 
         def read() -> list[str]:
