@@ -33,7 +33,7 @@ from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
 from ..target import PROC, Target
 from .cpulist import cpulist, parse_cpulist
-from .partition import CGROUP, SWEEP_SECONDS, Partition, read
+from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read
 from .pool import MEMORY, Pool, change, text
 
 ONLINE = Path("/sys/devices/system/cpu/online")
@@ -284,14 +284,20 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
 def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
     """Move all tasks but `keep`, those born meanwhile included.
 
-    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved.
+    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved; that is
+    waited for, unless it does not end.
     """
-    tried, end, all_here = set(keep), math.inf, read(source / "cpuset.cpus")
+    tried, moved, end, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
     while tids := _tasks(source) - tried:
         for tid in tids:
             _still_in_time(end)  # those of the first round are no more than there are
-            _put(tid, target, all_here)
+            if _put(tid, target, all_here):
+                moved.add(tid)
         tried, end = tried | tids, min(end, time.monotonic() + SWEEP_SECONDS)
+    for look in range(STUCK_LOOKS):
+        if moved.isdisjoint(_tasks(source)):
+            break
+        time.sleep(look / 1000)
 
 
 def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:
