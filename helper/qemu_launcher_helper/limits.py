@@ -1,8 +1,8 @@
 """How much each user may have: built-in defaults, and /etc/qemu-launcher/helper.toml where an administrator wrote one.
 
 The file is read afresh for every call. Refuses a file that somebody other than root could have written, and anything
-in it that it does not understand to the last key: then every call is refused (Failed), because a limit that was meant
-and not kept is worse than no service. The path is a constant; only tests pass another.
+in it that it does not understand to the last key: then all but Release is refused (Failed), because a limit that was
+meant and not kept is worse than no service. The path is a constant; only tests pass another.
 
 The rest is pure arithmetic over the host's topology and memory, the live records and one user's limits.
 Guarantees, whatever the sequence of claims: live shields are disjoint, consist of whole SMT cores, leave at least
@@ -142,7 +142,7 @@ def load(path: str | None = None) -> Settings:
 # By key: the type of its value, and the form of the value or, in a list, of each item, which then are texts; in words.
 _FORMS: dict[str, tuple[type, str, str]] = {
     "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}", 'a list of patterns, as ["qemu-system-*"]'),
-    "services": (list, r"[A-Za-z0-9:_.-]{1,200}\.service", 'a list, as ["my-vm.service"], and no NAME@...'),
+    "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service", 'a list, as ["my-vm.service"]'),
     "users": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["alice"]'),
     "groups": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["students"]'),
     "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", 'a text, as "8-15,24"'),

@@ -194,6 +194,21 @@ def test_a_partition_of_somebody_elses_stays_one(host: Host, state: str) -> None
     assert not host.memory.exists()
 
 
+def test_a_partition_that_is_made_of_shielded_cpus_stays_one(host: Host) -> None:
+    """Whatever groups had before: each has left these CPUs, so the kernel lets an administrator make it."""
+    for name in BEFORE:
+        host.write(name, "0-7")
+    host.settle(4, 5)
+    host.write("rt", "4-5")
+    (host.root / "rt/cpuset.cpus.partition").write_text("isolated\n")
+    for _ in range(2):
+        host.settle()
+        assert host.cpus("user.slice") == "0-3,6-7"
+    (host.root / "rt/cpuset.cpus.partition").write_text("member\n")
+    host.settle()
+    assert host.groups() == dict.fromkeys(BEFORE, "0-7")
+
+
 def test_a_group_that_keeps_its_cpus_does_not_keep_the_others_from_theirs(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,7 +340,21 @@ def test_who_is_ending_and_does_not_end_keeps_no_cpus(kernel: Kernel) -> None:
     kernel.v1.withdraw(SCOPES[1])
     kernel.v1.settle({})
     assert kernel.where(OTHER0) == "."
-    assert kernel.cpus("qemu-launcher/pool") == "0-7", "the cpusets stay until it has ended"
+    assert kernel.cpus_of(VCPU0) == {4}, "its cpuset stays until it has ended"
+    kernel.ending = set()
+    kernel.reconcile({})
+    assert sorted(kernel.tree()) == ["."]
+
+
+def test_who_is_ending_among_all_others_keeps_nobody_from_anything(kernel: Kernel) -> None:
+    kernel.pin(0, one(VCPU0, 4))
+    kernel.ending = {HOST}
+    for _ in range(2):
+        kernel.reconcile({})
+        assert kernel.cpus("qemu-launcher/pool") == "0-7"
+        kernel.pin(1, one(OTHER0, 6, shielded=False))
+        assert kernel.cpus_of(OTHER0) == {6}
+        kernel.v1.withdraw(SCOPES[1])
     kernel.ending = set()
     kernel.reconcile({})
     assert sorted(kernel.tree()) == ["."]
@@ -363,13 +377,21 @@ def test_threads_whose_only_cpu_goes_offline_are_not_lost(kernel: Kernel) -> Non
     assert sorted(kernel.tree()) == ["."]
 
 
-def test_a_cpu_that_goes_and_returns_unseen_costs_a_container_no_other(kernel: Kernel) -> None:
+@pytest.mark.parametrize("living", [False, True])
+def test_a_cpu_that_goes_and_returns_unseen_costs_a_container_no_other(kernel: Kernel, *, living: bool) -> None:
+    """Nor does it when the helper is killed at any step after that."""
     kernel.group("docker", "0-7", 500)
     kernel.pin(0, one(VCPU0, 4))
     kernel.offline(2)
     kernel.online(2)
     assert kernel.cpus("docker") == "0-1,3,5-7"
-    kernel.v1.settle({SCOPES[0]: frozenset({4})})
+    if living:
+        kernel.v1.settle({SCOPES[0]: frozenset({4})})
+    for kernel.steps in range(100):
+        with contextlib.suppress(Killed):
+            kernel.reconcile({})
+            break
+    kernel.steps = -1
     kernel.reconcile({})
     assert kernel.cpus("docker") == "0-7"
 

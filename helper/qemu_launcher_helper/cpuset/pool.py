@@ -106,7 +106,7 @@ class Pool(Partition):
             before, *ours = ["", now] if known is None else known.get(name, [now])
             # Neither what was there nor ours: an administrator has changed it meanwhile, and knows best.
             before = before if now in ours else now
-            listed = parse_cpulist(before) or self.everything - theirs
+            listed = (parse_cpulist(before) or self.everything) - theirs
             left = listed - shielded
             if shielded or now != before:
                 wanted[path] = cpulist(left) or before

@@ -41,6 +41,8 @@ MOUNTS = Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
 # Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
 MOST_CPUSETS = 2000
+# How long to wait, again and again, for tasks that are ending, until the next `settle`.
+_LOOKS = list[float]()
 
 
 class V1(Pool):
@@ -87,13 +89,13 @@ class V1(Pool):
         self._ours = self.everything.difference(*map(_cpus, alone))
         if not (shielded or self._prefix.exists() or self._memory.exists()):
             return
+        _LOOKS[:] = [0.01] * STUCK_LOOKS
         self._new(self._new(self._prefix) / "pool")
         owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
         for place in self._prefix.glob("[0-9]*/"):
             if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
-                with suppress(OSError):  # one that is ending, and does not end, is still in there
+                with suppress(OSError, Failed):  # one that is ending, and does not end, is still in there
                     self._remove(place)
-        _move(self._prefix, self._pool)  # where the kernel puts threads whose only CPU went offline
         pool = self._ours - shielded
         wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
         wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
@@ -104,8 +106,11 @@ class V1(Pool):
                     _move(self._pool, self._tree)
             self._leave(self._others(alone), wanted, shielded, next(iter(live.values()), shielded))
         finally:
-            _move(self._tree if shielded else self._pool, self._pool if shielded else self._tree)
-            if not shielded and not any([*self._pool.glob("*/"), *self._prefix.glob("[0-9]*/")]):
+            home = self._pool if shielded else self._tree
+            _move(self._tree if shielded else self._pool, home)
+            _move(self._prefix, home)  # where the kernel puts threads whose only CPU went offline
+        if not shielded:
+            with suppress(OSError):  # there are unshielded pins, or such as are ending
                 self._pool.rmdir()
                 self._prefix.rmdir()
                 self._tree.chmod(0o555)
@@ -145,7 +150,8 @@ class V1(Pool):
     def withdraw(self, scope: str) -> None:
         """Put the scope's threads where the host's other tasks are; `settle` then gives the CPUs back. Idempotent."""
         for place in self._places(scope):
-            self._remove(place)
+            with suppress(OSError):  # what is still in there is seen below, or does not matter
+                self._remove(place)
         for group in self._pool.glob(f"{scope.rpartition('/')[2]}/"):
             self._remove(group)
 
@@ -210,7 +216,7 @@ class V1(Pool):
             if shielded or left != now:
                 wanted[path] = left or now
                 memory[name] = [before, *map(cpulist, (now, now | left, left))]
-        if shielded:
+        if shielded or memory:
             self._remember(memory)
         # Grow from the top down, then shrink from the leaves up: no cpuset may have less than those below it.
         for path in sorted(wanted, key=lambda path: len(path.parts)):
@@ -284,8 +290,8 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
 def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
     """Move all tasks but `keep`, those born meanwhile included.
 
-    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved; that is
-    waited for, unless it does not end.
+    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That is
+    waited for, but not for ever.
     """
     tried, moved, end, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
     while tids := _tasks(source) - tried:
@@ -294,10 +300,8 @@ def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
             if _put(tid, target, all_here):
                 moved.add(tid)
         tried, end = tried | tids, min(end, time.monotonic() + SWEEP_SECONDS)
-    for look in range(STUCK_LOOKS):
-        if moved.isdisjoint(_tasks(source)):
-            break
-        time.sleep(look / 1000)
+    while _LOOKS and not moved.isdisjoint(_tasks(source)):
+        time.sleep(_LOOKS.pop())
 
 
 def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:
