@@ -85,12 +85,10 @@ class Kernel:
 
     def where(self, tid: int) -> str:
         """The cpuset of a thread."""
-        found = self.mount
-        folders = [found]
-        for found in folders:  # not by os.scandir, which a test replaces
-            if str(tid) in (found / "tasks").read_text().split():
-                break
-            folders += [found / name for name in os.listdir(found) if (found / name).is_dir()]
+        folders = [self.mount]
+        for folder in folders:  # not by os.scandir, which a test replaces
+            folders += [folder / name for name in os.listdir(folder) if (folder / name).is_dir()]
+        [found] = [folder for folder in folders if str(tid) in (folder / "tasks").read_text().split()]
         return str(found.relative_to(self.mount))
 
     def offline(self, cpu: int) -> None:
