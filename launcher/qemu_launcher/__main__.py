@@ -23,7 +23,10 @@ SIGINT, SIGPIPE = 2, 13  # signal(7); the module signal costs more to import tha
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: this process's arguments). Returns the exit status."""
     try:
-        status = _act(cli.parse_arguments(sys.argv[1:] if argv is None else argv))
+        arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
+        if isinstance(arguments, cli.Run | cli.Start | cli.Check | cli.Import):
+            _hear_of_children()
+        status = _act(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except LauncherError as err:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return SIGNAL_BASE + SIGINT
     except OSError as err:
-        stdout.tell(render(LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")))
+        stdout.tell(render(_named(err)))
         stdout.abandon(sys.stdout)
         return 1
     return status
@@ -74,6 +77,13 @@ def _act(arguments: cli.Arguments) -> int:
     return 0
 
 
+def _hear_of_children() -> None:
+    """Whoever started us may have ignored SIGCHLD, as `trap '' CHLD` does: nobody would hear how a child has ended."""
+    import signal  # noqa: PLC0415
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _command(arguments: cli.Command) -> int:
     from . import cmdline, definition, locate  # noqa: PLC0415
 
@@ -101,9 +111,13 @@ def _run(arguments: cli.Run) -> int:
 
     waiting = starter.Starter.taken(os.environ)
     try:
-        name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
-        vm = definition.load(path, name)
-        status = _session(vm, waiting, arguments)
+        try:
+            waiting.enter_directory()
+            name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
+            vm = definition.load(path, name)
+            status = _session(vm, waiting, arguments)
+        except OSError as err:
+            raise _named(err) from err
     except LauncherError as err:
         if not waiting.is_there:
             _show(arguments.vm, err)
@@ -112,6 +126,11 @@ def _run(arguments: cli.Run) -> int:
         raise
     waiting.ended(status)
     return status
+
+
+def _named(err: OSError) -> LauncherError:
+    """One that nobody expected."""
+    return LauncherError(f"{err.filename or 'input or output failed'}: {err.strerror or err}")
 
 
 def _show(vm: str, err: LauncherError) -> None:

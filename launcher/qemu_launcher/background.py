@@ -50,6 +50,7 @@ class _Child(NamedTuple):
     spelled: str
     argv: Sequence[str]
     environ: Mapping[str, str]
+    directory: str
 
 
 def start(vm: str, options: Sequence[str], commands: Sequence[str], *, quiet: bool) -> int:
@@ -65,11 +66,20 @@ def start(vm: str, options: Sequence[str], commands: Sequence[str], *, quiet: bo
     voice = Voice(name, quiet=quiet)
     _mention_terminal(defined, voice, vm)
     spelled = locate.spelled(name, path, os.environ)
-    child = _Child(name, spelled, [*_ourselves(), "run", *options, "--", vm], os.environ)
+    child = _Child(name, spelled, [*_ourselves(), "run", *options, "--", vm], os.environ, _here())
     place = None if _becomes_somebody_else(defined) else _user_manager(os.environ)
     if place is None:
         return _detached(child, voice)
     return _as_service(child, place, voice)
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()  # noqa: PTH109
+    except OSError as err:
+        raise LauncherError(
+            f"the folder that you are in is gone, or closed to you: {err.strerror}", "go to another one: cd"
+        ) from err
 
 
 def _mention_terminal(defined: VmDefinition, voice: Voice, vm: str) -> None:
@@ -248,7 +258,7 @@ class _Talk:
         """
         said: list[str] = []
         with self._connection, self._giving_up():
-            greeting = {"environment": dict(child.environ), "directory": str(Path.cwd())}
+            greeting = {"environment": dict(child.environ), "directory": child.directory}
             with contextlib.suppress(BrokenPipeError):
                 self._connection.sendall(json.dumps(greeting).encode() + b"\n")
             for line in self._lines():

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import locate, runtime
 from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError, did_you_mean
-from .qmp import Qmp
+from .qmp import Qmp, run_state
 from .record import RUNNING
 from .runtime import Found
 
@@ -116,11 +116,6 @@ async def state_behind(qmp: Qmp) -> str:
     """RunState of the QEMU at the other end. TimeoutError, which `linked` explains, if it hangs."""
     async with asyncio.timeout(ANSWER_TIMEOUT):
         return run_state(await qmp.execute("query-status"))
-
-
-def run_state(answer: Any) -> str:
-    """RunState in the answer to query-status."""
-    return str(answer.get("status", "unknown")) if isinstance(answer, dict) else "unknown"
 
 
 def state_unasked(vm: Found) -> State | None:

@@ -16,7 +16,7 @@ from .errors import LauncherError
 from .process import QUIT_GRACE
 from .qmp import QmpRefused
 from .runtime import Found
-from .shutdown import NOT_STARTED
+from .shutdown import GONE, NOT_STARTED, STANDING, stillness
 
 # Of RunState, qapi/run-state.json: the guest executes instructions, or will at the next key stroke.
 _MOVES = ("running", "suspended")
@@ -28,8 +28,8 @@ def stop(name: str) -> int:
     if vm.never_started:
         raise control.never_started(vm)
     state = asyncio.run(_power_down(vm))
-    if state == "paused":
-        hint = f"it is paused, and hears it when it goes on: qemu-launcher resume {name}"
+    if state in STANDING:
+        hint = f"{stillness(state)}, and hears it when it goes on: qemu-launcher resume {name}"
     else:
         hint = f"if it does not: qemu-launcher kill {name}"
     stdout.confirm(f"{name}: asked the guest to power down; {hint}\n")
@@ -70,9 +70,10 @@ async def _power_down(vm: Found) -> str:
     """The state in which the request met the guest."""
     async with control.linked(vm) as qmp, asyncio.timeout(control.ANSWER_TIMEOUT):
         state = await control.state_behind(qmp)
-        if state in NOT_STARTED:
+        if state in (*NOT_STARTED, *GONE):
+            why = "has not been started yet" if state in NOT_STARTED else "does not run any more"
             raise LauncherError(
-                f"the guest of {vm.name} has not been started yet ({state}), so it cannot hear its power button",
+                f"the guest of {vm.name} {why} ({state}), so it cannot hear its power button",
                 f"cut its power with: qemu-launcher kill {vm.name}",
             )
         await qmp.execute("system_powerdown")

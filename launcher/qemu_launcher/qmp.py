@@ -168,6 +168,11 @@ class Qmp:
         return value
 
 
+def run_state(answer: Any) -> str:
+    """RunState (qapi/run-state.json) in the answer to query-status; "unknown" if there is none."""
+    return str(answer.get("status", "unknown")) if isinstance(answer, dict) else "unknown"
+
+
 def _is_earlier(serial: object, last: int) -> bool:
     return isinstance(serial, int) and 0 < serial <= last
 

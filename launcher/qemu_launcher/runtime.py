@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cgroups, places, procfs
-from .errors import AlreadyRunning
+from .errors import AlreadyRunning, LauncherError
 from .procfs import Process
 from .record import RUNNING, STARTING, Record
 
@@ -101,12 +101,18 @@ class Claim:
         self.update()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record and write it."""
+        """Change fields of the record and write it. LauncherError if that cannot be, on a full disk say."""
         self.record = replace(self.record, **changes)
         data = self.record.encode()
         # Written over in one go and never shortened: a reader sees the old line or the new one, blanks after it.
         self._written = max(self._written, len(data))
-        os.pwrite(self.lock_fd, data[:-1].ljust(self._written - 1) + b"\n", 0)
+        try:
+            os.pwrite(self.lock_fd, data[:-1].ljust(self._written - 1) + b"\n", 0)
+        except OSError as err:
+            lock = self.directory / f"{self.name}.lock"
+            raise LauncherError(
+                f"cannot write into {lock}: {err.strerror}", "make room there: df says how much"
+            ) from err
 
     def listening_socket(self) -> socket.socket:
         """The control socket, bound and listening; QEMU inherits it and accepts one client at a time."""

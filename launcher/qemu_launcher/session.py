@@ -248,7 +248,10 @@ class _Start:
     async def _follow(self, found: Threads) -> None:
         news = await self._tuning.follow(self.qemu, found)
         isolation, cpus = self._tuning.placement
-        self._claim.update(vcpus=_tids_by_index(found), isolation=isolation, cpus=cpus)
+        try:
+            self._claim.update(vcpus=_tids_by_index(found), isolation=isolation, cpus=cpus)
+        except LauncherError as err:
+            self._voice.warn(f"{err.message}; `status` does not know of its new vCPUs", err.hint)
         for line in news:
             self._voice.note(line)
 

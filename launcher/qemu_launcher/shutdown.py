@@ -21,7 +21,7 @@ from typing import Any, Self
 from .errors import QmpError
 from .notify import Manager
 from .process import QUIT_GRACE, Qemu
-from .qmp import Event, Qmp
+from .qmp import Event, Qmp, run_state
 from .voice import Voice
 
 _HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -29,8 +29,12 @@ _HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _ANSWER_TIMEOUT = 5.0  # seconds
 # The most that is left once the guest's time is over: `quit`, SIGTERM's grace, and giving back the CPUs.
 _LONGEST_END = 90.0  # seconds
-# RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button.
+# RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button. Nor can one
+# that has gone, by itself or to another host.
 NOT_STARTED = ("prelaunch", "inmigrate", "preconfig")
+GONE = ("shutdown", "postmigrate", "guest-panicked", "internal-error")
+# It stands still, and hears it when it goes on.
+STANDING = ("paused", "io-error", "watchdog", "debug")
 
 
 class Signals:
@@ -100,7 +104,8 @@ class Shutdown:
                     number, heard = heard.result(), asyncio.ensure_future(signals.next())
                     await self._on_signal(number)
                 elif down.done():
-                    down = asyncio.ensure_future(asyncio.Event().wait())
+                    self._guest_is_down.clear()  # it may be reset, and go down once more
+                    down = asyncio.ensure_future(self._guest_is_down.wait())
                     await self._on_guest_down()
                 elif self._deadline is not None and loop.time() >= self._deadline:
                     await self._on_deadline()
@@ -129,9 +134,17 @@ class Shutdown:
             self._kill()
 
     async def _on_guest_down(self) -> None:
-        """The guest has powered down, but `-no-shutdown` keeps QEMU: whoever asked us wants it to end."""
-        if self._stage is _Stage.ASKED:
-            await self._quit()
+        """The guest has powered down. If `-no-shutdown` keeps QEMU, then whoever asked us wants it to end.
+
+        Else it is ending: it writes its images back for as long as that takes, and answers nobody any more.
+        """
+        if self._stage is not _Stage.ASKED:
+            return
+        with contextlib.suppress(QmpError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                stays = run_state(await self._qmp.execute("query-status")) == "shutdown"
+            if stays:
+                await self._quit()
 
     async def _ask(self, number: signal.Signals) -> None:
         self._stage = _Stage.ASKED
@@ -139,14 +152,14 @@ class Shutdown:
         self._manager.stopping("asked to power down", (self._timeout or 0.0) + _LONGEST_END if limited else None)
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                state = await self._qmp.execute("query-status")
-                has_started = not (isinstance(state, dict) and state.get("status") in NOT_STARTED)
-                if has_started:
+                state = run_state(await self._qmp.execute("query-status"))
+                hears = state not in (*NOT_STARTED, *GONE)
+                if hears:
                     await self._qmp.execute("system_powerdown")
         except (QmpError, TimeoutError) as err:
             self._voice.say(f"the guest cannot be asked to power down: {str(err) or 'QEMU does not answer'}")
         else:
-            if not has_started:
+            if not hears:
                 await self._quit()  # a power button that nobody can hear would be waited for without end
                 return
             limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
@@ -154,9 +167,9 @@ class Shutdown:
             if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
                 cut = f"to cut its power: qemu-launcher kill {self._voice.name}"
             self._voice.say(f"asked the guest to power down{limit}; {cut}")
-            if isinstance(state, dict) and state.get("status") == "paused":  # for a reason that we do not know
+            if state in STANDING:  # for a reason that we do not know
                 resume = f"qemu-launcher resume {self._voice.name}"
-                self._voice.say(f"it is paused, and hears that when it goes on: {resume}")
+                self._voice.say(f"{stillness(state)}, and hears that when it goes on: {resume}")
         if number == signal.SIGTERM:
             self._set_deadline(self._timeout)
 
@@ -178,6 +191,11 @@ class Shutdown:
     def _hear(self, event: Event) -> None:
         if event.get("event") == "SHUTDOWN":
             self._guest_is_down.set()
+
+
+def stillness(state: str) -> str:
+    """How a guest in one of these states stands still, as the beginning of a sentence."""
+    return "it is paused" if state == "paused" else f"it stands still ({state})"
 
 
 async def quit_qemu(qemu: Qemu, qmp: Qmp | None) -> None:

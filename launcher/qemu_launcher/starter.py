@@ -9,7 +9,8 @@ launcher that it has started talk over a stream socket, one JSON object in each 
                     {"status": 2}        the last word: we end, with this exit status
 
 If the other side hangs up before the last word, the person does not want the VM any more. After it nobody listens, and
-what is said goes to stderr alone: the journal, or a log file. Nothing here waits for a `start` that does not read.
+what is said goes to stderr alone: the journal, or a log file. Nothing here waits for a `start` that does not read, but
+the last word, for a moment.
 """
 
 import contextlib
@@ -17,8 +18,10 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from . import places
 from .errors import LauncherError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "QEMU_LAUNCHER_STARTER"  # what is in it: the number of a descriptor, or the path of a socket to connect to
 _GREETING_TIMEOUT = 30.0  # seconds; it is there and has nothing else to do
+_LAST_TIMEOUT = 2.0  # seconds; without its last word `start` does not know that the guest runs
 
 # What of the person's environment belongs to the terminal or the session that is left.
 OF_THE_SESSION = {
@@ -43,8 +47,10 @@ _OF_THE_USER = ("DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR")  # the service's 
 class Starter:
     """The connection to `start`; without one, everything here does nothing."""
 
-    def __init__(self, connection: socket.socket | None = None) -> None:
+    def __init__(self, connection: socket.socket | None = None, directory: str | None = None) -> None:
         self._connection = connection
+        self._directory = directory
+        self._rest = b""  # of a line that did not fit as a whole into what the kernel keeps for a `start` that is slow
 
     @classmethod
     def taken(cls, environ: MutableMapping[str, str]) -> Self:
@@ -59,20 +65,34 @@ class Starter:
                 connection.set_inheritable(False)
             else:
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                connection.connect(where)
+                with places.short_path(Path(where)) as path:
+                    connection.connect(path)
             connection.settimeout(_GREETING_TIMEOUT)
-            _adopt(json.loads(_line(connection)), environ)
+            directory = _adopt(json.loads(_line(connection)), environ)
             connection.setblocking(False)
         except (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as err:
             if connection is not None:
                 connection.close()
             raise LauncherError(f"who has started this in the background is gone: {err}") from err
-        return cls(connection)
+        # A process of its own was born where the person is, who may not be able to name that any more.
+        return cls(connection, None if where.isdecimal() else directory)
 
     @property
     def is_there(self) -> bool:
         """Whether anybody waits for us."""
         return self._connection is not None
+
+    def enter_directory(self) -> None:
+        """Go where the person is. LauncherError if that cannot be: a folder of another user's, before sudo -u."""
+        if self._directory is None:
+            return
+        try:
+            os.chdir(self._directory)
+        except OSError as err:
+            raise LauncherError(
+                f"cannot enter {self._directory!r}, where you have started this: {err.strerror}",
+                "go to a folder that you may enter, and start it there: cd",
+            ) from err
 
     def say(self, text: str) -> None:
         """Let the person read this; as it stands, line breaks included."""
@@ -98,24 +118,31 @@ class Starter:
 
     def running(self) -> None:
         """The last word: the guest runs."""
-        self._send({"running": True})
-        self._close()
+        self._say_last({"running": True})
 
     def ended(self, status: int) -> None:
         """The last word: we end with this exit status, and the guest has not run."""
-        self._send({"status": status})
-        self._close()
+        self._say_last({"status": status})
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        if self._connection is not None:
-            # A buffer of the kernel's takes far more than a start has to say; a stopped `start` does not stop us.
-            with contextlib.suppress(OSError):
-                self._connection.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL)
+        if self._connection is None:
+            return
+        # What the kernel keeps is far more than a start has to say, but not than a QEMU with -trace may. What does not
+        # fit is left out, line by line: a `start` that is stopped does not stop us.
+        self._rest = self._rest or _encoded(message)
+        with contextlib.suppress(OSError):
+            self._rest = self._rest[self._connection.send(self._rest, socket.MSG_NOSIGNAL) :]
 
-    def _close(self) -> None:
+    def _say_last(self, message: Mapping[str, Any]) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.close()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(_LAST_TIMEOUT)
+                connection.sendall(self._rest + _encoded(message), socket.MSG_NOSIGNAL)
+
+
+def _encoded(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -128,12 +155,13 @@ def _line(connection: socket.socket) -> bytes:
     return data
 
 
-def _adopt(greeting: Any, environ: MutableMapping[str, str]) -> None:
-    """Take over the person's environment and directory, less what is the session's that is left."""
+def _adopt(greeting: Any, environ: MutableMapping[str, str]) -> str:
+    """Take over the person's environment, less what is the session's that is left. Returns where the person is."""
     theirs = {str(name): str(value) for name, value in greeting["environment"].items()}
     defaults = {name: environ[name] for name in _OF_THE_USER if name in environ}
     own = {name: environ[name] for name in OF_THE_SERVICE if name in environ}
     kept = {name: value for name, value in theirs.items() if name not in OF_THE_SESSION | OF_THE_SERVICE}
-    os.chdir(greeting["directory"])
+    directory = str(greeting["directory"])
     environ.clear()
     environ.update({**defaults, **kept, **own})
+    return directory

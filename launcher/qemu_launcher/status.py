@@ -17,6 +17,7 @@ from .control import State
 from .cpulist import format_cpulist, named
 from .errors import LauncherError, QmpError, printable
 from .procfs import Scheduling
+from .qmp import run_state
 from .record import Record
 from .runtime import Found
 from .voice import format_size
@@ -229,7 +230,7 @@ async def _state_and_vcpus(vm: Found) -> tuple[State, dict[int, int]]:
         known = known or {vcpu.index: vcpu.tid for vcpu in threads.read_threads(cpus, None, []).vcpus}
     except (LauncherError, QmpError) as err:
         return control.state_unheard(err), known
-    return State(control.run_state(status), control_socket="ok"), known
+    return State(run_state(status), control_socket="ok"), known
 
 
 def _memory(pid: int) -> Memory:

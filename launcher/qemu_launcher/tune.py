@@ -137,10 +137,10 @@ class Tuning:
         try:
             self._plan = wanted = plan.thread_plan(self._definition, threads)
             self._explain(wanted, threads)
+            await self._give(wanted, qemu)
             if wanted.emulator is not None and wanted.policy is None:
                 # QEMU's main thread has made them, and they inherit what is meant for that one.
                 unaided.schedule([vcpu.tid for vcpu in new], Scheduling("other", 0))
-            await self._give(wanted, qemu)
             self._check(readback.thread_differences(qemu.pid, wanted))
         except TuningFailed as err:
             what = f"{names} was plugged in and is not" if new else "after a vCPU was unplugged the others are not all"
@@ -215,8 +215,12 @@ class Tuning:
         if self._plan is not None and qemu is not None:
             for tid in procfs.tids(qemu.pid):
                 with contextlib.suppress(OSError):
-                    os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
                     os.sched_setaffinity(tid, os.sched_getaffinity(0))
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+            left = [found for tid in procfs.tids(qemu.pid) if (found := procfs.scheduling(tid)) is not None]
+            if any(found.policy == "idle" for found in left):
+                self._voice.warn("some of its threads keep the policy idle", unaided.IDLE_STAYS)
         await self._helper.leave()
 
     # The steps

@@ -17,6 +17,8 @@ from .errors import TuningFailed
 from .plan import ThreadPlan
 
 POLICIES = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
+# sched(7), "SCHED_IDLE": back to another policy is up, which RLIMIT_NICE allows or not.
+IDLE_STAYS = "who may not raise a thread's priority (ulimit -e) can give it the policy idle, and not take it back"
 # A look takes well under a millisecond: who makes threads faster than that is no QEMU that stands still.
 _LOOKS = 100
 
@@ -38,7 +40,8 @@ def schedule(tids: Sequence[int], policy: Scheduling) -> None:
         try:
             os.sched_setscheduler(tid, POLICIES[policy.policy], os.sched_param(0))
         except OSError as err:
-            raise TuningFailed(f"TID {tid} cannot be scheduled {policy}: {err.strerror}") from err
+            hint = IDLE_STAYS if isinstance(err, PermissionError) and policy.policy != "idle" else None
+            raise TuningFailed(f"TID {tid} cannot be scheduled {policy}: {err.strerror}", hint) from err
 
 
 def schedule_all(wanted: ThreadPlan, policy: Scheduling, pid: int) -> None:

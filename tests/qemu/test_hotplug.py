@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import Home, Run
+from qemu.launched import AS_A_USER, Home, Run
 from qemu.private_bus import PrivateBus
 from qemu.test_imports import GUARDED
 
@@ -95,6 +95,20 @@ def test_vcpu_that_no_key_names_inherits_nothing_of_the_emulator(home: Home) -> 
     run.wait_line(r"vCPU 1 .* was plugged in: not pinned$")
     assert os.sched_getscheduler(tid) == os.SCHED_OTHER
     assert os.sched_getscheduler(run.qemu_pid) == os.SCHED_BATCH
+
+
+@needs_two_cpus
+def test_vcpu_that_inherits_idle_is_pinned_all_the_same(home: Home) -> None:
+    """Nobody but root takes a thread out of it again: a warning, and not the end of the rest."""
+    home.define(qemu=GROWING, vcpu_pinning=[FIRST, LAST, LAST], isolation="affinity", emulator_scheduler="idle")
+    run = home.start(argv=[*AS_A_USER, *home.command("run", "vm-under-test")])
+    run.wait_running()
+    tid = plug(run, 1)
+    run.wait_line(r"warning: vCPU 1 .* was plugged in and is not tuned as defined: TID \d+ cannot be scheduled other:")
+    run.wait_line(
+        r"^    who may not raise a thread's priority \(ulimit -e\) can give it the policy idle, and not take it"
+    )
+    assert os.sched_getaffinity(tid) == {LAST}
 
 
 def test_watch_that_fails_is_told_and_ends_no_guest(home: Home) -> None:

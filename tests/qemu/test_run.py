@@ -65,6 +65,35 @@ def test_guest_that_powers_down_under_no_shutdown_ends_qemu_when_asked_by_us(hom
     assert run.end() == 0
 
 
+def test_guest_that_is_down_already_is_not_waited_for(home: Home) -> None:
+    home.define(qemu=(*with_guest(home), "no-shutdown"))
+    run = home.start()
+    run.wait_running()
+    wait_guest(run)
+    assert home.ask("stop", "vm-under-test").returncode == 0
+    wait_until(lambda: "shutdown" in home.ask("status", "vm-under-test").stdout)
+    asked = home.ask("stop", "vm-under-test")
+    assert asked.returncode == 1
+    assert "does not run any more (shutdown), so it cannot hear its power button" in asked.stderr
+    run.signal(signal.SIGINT)
+    assert run.end() == 0
+    assert "asked the guest" not in run.output
+
+
+@pytest.mark.parametrize("hook", ["true", "false"])
+def test_ends_of_children_are_heard_of_though_sigchld_was_ignored(home: Home, hook: str) -> None:
+    """`trap '' CHLD` in a shell; the kernel reaps children then, and nobody learns how they ended."""
+    home.define(before_start=[[hook]])
+    run = home.start(argv=["env", "--ignore-signal=CHLD", *home.command("run", "vm-under-test")])
+    if hook == "true":
+        run.wait_running()
+        os.kill(run.qemu_pid, signal.SIGKILL)
+        assert run.end() == 128 + signal.SIGKILL
+    else:
+        assert run.end() == 1
+        assert "'false' ended with exit status 1" in run.output
+
+
 def test_second_ctrl_c_cuts_the_power(home: Home) -> None:
     home.define()
     run = home.start()

@@ -324,6 +324,35 @@ def test_nobody_waits_any_more(home: Home) -> None:
     assert "who has started this in the background is gone" in run.output
 
 
+def test_folder_that_is_gone(world: World, tmp_path: Path) -> None:
+    world.home.define()
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir ../gone && exec "$@"', "sh", *world.home.command("start", VM)],
+        cwd=tmp_path / "gone",
+        env=world.home.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "qemu-launcher: the folder that you are in is gone, or closed to you: No such file or directory\n"
+        "    go to another one: cd\n"
+    )
+    assert not (world.home.runtime / "qemu-launcher").exists()
+
+
+def test_disk_that_is_full(detached: Detached) -> None:
+    """No file may grow: it is the launcher that finds out, and `start` that says so."""
+    detached.home.define()
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    done = detached.home.ask("start", VM, change=full)
+    assert done.returncode == 1
+    lock = detached.home.runtime / f"qemu-launcher/{VM}.lock"
+    assert f"qemu-launcher: cannot write into {lock}: File too large\n" in done.stderr
+
+
 def test_systemd_refuses(managed: Managed) -> None:
     managed.home.define()
     (managed.desk / "refuse").write_text("Failed to start transient service unit: no reason\n")

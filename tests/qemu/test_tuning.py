@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import Home, Run, is_alive, wait_gone
+from qemu.launched import AS_A_USER, Home, Run, is_alive, wait_gone
 from qemu.private_bus import PrivateBus, private_bus
 
 CPU = max(os.sched_getaffinity(0))
@@ -361,6 +361,26 @@ def test_continue_undoes_what_a_lying_helper_left_half_done(home: Home, bus: Pri
     assert bus.members() == ["PinThreads", "SetScheduler", "Release"]
     tid = bus.calls()[0]["body"][2][0][0]
     assert os.sched_getaffinity(tid) == os.sched_getaffinity(run.process.pid)
+
+
+@needs_two_cpus
+def test_continue_gives_back_the_cpus_of_threads_that_keep_the_policy_idle(home: Home, bus: PrivateBus) -> None:
+    """The kernel lets no user take that back, and says so at the first thread."""
+    bus.plan(SetScheduler={"error": [f"{REFUSED}LimitExceeded", "no real time for you"]})
+    home.define(
+        vcpu_pinning=[CPU],
+        isolation="affinity",
+        scheduler="idle",
+        emulator_scheduler="rr",
+        on_tuning_failure="continue",
+    )
+    run = home.start(argv=[*AS_A_USER, *home.command("run", "vm-under-test")], env=bus.environment)
+    run.wait_running()
+    assert "warning: some of its threads keep the policy idle" in run.output
+    qmp = run.qmp()
+    (vcpu,) = qmp("query-cpus-fast")
+    assert os.sched_getscheduler(vcpu["thread-id"]) == os.SCHED_IDLE
+    assert os.sched_getaffinity(vcpu["thread-id"]) == os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize("options", [(), ("-q",)])

@@ -13,27 +13,30 @@ from qemu_launcher import shutdown
 from qemu_launcher.notify import Manager
 from qemu_launcher.process import QUIT_GRACE, Ending, Qemu
 from qemu_launcher.qmp import Qmp
-from qemu_launcher.shutdown import NOT_STARTED, Shutdown, Signals
+from qemu_launcher.shutdown import GONE, NOT_STARTED, STANDING, Shutdown, Signals
 from qemu_launcher.voice import Voice
 
 
 class Monitor:
-    """Answers every command but those that `hang`, and tells when the power button has been pressed."""
+    """Answers every command but those that `hang`, and tells what it was asked, and when for a power-down."""
 
     def __init__(self, state: str = "running", hang: str = "") -> None:
         self.pressed = asyncio.Event()
-        self._state = state
-        self._hang = hang
+        self.asked: list[str] = []
+        self.state = state
+        self.hang = hang
+        self.hear: Any = None
 
     def listen(self, listener: Any) -> None:
-        pass
+        self.hear = listener
 
     async def execute(self, command: str) -> dict[str, str]:
+        self.asked.append(command)
         if command == "system_powerdown":
             self.pressed.set()
-        if command == self._hang:
+        if command == self.hang:
             await asyncio.Event().wait()
-        return {"status": self._state}
+        return {"status": self.state}
 
 
 class Child:
@@ -91,8 +94,8 @@ def test_sigterm_sets_the_limit(numbers: tuple[signal.Signals, ...]) -> None:
 
 
 @pytest.mark.parametrize("timeout", [None, 1000.0])
-@pytest.mark.parametrize("state", NOT_STARTED)
-def test_guest_that_has_not_started_is_cut_off_though_its_monitor_hangs(
+@pytest.mark.parametrize("state", [*NOT_STARTED, *GONE])
+def test_guest_that_hears_nothing_is_cut_off_though_its_monitor_hangs(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], state: str, timeout: float | None
 ) -> None:
     """QEMU gets what `quit` would have been, and no more time than a QEMU that quits."""
@@ -127,3 +130,74 @@ def test_hanging_monitor_is_told_as_such(
 
     asyncio.run(story())
     assert capfd.readouterr().err == "vm: the guest cannot be asked to power down: QEMU does not answer\n"
+
+
+@pytest.mark.parametrize("state", STANDING)
+def test_guest_that_stands_still_is_asked_and_its_user_told(capfd: pytest.CaptureFixture[str], state: str) -> None:
+    async def story() -> Monitor:
+        monitor = Monitor(state)
+        await Shutdown(cast(Qemu, Child()), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)._on_signal(
+            signal.SIGINT
+        )
+        return monitor
+
+    assert asyncio.run(story()).pressed.is_set()
+    assert capfd.readouterr().err.endswith(", and hears that when it goes on: qemu-launcher resume vm\n")
+
+
+async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str], list[signal.Signals], float | None]:
+    """The guest powers down when asked: what QEMU, in this state now, is asked and sent, and the limit that is set."""
+    child, monitor, signals = Child(), Monitor(), Signals()
+    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+    ending = asyncio.ensure_future(down.until_ended(signals))
+    signals.put(signal.SIGINT)
+    await monitor.pressed.wait()
+    monitor.asked.clear()
+    monitor.state, monitor.hang = state, hang
+    monitor.hear({"event": "SHUTDOWN"})
+    while not monitor.asked:
+        await asyncio.sleep(0)
+    await asyncio.sleep(4 * shutdown._ANSWER_TIMEOUT)
+    limit = down._deadline
+    child.ended.set_result(Ending(0))
+    await ending
+    return monitor.asked, child.sent, limit
+
+
+def test_qemu_that_writes_its_images_back_has_all_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nobody, and nobody has asked for more than that the guest powers down."""
+    monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
+    asked, sent, limit = asyncio.run(after_guest_is_down("running", hang="query-status"))
+    assert (asked, sent, limit) == (["query-status"], [], None)
+
+
+def test_qemu_that_stays_without_its_guest_is_told_to_quit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
+    asked, sent, limit = asyncio.run(after_guest_is_down("shutdown"))
+    assert (asked, sent) == (["query-status", "quit"], [])
+    assert limit is not None
+
+
+def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-no-shutdown: down by itself, reset and let go on, and only then asked by us."""
+    monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
+
+    async def story() -> list[str]:
+        child, monitor, signals = Child(), Monitor(), Signals()
+        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+        ending = asyncio.ensure_future(down.until_ended(signals))
+        await asyncio.sleep(0)
+        monitor.hear({"event": "SHUTDOWN"})
+        while down._guest_is_down.is_set():
+            await asyncio.sleep(0)
+        signals.put(signal.SIGINT)
+        await monitor.pressed.wait()
+        monitor.state = "shutdown"
+        monitor.hear({"event": "SHUTDOWN"})
+        while "quit" not in monitor.asked:
+            await asyncio.sleep(0)
+        child.ended.set_result(Ending(0))
+        await ending
+        return monitor.asked
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status", "system_powerdown", "query-status", "quit"]

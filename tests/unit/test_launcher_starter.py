@@ -3,13 +3,14 @@
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_launcher import starter
+from qemu_launcher import places, starter
 from qemu_launcher.errors import LauncherError
 from qemu_launcher.starter import VARIABLE, Starter
 
@@ -88,6 +89,74 @@ def test_start_that_does_not_read_holds_nothing_up(pair: tuple[socket.socket, in
     for _ in range(100):
         launcher.say("x" * 10_000)
     launcher.ended(1)
+
+
+def test_slow_start_hears_whole_lines_and_the_last_word(pair: tuple[socket.socket, int]) -> None:
+    """More is said than its socket takes, before it reads again: lines are missing, none is half there."""
+    launcher = taken(pair, {})
+    for number in range(100):
+        launcher.say(f"{number} " * 2_000)
+    heard: list[Any] = []
+    slow = threading.Thread(target=lambda: heard.extend(received(pair[0])))
+    slow.start()
+    launcher.running()
+    slow.join()
+    assert 2 < len(heard) < 101
+    assert heard[-1] == {"running": True}
+
+
+def test_last_word_is_not_waited_for_without_end(
+    pair: tuple[socket.socket, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starter, "_LAST_TIMEOUT", 0.01)
+    launcher = taken(pair, {})
+    for _ in range(100):
+        launcher.say("x" * 10_000)
+    launcher.running()
+    assert not launcher.is_there
+
+
+def connected(place: Path, directory: str) -> tuple[Starter, socket.socket]:
+    """As by a user manager: the launcher is told a path, and greeted when it has come."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        with places.short_path(place) as short:
+            listener.bind(short)
+        listener.listen(1)
+        met: list[socket.socket] = []
+
+        def greet() -> None:
+            met.append(listener.accept()[0])
+            met[0].sendall(json.dumps({"environment": {}, "directory": directory}).encode() + b"\n")
+
+        start = threading.Thread(target=greet)
+        start.start()
+        launcher = Starter.taken({VARIABLE: str(place)})
+        start.join()
+    return launcher, met[0]
+
+
+def test_path_that_is_longer_than_sockets_may_have(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    launcher, ours = connected(deep / "vm.start", "/")
+    with ours:
+        launcher.running()
+        assert received(ours) == [{"running": True}]
+
+
+def test_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sudo -u alice qemu-launcher start vm` in root's own folder; who waits can still be told."""
+    monkeypatch.chdir(tmp_path)
+    launcher, ours = connected(tmp_path / "vm.start", str(tmp_path / "gone"))
+    with ours, pytest.raises(LauncherError, match=r"cannot enter '.*/gone', where you have started this: No such file"):
+        launcher.enter_directory()
+    assert launcher.is_there
+
+
+def test_process_of_its_own_is_there_already(pair: tuple[socket.socket, int]) -> None:
+    ours, number = pair
+    ours.sendall(b'{"environment": {}, "directory": "/nowhere/at/all"}\n')
+    Starter.taken({VARIABLE: str(number)}).enter_directory()
 
 
 def test_start_that_has_gone_is_not_spoken_to(pair: tuple[socket.socket, int]) -> None:
