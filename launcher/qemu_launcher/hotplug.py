@@ -3,12 +3,14 @@
 Why it exists: a vCPU may come at any time, by whoever has a monitor, and QEMU sends no event of its own for it. So the
 process's threads are looked at every few seconds, which costs a directory listing; QEMU is asked only when there is a
 thread that has not been seen before or a vCPU's has gone. The events that it does send, once the guest has taken notice
-(ACPI_DEVICE_OST) or let a vCPU go (DEVICE_DELETED), are reason to look at once.
+(ACPI_DEVICE_OST) or let a vCPU go (DEVICE_DELETED), are reason to look at once; as long as all vCPUs that there can be
+are there, they are the only one.
 
 Until then a new vCPU runs where QEMU's emulator threads run. The watch ends when QEMU does, and fails nobody's run.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from . import procfs
@@ -41,23 +43,25 @@ class Hotplug:
         """Until QEMU ends; to be cancelled."""
         qmp.listen(self._hear)
         while True:
-            tids = frozenset(procfs.tids(self._pid))
-            lost = any(vcpu.tid not in tids for vcpu in self._known.vcpus)
-            if tids - self._seen or lost or self._heard.is_set():
-                self._heard.clear()
-                self._seen = tids
+            if self._known.can_grow or self._heard.is_set():
                 try:
-                    await self._look()
+                    await self._look_if_new()
                 except QmpError as err:
                     if not isinstance(err, QmpRefused):
                         return
                 except LauncherError:  # a vCPU has gone between QEMU's answer and our look at its threads
                     self._seen = frozenset()
-            try:
-                async with asyncio.timeout(LOOK):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK if self._known.can_grow else None):
                     await self._heard.wait()
-            except TimeoutError:
-                continue
+
+    async def _look_if_new(self) -> None:
+        tids = frozenset(procfs.tids(self._pid))
+        lost = any(vcpu.tid not in tids for vcpu in self._known.vcpus)
+        if tids - self._seen or lost or self._heard.is_set():
+            self._heard.clear()
+            self._seen = tids
+            await self._look()
 
     async def _look(self) -> None:
         found = await self._read()

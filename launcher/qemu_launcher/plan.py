@@ -82,8 +82,8 @@ class ThreadPlan:
         return bool(self.pins or self.others)
 
 
-def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -> MemlockNeed | None:
-    """None when nothing must be lockable. Bytes: `hard_limit` is our own RLIMIT_MEMLOCK, `memory_total` the host's."""
+def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, memory_total: int) -> MemlockNeed | None:
+    """None when nothing must be lockable. Bytes: both limits are our own RLIMIT_MEMLOCK, `memory_total` the host's."""
     kind = definition.memlock.kind
     if kind == "none":
         return None
@@ -95,7 +95,8 @@ def memlock_need(definition: VmDefinition, hard_limit: int, memory_total: int) -
             "write rlimit_memlock: true, or a size such as 16G",
         )
     if kind == "auto":
-        wanted = least = (ram or 0) + MEMLOCK_OVERHEAD
+        least = (ram or 0) + MEMLOCK_OVERHEAD
+        wanted = max(least, soft_limit)  # it is there to help, and takes nothing from who has more
     elif kind == "size":
         wanted = definition.memlock.bytes or 0
         least = max(wanted, ram or 0)

@@ -10,16 +10,19 @@ run, since it may not be tuned. One that stands still because of its user's own 
 
 import asyncio
 import signal
+import time
 
 from . import control, procfs, runtime, stdout
 from .errors import LauncherError
 from .process import QUIT_GRACE
+from .procfs import Process
 from .qmp import QmpRefused
 from .runtime import Found
 from .shutdown import GONE, NOT_STARTED, STANDING, stillness
 
 # Of RunState, qapi/run-state.json: the guest executes instructions, or will at the next key stroke.
 _MOVES = ("running", "suspended")
+_LOOK = 0.2  # seconds
 
 
 def stop(name: str) -> int:
@@ -45,9 +48,28 @@ def kill(name: str) -> int:
         with vm.launcher.pidfd() as fd:
             if fd is not None:
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
-                procfs.wait_readable(fd, QUIT_GRACE)
+                _see_end(vm, vm.launcher, fd)
     stdout.confirm(f"{name}: its power is cut\n")
     return 0
+
+
+def _see_end(vm: Found, launcher: Process, fd: int) -> None:
+    """Wait for the end of a launcher that was told to; LauncherError if it does not come.
+
+    To one whose guest runs by now, that was only a wish.
+    """
+    end = time.monotonic() + QUIT_GRACE
+    while not procfs.wait_readable(fd, _LOOK):
+        now = runtime.find(vm.name)
+        if now is not None and now.qemu is not None and not now.is_held:
+            procfs.end(now.qemu, grace=QUIT_GRACE)
+            return
+        if time.monotonic() > end:
+            raise LauncherError(
+                f"the launcher of {vm.name} (PID {launcher.pid}) was told to end, and has not ended yet",
+                "it waits for a command of before_start or after_stop, perhaps; once more: "
+                f"qemu-launcher kill {vm.name}",
+            )
 
 
 def pause(name: str) -> int:

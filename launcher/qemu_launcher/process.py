@@ -136,8 +136,9 @@ class Qemu:
         stage, number = self._reported[:1], int(self._reported[1:])
         path = str(self.command.working_directory) if stage == b"c" else self.command.argv[0]
         where = f" {path!r}" if stage == b"c" else ""
+        why = os.strerror(number) if number else "Python refuses one of its words"  # no error of the kernel's
         return QemuFailed(
-            f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {os.strerror(number)}",
+            f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {why}",
             unexpanded.hint(path),
             argv=self.command.argv,
         )

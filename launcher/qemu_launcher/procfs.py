@@ -8,6 +8,7 @@ answer, not an error. A process is named by PID and start time, because a PID al
 
 import os
 import re
+import resource
 import select
 import signal
 from collections.abc import Iterator
@@ -128,6 +129,14 @@ def scheduling(tid: int) -> Scheduling | None:
         priority=priority,
         reset_on_fork=bool(raw & os.SCHED_RESET_ON_FORK),
     )
+
+
+def own_memlock_limit() -> tuple[int, int]:
+    """Soft and hard RLIMIT_MEMLOCK of this process in bytes, INFINITY for none."""
+    soft, hard = (
+        INFINITY if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    )
+    return soft, hard
 
 
 def memlock_limit(pid: int) -> tuple[int, int] | None:

@@ -231,7 +231,7 @@ class _Start:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tuning.until_bus_is_lost())
             qmp, found = self.qmp, self._found
-            if qmp is not None and found is not None and found.can_grow and self._tuning.follows_vcpus:
+            if qmp is not None and found is not None and self._tuning.follows_vcpus:
                 watch = Hotplug(self.qemu.pid, found, lambda: self._read_threads(qmp), self._follow)
                 tasks.create_task(watch.watch(qmp))
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from .errors import QmpError
 from .notify import Manager
-from .process import QUIT_GRACE, Qemu
+from .process import QUIT_GRACE, Ending, Qemu
 from .qmp import Event, Qmp, run_state
 from .voice import Voice
 
@@ -109,10 +109,17 @@ class Shutdown:
                     await self._on_guest_down()
                 elif self._deadline is not None and loop.time() >= self._deadline:
                     await self._on_deadline()
-            return self._qemu.ended.result().exit_status
+            return self._told(self._qemu.ended.result()).exit_status
         finally:
             for task in (heard, down):
                 task.cancel()
+
+    def _told(self, ending: Ending) -> Ending:
+        """Say so if it has crashed, or somebody has killed it: with a window of its own nothing else would."""
+        if ending.code < 0 and self._stage is not _Stage.KILLED:
+            hint = "journalctl -k tells whether the host ran out of memory" if -ending.code == signal.SIGKILL else None
+            self._voice.warn(f"QEMU ended {ending}", hint)
+        return ending
 
     async def _on_signal(self, number: signal.Signals) -> None:
         self._voice.step(f"heard {number.name}")

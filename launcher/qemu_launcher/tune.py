@@ -10,7 +10,6 @@ defined or not at all.
 
 import contextlib
 import os
-import resource
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -226,10 +225,9 @@ class Tuning:
     # The steps
 
     async def _look_ahead(self) -> None:
-        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        hard_limit = procfs.INFINITY if hard == resource.RLIM_INFINITY else hard
+        soft_limit, hard_limit = procfs.own_memlock_limit()
         memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._memlock = plan.memlock_need(self._definition, hard_limit, memory_total)
+        self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, memory_total)
         if self._memlock is not None:
             how = "QEMU raises its own soft limit" if self._memlock.unaided else "the helper is asked for it"
             limits = f"{_limit(self._memlock.wanted)} wanted, hard limit {_limit(hard_limit)}"

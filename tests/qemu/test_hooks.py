@@ -127,6 +127,42 @@ def test_all_of_after_stop_run_and_a_failure_is_a_warning(home: Home, tmp_path: 
     assert lines(log) == ["end"]
 
 
+def test_kill_waits_for_a_command_that_does_not_end_and_says_so(home: Home, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    home.define(before_start=[shell(f"trap '' TERM; echo here > {log}; sleep 1000")])
+    run = home.start()
+    wait_line(log)
+    killed = home.ask("kill", run.name, change="from qemu_launcher import power; power.QUIT_GRACE = 0.5")
+    assert killed.returncode == 1
+    assert (
+        f"(PID {run.process.pid}) was told to end, and has not ended yet\n    it waits for a command of"
+        in killed.stderr
+    )
+    assert run.end() == 128 + signal.SIGTERM, "after ten seconds it takes SIGKILL"
+
+
+def test_kill_cuts_the_power_of_a_guest_that_has_begun_to_run_meanwhile(home: Home, tmp_path: Path) -> None:
+    """There was no QEMU when `kill` looked, and its SIGTERM comes when the guest runs."""
+    log, fifo = tmp_path / "log", tmp_path / "go"
+    os.mkfifo(fifo)
+    home.define(before_start=[shell(f"echo here > {log}; read go < {fifo}")])
+    run = home.start()
+    wait_line(log)
+    late = (
+        "import signal, time; from qemu_launcher import runtime; send = signal.pidfd_send_signal\n"
+        "def later(fd, number):\n"
+        f"    print('go', file=open({str(fifo)!r}, 'w'))\n"
+        "    while runtime.find('vm-under-test').record.state != 'running': time.sleep(0.01)\n"
+        "    signal.pidfd_send_signal = send\n"
+        "    send(fd, number)\n"
+        "signal.pidfd_send_signal = later"
+    )
+    killed = home.ask("kill", run.name, change=late)
+    assert killed.returncode == 0, killed.stderr
+    assert home.ask("kill", run.name).returncode == 3, "it was not told that a guest is off which is not"
+    assert run.end() in (0, 128 + signal.SIGTERM)
+
+
 def test_status_of_qemu_counts_more_than_that_of_after_stop(home: Home, tmp_path: Path) -> None:
     log = tmp_path / "log"
     home.define(scheduler="batch", after_stop=[tell(log, "end"), ["false"]])

@@ -89,6 +89,10 @@ def test_ends_of_children_are_heard_of_though_sigchld_was_ignored(home: Home, ho
         run.wait_running()
         os.kill(run.qemu_pid, signal.SIGKILL)
         assert run.end() == 128 + signal.SIGKILL
+        told = (
+            "vm-under-test: warning: QEMU ended by signal 9 (SIGKILL)\n    journalctl -k tells whether the host ran out"
+        )
+        assert told in run.output
     else:
         assert run.end() == 1
         assert "'false' ended with exit status 1" in run.output

@@ -139,6 +139,31 @@ def test_look_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch, error: 
     assert played(monkeypatch, story).acted == [[200, 201]]
 
 
+def test_full_machine_is_looked_at_once_a_vcpu_was_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be plugged in until then, and nobody wakes up for it."""
+
+    async def play() -> World:
+        world = World(monkeypatch)
+        qmp: Any = world
+        world.tids = [MAIN, 200, 201, 202, 203]
+        task = asyncio.ensure_future(Hotplug(MAIN, vcpus(200, 201, 202, 203), world.read, world.act).watch(qmp))
+        async with asyncio.timeout(60):
+            await asyncio.sleep(0.05)
+            assert world.looks == 0
+            assert world.listener is not None
+            world.tids.remove(203)
+            world.listener({"event": "DEVICE_DELETED", "data": {}})
+            await world.looks_later()
+            world.tids.append(204)
+            while len(world.acted) < 2:
+                await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return world
+
+    assert asyncio.run(play()).acted == [[200, 201, 202], [200, 201, 202, 204]]
+
+
 def test_end_of_qemu_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(world: World, task: "asyncio.Task[None]") -> None:
         world.answers = [ConnectionLost("gone")]

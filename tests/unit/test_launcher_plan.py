@@ -35,7 +35,7 @@ def vcpus(*tids: int, more: int = 0) -> Threads:
 
 def test_nothing_asked_nothing_needed() -> None:
     vm = defined()
-    assert plan.memlock_need(vm, 0, HOST) is None
+    assert plan.memlock_need(vm, 0, 0, HOST) is None
     assert not vm.wants_tuning
     assert not plan.needs_helper(vm, None)
 
@@ -54,19 +54,29 @@ def test_nothing_asked_nothing_needed() -> None:
     ],
 )
 def test_memlock(key: str, hard: int, expected: tuple[int, int, bool]) -> None:
-    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), hard, HOST)
+    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), 0, hard, HOST)
     assert need is not None
     assert (need.wanted, need.least, need.unaided) == expected
 
 
+@pytest.mark.parametrize("soft", [26 * GIB, INFINITY])
+def test_auto_takes_nothing_from_who_has_more(soft: int) -> None:
+    """The limits.conf of many guides to VFIO: QEMU started by hand would have it, too."""
+    need = plan.memlock_need(defined("  rlimit_memlock: auto\n"), soft, INFINITY, HOST)
+    assert need == plan.MemlockNeed(soft, 25 * GIB, unaided=True)
+    sized = plan.memlock_need(defined("  rlimit_memlock: 25G\n"), soft, INFINITY, HOST)
+    assert sized is not None
+    assert sized.wanted == 25 * GIB, "a size is just that"
+
+
 def test_memlock_smaller_than_the_guest_is_refused_with_both_numbers() -> None:
     with pytest.raises(Unfit, match=r"/x/win11.yml:3:19: .* 16 GiB is less than the guest's RAM, 24 GiB"):
-        plan.memlock_need(defined("  rlimit_memlock: 16G\n"), INFINITY, HOST)
+        plan.memlock_need(defined("  rlimit_memlock: 16G\n"), 0, INFINITY, HOST)
 
 
 def test_auto_without_a_ram_to_be_seen() -> None:
     with pytest.raises(Unfit, match=r"^/x/win11.yml:3:19: .* cannot tell the guest's RAM"):
-        plan.memlock_need(defined("  rlimit_memlock: auto\n", "- m: [nonsense]"), 0, HOST)
+        plan.memlock_need(defined("  rlimit_memlock: auto\n", "- m: [nonsense]"), 0, 0, HOST)
 
 
 @pytest.mark.parametrize("key", ["  rlimit_memlock: auto\n", ""])
@@ -74,22 +84,22 @@ def test_auto_with_a_configuration_file_asks_for_a_size(key: str) -> None:
     """`auto` is also the default of a VM with a VFIO device."""
     vm = defined(key, "- m: 24G\n- device: vfio-pci\n- readconfig: /x/more.cfg")
     with pytest.raises(Unfit, match="cannot tell the guest's RAM") as caught:
-        plan.memlock_need(vm, 0, HOST)
+        plan.memlock_need(vm, 0, 0, HOST)
     assert caught.value.hint == "write rlimit_memlock: true, or a size such as 16G"
 
 
 def test_memory_that_is_plugged_in_counts() -> None:
     plugged = "- m: 24G\n- object: memory-backend-ram,id=a,size=8G\n- device: pc-dimm,memdev=a"
-    need = plan.memlock_need(defined("  rlimit_memlock: auto\n", plugged), 0, HOST)
+    need = plan.memlock_need(defined("  rlimit_memlock: auto\n", plugged), 0, 0, HOST)
     assert need is not None
     assert need.wanted == need.least == 33 * GIB
     with pytest.raises(Unfit, match="25 GiB is less than the guest's RAM, 32 GiB"):
-        plan.memlock_need(defined("  rlimit_memlock: 25G\n", plugged), 0, HOST)
+        plan.memlock_need(defined("  rlimit_memlock: 25G\n", plugged), 0, 0, HOST)
 
 
 @pytest.mark.parametrize(("key", "granted"), [("true", 24 * GIB - 1), ("auto", 25 * GIB - 1), ("30G", 30 * GIB - 1)])
 def test_granted_less(key: str, granted: int) -> None:
-    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), 0, HOST)
+    need = plan.memlock_need(defined(f"  rlimit_memlock: {key}\n"), 0, 0, HOST)
     assert need is not None
     with pytest.raises(TuningFailed, match=r"QEMU must be able to lock .* GiB, but only .* GiB was granted"):
         plan.check_granted(need, granted)

@@ -11,7 +11,6 @@ Exit status 2 when an error was found, else 0.
 import asyncio
 import os
 import re
-import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -170,7 +169,7 @@ class _Vm:
             yield need
             need = None
         elif definition.memlock.kind == "none" or (need is not None and need.unaided):
-            soft, hard = map(_bytes, resource.getrlimit(resource.RLIMIT_MEMLOCK))
+            soft, hard = procfs.own_memlock_limit()
             if os.geteuid() != 0:  # CAP_IPC_LOCK lifts the limit
                 yield from memory.own_memlock(definition, need, soft, hard)
         if definition.places_threads:
@@ -189,10 +188,9 @@ class _Vm:
                 yield from self._mildly(cpusets.own(definition, unshielded, os.geteuid(), tree))
 
     def _memlock_need(self) -> plan.MemlockNeed | Finding | None:
-        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         try:
-            return plan.memlock_need(self._definition, _bytes(hard), total)
+            return plan.memlock_need(self._definition, *procfs.own_memlock_limit(), total)
         except LauncherError as err:
             return next(self._mildly([Finding("error", "memlock", err.message, err.hint)]))
 
@@ -284,10 +282,6 @@ def session_of(cgroup: str, uid: int, systemd: bool = True) -> Iterator[Finding]
         text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
         fix = "log in as yourself (su and sudo keep the session), or name the service under services in helper.toml"
         yield Finding("warning" if cgroup.startswith("/system.slice/") else "error", "session", text, fix)
-
-
-def _bytes(limit: int) -> int:
-    return procfs.INFINITY if limit == resource.RLIM_INFINITY else limit
 
 
 # How it is shown
