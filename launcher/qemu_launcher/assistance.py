@@ -106,6 +106,8 @@ class Assistance:
             await self.leave()
 
     async def _join(self, *, to_act: bool = False) -> "Helper":
+        if self._helper is not None and self._helper.is_lost:
+            await self.leave()
         if self._helper is None:
             from . import helper_proxy  # noqa: PLC0415  an untuned VM must not pay for dbus_next
 

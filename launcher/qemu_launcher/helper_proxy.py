@@ -177,6 +177,11 @@ class Helper:
         """From now on no call waits for a person."""
         self._interactive = False
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the bus has gone."""
+        return self._lost.done()
+
     async def until_lost(self) -> None:
         """Return when the bus has closed the connection."""
         await asyncio.wait([self._lost])

@@ -165,7 +165,10 @@ def test_the_group_of_the_policy_is_the_group_that_is_made(tree: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "package", "options"),
-    [("launcher/qemu-launcher", "qemu_launcher", "-IXutf8"), ("helper/qemu-launcher-helper", "qemu_launcher_helper", "-IS")],
+    [
+        ("launcher/qemu-launcher", "qemu_launcher", "-IXutf8"),
+        ("helper/qemu-launcher-helper", "qemu_launcher_helper", "-IS"),
+    ],
 )
 def test_entry_script_takes_packages_from_the_distribution_only(
     script: str, package: str, options: str, tmp_path: Path

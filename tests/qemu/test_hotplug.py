@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qemu.launched import AS_A_USER, Home, Run
-from qemu.private_bus import PrivateBus
+from qemu.private_bus import PrivateBus, private_bus
 from qemu.test_imports import GUARDED
 
 ALL = sorted(os.sched_getaffinity(0))
@@ -72,6 +74,23 @@ def test_helper_is_told_the_whole_map_and_all_that_are_real_time(home: Home, bus
     assert calls[0]["flags"] & 4, "at its start a person may be asked"
     assert not calls[-1]["flags"] & 4
     assert "IMPORTED AFTER CONT" not in run.output
+
+
+@needs_two_cpus
+def test_bus_that_goes_once_more_after_a_vcpu_was_plugged_in(home: Home) -> None:
+    """What joined it again for the first vCPU joins it again for the second."""
+    with tempfile.TemporaryDirectory(prefix="ql-bus-") as folder:
+        with private_bus(Path(folder)) as bus:
+            home.define(qemu=GROWING, vcpu_pinning=[LAST, FIRST, FIRST], isolation="cpuset")
+            run = home.start(env=bus.environment)
+            run.wait_running()
+        run.wait_line("warning: lost the system bus; ")
+        for core in (1, 2):
+            with private_bus(Path(folder)) as bus:
+                tid = plug(run, core)
+                run.wait_line(rf"vCPU {core} .* was plugged in: on CPU {FIRST}$")
+                assert os.sched_getaffinity(tid) == {FIRST}
+        assert "is not tuned as defined" not in run.output
 
 
 @needs_two_cpus
