@@ -180,7 +180,7 @@ class Helper:
     @property
     def is_lost(self) -> bool:
         """Whether the bus has gone."""
-        return self._lost.done()
+        return bool(self._lost.done())
 
     async def until_lost(self) -> None:
         """Return when the bus has closed the connection."""
