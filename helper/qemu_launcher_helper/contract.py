@@ -63,15 +63,13 @@ SCOPE = "qemu-launcher-{}-{}.scope"
 
 # sched(7). SCHED_DEADLINE is not among them: its admission control is global, one user could starve the host.
 POLICIES = ("other", "batch", "idle", "fifo", "rr")
-REALTIME_POLICIES = ("fifo", "rr")
-# sched(7): the kernel's range of static priorities for fifo and rr; what a user may have is in limits.py.
-MAX_PRIORITY = 99
+# Those with a static priority, and the kernel's range of it, from 1; what a user may have is in limits.py.
+REALTIME_POLICIES, MAX_PRIORITY = ("fifo", "rr"), 99
 
-# PID 1 is nobody's VM; PID_MAX_LIMIT, proc_pid_sys_kernel(5): 2^22 on 64-bit systems.
-MIN_PID, MAX_PID = 2, 2**22
-# Threads in one request: QEMU 10's largest machine has 4096 vCPUs, but no host of ours has more than 1024 CPUs to pin
-# them to; 1024 pins make a message of 17 KiB. Highest CPU number + 1: NR_CPUS of x86-64 with MAXSMP.
-MAX_TIDS, MAX_CPUS = 1024, 8192
+# PID 1 is nobody's VM; PID_MAX_LIMIT, proc_pid_sys_kernel(5): 2^22 on 64-bit systems. Highest CPU number + 1: NR_CPUS
+# of x86-64 with MAXSMP. Threads in one request: QEMU 10's largest machine has 4096 vCPUs, but no host of ours has more
+# than 1024 CPUs to pin them to; 1024 pins make a message of 17 KiB.
+MIN_PID, MAX_PID, MAX_CPUS, MAX_TIDS = 2, 2**22, 8192, 1024
 
 # Largest message that is parsed at all, or kept until it is known whose it is; the largest sensible PinThreads fits.
 MAX_MESSAGE_BYTES = 24 * 1024

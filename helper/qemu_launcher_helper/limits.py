@@ -30,9 +30,8 @@ from .contract import Conflict, Failed, InvalidArguments, LimitExceeded, TargetR
 from .cpuset.cpulist import cpulist, parse_cpulist
 from .records import Record
 
-PATH = "/etc/qemu-launcher/helper.toml"
 # A hundred entries fit many times; a device or a runaway file does not.
-MAX_FILE_BYTES = 64 * 1024
+PATH, MAX_FILE_BYTES = "/etc/qemu-launcher/helper.toml", 64 * 1024
 CPU = Path("/sys/devices/system/cpu")
 # What one user's VMs can never lock together.
 HOST_BYTES, HOST_PERCENT = 2 << 30, 10
@@ -190,10 +189,11 @@ def read_cores() -> Cores:
 def free_for(limits: Limits, cores: Sequence[Cpus], records: Iterable[Record]) -> frozenset[int]:
     """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
     live = [record for record in records if not record.stray]
-    shielded, taken = union(record.shielded for record in live), union(record.cpus for record in live)
+    gone = parse_cpulist((CPU / "isolated").read_text()).union(*(record.shielded for record in live))
+    taken = union(record.cpus for record in live)
     free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
-    host_keeps_one = any(core.isdisjoint(shielded) for core in cores if core not in free)
-    return union(free if host_keeps_one else free[1:])
+    usable = [core for core in cores if core.isdisjoint(gone)]
+    return union(core for core in free if {*usable} - {*free} or core not in usable[:1])
 
 
 def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, records: Iterable[Record]) -> Record:
@@ -218,7 +218,8 @@ def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, reco
     for record in live:
         if overlap := shield & record.cpus | shared & record.shielded:
             raise Conflict(f"CPUs {cpulist(overlap)} are held by VM {record.vm} of {user_name(record.uid)}{free}")
-    gone = shield.union(*(record.shielded for record in live))
+    # What isolcpus= has taken from the scheduler is no place for the host's tasks.
+    gone = shield.union(parse_cpulist((CPU / "isolated").read_text()), *(record.shielded for record in live))
     if shield and all(core & gone for core in cores):
         raise LimitExceeded(f"CPUs {cpulist(gone)}: at least one whole core must stay with the host{free}")
     return claim._replace(shielded=shield)
@@ -233,16 +234,17 @@ def lockable_bytes() -> int:
 def grant_memlock(asked: int, own: Record, limits: Limits, records: Iterable[Record], lockable: int) -> int:
     """Return how many of the `asked` bytes the VM `own` may lock; INFINITY only where the administrator wrote it.
 
+    Never less than it may already: what it has locked stays locked under a lower limit, and goes on to count.
     LimitExceeded when nothing is left. `lockable`: lockable_bytes().
     """
     if limits.memlock == contract.INFINITY:
-        return asked
+        return max(asked, own.memlock)
     held = sum(record.memlock for record in records if record.uid == own.uid and record.key != own.key)
     most = lockable if limits.memlock is None else min(limits.memlock, lockable)
     if most <= held:
         rule = f"{most} bytes ({'this host' if most == lockable else limits.source})"
         raise LimitExceeded(f"No memory is left to lock: your VMs hold {held} bytes of {rule}")
-    return min(asked, most - held)
+    return max(own.memlock, min(asked, most - held))
 
 
 def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int], shielded: Mapping[int, Cpus]) -> None:

@@ -13,6 +13,7 @@ logged and does not keep the others from being served.
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,15 +85,16 @@ def read_all() -> Iterator[Record]:
 
 def reconcile(release: str | None = None) -> list[Record]:
     """Clean up, and return the records whose process lives. `release`: key of a VM that is to lose its grants."""
-    live: list[Record] = []
-    for record in list(read_all()):
-        left = record if record.key != release and _holds(record) else _withdraw(record, stray=record.key != release)
-        live += [left] if left else []
+    # Threads that are born while they are moved, or that do not end, must not keep others waiting, in however many VMs
+    # there are such. Each group is gone over once; what is not done by then is tried again next time.
+    end = time.monotonic() + 1.0
+    kept = (r if r.key != release and _holds(r) else _withdraw(r, end, stray=r.key != release) for r in [*read_all()])
+    live = [record for record in kept if record]
     for scope in MECHANISM.orphans(known := frozenset(record.scope for record in live)):
         logging.warning("withdrawing a shield without a record: %a", scope)
         with _logged("giving CPUs back"):
             MECHANISM.take_realtime(scope)
-            MECHANISM.withdraw(scope)
+            MECHANISM.withdraw(scope, end)
     MECHANISM.tidy(known)
     with _logged("giving CPUs back"):
         settle(live)
@@ -104,7 +106,7 @@ def settle(live: Iterable[Record]) -> None:
     MECHANISM.settle({record.scope: record.shielded for record in live if not record.stray})
 
 
-def _withdraw(record: Record, *, stray: bool) -> Record | None:
+def _withdraw(record: Record, end: float, *, stray: bool) -> Record | None:
     """Take every grant of the VM back; return what is left of its record, None when its process has ended.
 
     Never raises: what fails is logged, and keeps the record from being settled.
@@ -124,7 +126,7 @@ def _withdraw(record: Record, *, stray: bool) -> Record | None:
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             MECHANISM.kill(record.scope)
         left = left if stray or not left else left._replace(shielded=frozenset(), pinned=frozenset())
-        MECHANISM.withdraw(record.scope)
+        MECHANISM.withdraw(record.scope, end)
         left = left and left._replace(settled=not (left.realtime or left.memlock_before or left.rttime_before))
     with _logged("keeping the record"):
         left.write() if left else (GRANTS / record.key).unlink(missing_ok=True)

@@ -131,7 +131,9 @@ class Target(ExitStack):
         for tid, start_time in start_times.items():
             if self.task_start_time(tid) != start_time:
                 raise TargetRefused(f"Thread {tid} is gone")
-            _set(tid, POLICY[policy], os.sched_param(priority))
+            # rtkit gives a nice value below 0 with this flag alone, and only privilege takes the flag away.
+            flag = os.getpriority(os.PRIO_PROCESS, tid) < 0 and os.sched_getscheduler(tid) & os.SCHED_RESET_ON_FORK
+            _set(tid, POLICY[policy] | flag, os.sched_param(priority))
             if self.task_start_time(tid) != start_time:
                 _set(tid, os.SCHED_OTHER, os.sched_param(0))  # what it had is not known: it began meanwhile
                 raise TargetRefused(f"Thread {tid} is gone")

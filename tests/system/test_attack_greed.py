@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -259,6 +260,46 @@ def test_others_real_time_does_not_lose_its_brake(program: Claimant) -> None:
     assert host.realtime_threads() == {child.tids[2]}
     assert program.schedule(child, "vm", "fifo", 1, threads=2).error == "ok"
     assert host.realtime_threads() == set(child.tids[:2])
+
+
+@pytest.mark.attack("S9")
+def test_brake_that_came_back_is_not_taken_from_what_it_holds(program: Claimant) -> None:
+    """The process lowers its own limit, which is always allowed, and rtkit believes that."""
+    child = program.spawn(2)
+    assert program.pin(child, "vm", 4, 5).error == "ok"
+    assert program.schedule(child, "vm", "fifo", 1).error == "ok"
+    assert program.pin(child, "vm", 4).error == "ok"
+    assert host.realtime_threads() == {child.tids[0]}, "the other one has lost it with its CPU"
+    resource.prlimit(child.pid, resource.RLIMIT_RTTIME, (200_000, 200_000))
+    os.sched_setscheduler(child.tids[1], os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(20))
+    assert program.schedule(child, "vm", "fifo", 1, threads=1).error == "ok"
+    assert host.realtime_threads() == {child.tids[0]}
+
+
+@pytest.mark.attack("S9")
+def test_nice_value_of_rtkits_is_not_made_to_be_inherited(program: Claimant) -> None:
+    """rtkit gives it with "reset on fork", which nobody without privilege takes away: nor through the helper."""
+    child = program.spawn(1)
+    os.setpriority(os.PRIO_PROCESS, child.tids[0], -15)
+    os.sched_setscheduler(child.tids[0], os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    assert program.pin(child, "vm", 4).error == "ok"
+    for policy, priority in (("other", 0), ("fifo", 1), ("batch", 0)):
+        assert program.schedule(child, "vm", policy, priority).error == "ok"
+        assert host.scheduling(child.tids[0]) == (policy, priority, True)
+    os.setpriority(os.PRIO_PROCESS, child.tids[0], 0)
+    assert program.schedule(child, "vm", "other", 0).error == "ok"
+    assert host.scheduling(child.tids[0]) == ("other", 0, False)
+
+
+@pytest.mark.attack("S10")
+def test_who_has_locked_memory_gets_no_more_of_it_by_asking_for_less(
+    program: Claimant, helper_toml: Callable[..., None]
+) -> None:
+    helper_toml('[[limits]]\nmemlock = "64M"\n')
+    first, second = program.spawn(0), program.spawn(0)
+    assert program.set_memlock(first, "a", 64 << 20).body == [64 << 20]
+    assert program.set_memlock(first, "a", 1).body == [64 << 20], "what is locked under it stays so, and counts"
+    assert program.set_memlock(second, "b", 1 << 20).error == "LimitExceeded"
 
 
 @pytest.mark.attack("S9")

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,14 @@ USERS = ALICE, BOB, CAROL = 1000, 1001, 1002
 
 
 @pytest.fixture(autouse=True)
-def names(monkeypatch: pytest.MonkeyPatch) -> None:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Names of users, and a host without isolcpus=."""
+    monkeypatch.setattr("qemu_launcher_helper.limits.CPU", tmp_path)
+    (tmp_path / "isolated").write_text("\n")
     monkeypatch.setattr(
         "qemu_launcher_helper.limits.user_name", {ALICE: "alice", BOB: "bob", CAROL: "carol"}.__getitem__
     )
+    return tmp_path
 
 
 @dataclass
@@ -117,6 +122,18 @@ def test_a_strays_cpus_are_free_for_others() -> None:
 
 def test_an_offline_sibling_does_not_make_a_core_half() -> None:
     assert check(claim("2"), cores=[frozenset({0, 1}), frozenset({2})]) == "2"
+
+
+def test_cpus_that_the_scheduler_does_not_balance_are_no_place_for_the_host(host: Path) -> None:
+    """isolcpus=2-7: a shield on 0-1 would leave all tasks of the host where each stays on the CPU it began on."""
+    (host / "isolated").write_text("2-7\n")
+    assert check(claim("2-7")) == "2-7"
+    assert cpulist(free_for(Limits(), CORES, [])) == "2-7"
+    with pytest.raises(LimitExceeded, match="at least one whole core must stay with the host; free for you: 2-7"):
+        check(claim("0"))
+    (host / "isolated").write_text("\n")
+    assert check(claim("0")) == "0-1"
+    assert cpulist(free_for(Limits(), CORES, [claim("4-7").record])) == "2-3"
 
 
 @given(st.frozensets(st.integers(0, 8191), max_size=40))
@@ -216,7 +233,7 @@ class Claims(RuleBasedStateMachine):
         if not own.stray:
             with suppress(LimitExceeded):
                 granted = grant_memlock(asked, own, self.limits[uid], list(self.live.values()), LOCKABLE)
-                assert 1 <= granted <= asked
+                assert max(1, own.memlock) <= granted <= max(asked, own.memlock)
                 self.live[uid, vm] = own._replace(memlock=granted)
         return uid, vm
 

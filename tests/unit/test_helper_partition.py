@@ -41,6 +41,7 @@ def test_system_slice_gives_back_what_no_service_of_its_has_any_more(tmp_path: P
 
 def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / SCOPE[1:] / "vcpus").mkdir(parents=True)
+    (tmp_path / SCOPE[1:] / "vcpus/cpuset.cpus.partition").write_text("isolated\n")
     going = tmp_path / "user.slice/user-2000.slice"
     going.mkdir()
     scandir = os.scandir
@@ -53,6 +54,24 @@ def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "scandir", after_its_end)
     assert Partition(tmp_path).orphans(frozenset()) == [SCOPE]
     assert not going.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "holds"),
+    [
+        ("vcpus/cpuset.cpus.partition", "member", False),
+        ("vcpus/cpuset.cpus.partition", "root invalid (Parent is not a partition root)", True),
+        ("vcpus/cpuset.cpus.exclusive", "", False),
+        ("vcpus/cpuset.cpus.exclusive", "4-5", True),
+        ("cpuset.cpus.exclusive", "4-5", True),
+        ("cpuset.cpus", "4-5", False),
+    ],
+)
+def test_scope_that_holds_no_cpus_any_more_is_left_alone(tmp_path: Path, file: str, text: str, *, holds: bool) -> None:
+    """What is in it may be there for ever, a thread that is ending and does not end: nobody is to wait for it again."""
+    (tmp_path / SCOPE[1:] / "vcpus").mkdir(parents=True)
+    (tmp_path / SCOPE[1:] / file).write_text(f"{text}\n")
+    assert Partition(tmp_path).orphans(frozenset()) == [SCOPE] * holds
 
 
 def test_what_systemd_could_not_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ What the kernel makes of it is in tests/system/test_crash_only.py.
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_what_nobody_lived_to_finish_is_taken_back(record: Record, monkeypatch: 
     assert [one.stray for one in left()] == [True]
 
 
+def test_all_vms_have_the_same_time_to_give_back_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that do not end, or are born while they are moved, keep the others waiting once, not once for each VM."""
+    ends = dict[str, float]()
+    monkeypatch.setattr(Partition, "withdraw", lambda _, scope, end: ends.update({scope: end}))
+    monkeypatch.setattr(Partition, "orphans", lambda *_: ["/orphan"])
+    monkeypatch.setattr(Partition, "take_realtime", lambda *_: None)
+    for number in range(3):
+        Record(1000, f"vm{number}", 2**22 + 1, 1, f"/vm{number}", shielded=frozenset({number})).write()
+    began = time.monotonic()
+    assert reconcile() == []
+    assert ends.keys() == {"/vm0", "/vm1", "/vm2", "/orphan"}
+    assert len({*ends.values()}) == 1
+    assert began < ends["/orphan"] < time.monotonic() + 2
+
+
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("step", ["take_realtime", "rlimit", "withdraw"])
 def test_what_could_not_be_taken_back_is_tried_again(
@@ -141,10 +157,12 @@ def test_one_vm_that_cannot_be_cleaned_up_keeps_no_other_from_it(
     record._replace(vm="a").write()
     record._replace(vm="b").write()
     for name in ("first", "second"):
-        (places / f"cgroup/user.slice/user-1000.slice/qemu-launcher-1000-{name}.scope/vcpus").mkdir(parents=True)
+        vcpus = places / f"cgroup/user.slice/user-1000.slice/qemu-launcher-1000-{name}.scope/vcpus"
+        vcpus.mkdir(parents=True)
+        (vcpus / "cpuset.cpus.partition").write_text("isolated\n")
     tried, settled = list[str](), list[object]()
 
-    def stubborn(self: Partition, scope: str) -> None:
+    def stubborn(self: Partition, scope: str, _end: float) -> None:
         tried.append(scope.rpartition("-")[2])
         if len(tried) in (1, 3):
             raise error

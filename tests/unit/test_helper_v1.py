@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -128,7 +129,7 @@ class Kernel:
     def reconcile(self, live: dict[str, frozenset[int]]) -> None:
         """What records does."""
         for scope in self.v1.orphans(frozenset(live)):
-            self.v1.withdraw(scope)
+            self.v1.withdraw(scope, math.inf)
         self.v1.settle(live)
 
     def _step(self) -> None:
@@ -332,10 +333,10 @@ def test_who_is_ending_and_does_not_end_keeps_no_cpus(kernel: Kernel) -> None:
     kernel.ending = {HOST, VCPU0}
     for _ in range(2):
         with contextlib.suppress(OSError):  # which is logged
-            kernel.v1.withdraw(SCOPES[0])
+            kernel.v1.withdraw(SCOPES[0], math.inf)
         kernel.v1.settle({SCOPES[1]: frozenset({6})})
         assert kernel.cpus("qemu-launcher/pool") == "0-5,7"
-    kernel.v1.withdraw(SCOPES[1])
+    kernel.v1.withdraw(SCOPES[1], math.inf)
     kernel.v1.settle({})
     assert kernel.where(OTHER0) == "."
     assert kernel.cpus_of(VCPU0) == {4}, "its cpuset stays until it has ended"
@@ -352,7 +353,7 @@ def test_who_is_ending_among_all_others_keeps_nobody_from_anything(kernel: Kerne
         assert kernel.cpus("qemu-launcher/pool") == "0-7"
         kernel.pin(1, one(OTHER0, 6, shielded=False))
         assert kernel.cpus_of(OTHER0) == {6}
-        kernel.v1.withdraw(SCOPES[1])
+        kernel.v1.withdraw(SCOPES[1], math.inf)
     kernel.ending = set()
     kernel.reconcile({})
     assert sorted(kernel.tree()) == ["."]
@@ -367,7 +368,7 @@ def test_threads_whose_only_cpu_goes_offline_are_not_lost(kernel: Kernel) -> Non
     assert kernel.where(VCPU0) == "qemu-launcher"
     assert kernel.where(VCPU1) == f"qemu-launcher/pool/{NAMES[0]}"
     assert kernel.v1.shielded_threads(SCOPES[0]) is None
-    kernel.v1.withdraw(SCOPES[0])
+    kernel.v1.withdraw(SCOPES[0], math.inf)
     kernel.v1.settle({SCOPES[1]: frozenset({6})})
     assert {kernel.where(VCPU0), kernel.where(VCPU1)} == {"qemu-launcher/pool"}
     assert kernel.cpus("qemu-launcher/pool") == "0-1,3,5,7"
@@ -475,7 +476,7 @@ def test_a_cpuset_that_ends_meanwhile_keeps_no_other(
         return scandir(path)
 
     for scope in kernel.v1.orphans(frozenset()):
-        kernel.v1.withdraw(scope)
+        kernel.v1.withdraw(scope, math.inf)
     monkeypatch.setattr(os, "scandir", after_its_end)
     kernel.v1.settle({SCOPES[0]: frozenset({4})} if shielding else {})
     assert not going.exists()

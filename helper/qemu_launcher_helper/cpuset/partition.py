@@ -133,7 +133,7 @@ class Partition:
         write(emulator / "cpuset.cpus", others or self.everything)
         places = {pin.tid: (base / "vcpus" if pin.shielded else outside / "pinned") / str(pin.tid) for pin in pins}
         if self._reserved(base / "vcpus") != reserved:
-            self.withdraw(scope)
+            self.withdraw(scope, time.monotonic() + SWEEP_SECONDS)
         kinds = {len(pin.cpus) for pin in pins if pin.shielded}
         # isolated switches load balancing off: right for one CPU per thread, wrong as soon as a thread may choose.
         self._reserve(base, reserved, "isolated" if kinds == {1} else "root")
@@ -153,12 +153,14 @@ class Partition:
         if others and effective != others:
             raise Failed(f"The emulator threads got CPUs {cpulist(effective)}")
 
-    def withdraw(self, scope: str) -> None:
-        """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent."""
+    def withdraw(self, scope: str, end: float) -> None:
+        """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent.
+
+        `end`, of time.monotonic(): Failed when they are not all moved by then.
+        """
         base = self._dir(scope)
         # The CPUs first: this works also while somebody makes threads faster than they can be moved.
         self._open(base)
-        end = time.monotonic() + SWEEP_SECONDS
         for group in (base / "vcpus", self._outside(scope) / "pinned"):
             for place in group.glob("*/"):
                 _drain(place, self._outside(scope) / "emulator", end)
@@ -184,7 +186,12 @@ class Partition:
 
     def orphans(self, known: frozenset[str]) -> list[str]:
         """Return the scopes of ours that still hold CPUs and are not in `known`."""
-        return [scope for scope in self._scopes() if (self._dir(scope) / "vcpus").exists() and scope not in known]
+        return [scope for scope in self._scopes() if scope not in known and self._claims(self._dir(scope))]
+
+    def _claims(self, base: Path) -> bool:
+        """Tell whether there is a shield or a part of one, valid or not."""
+        files = ("vcpus/cpuset.cpus.partition", "vcpus/cpuset.cpus.exclusive", "cpuset.cpus.exclusive")
+        return not {text(base / name) for name in files} <= {None, "", "member"}
 
     def _scopes(self) -> list[str]:
         patterns = [f"{slices}/qemu-launcher-*.scope" for slices in self.slices]
@@ -263,6 +270,13 @@ def threaded(path: Path) -> Path:
     if (path / "cgroup.type").read_text().strip() != "threaded":
         (path / "cgroup.type").write_text("threaded")
     return path
+
+
+def text(path: Path) -> str | None:
+    """Return the list in the file; None for a group that has ended, of which a kernel says ENOENT or ENODEV."""
+    with suppress(OSError):
+        return path.read_text().strip()
+    return None
 
 
 def read(path: Path) -> frozenset[int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..contract import Conflict, Failed, Pin
 from .cpulist import cpulist, parse_cpulist
-from .partition import CGROUP, Partition, read, threaded, write
+from .partition import CGROUP, Partition, read, text, threaded, write
 
 # What each group's file said before, and what has been written to it since: by the group's name, a list of texts.
 MEMORY = Path("/run/qemu-launcher/pool")
@@ -162,16 +162,12 @@ class Pool(Partition):
             if self._reserved(base / "vcpus") != reserved:
                 raise Failed(f"The kernel does not give the CPUs {cpulist(reserved)}")
 
+    def _claims(self, base: Path) -> bool:
+        return text(base / "vcpus/cpuset.cpus") not in (None, "", cpulist(self.everything))
+
     def _open(self, base: Path) -> None:
         if (base / "vcpus").exists():
             write(base / "vcpus/cpuset.cpus", self.everything)
-
-
-def text(path: Path) -> str | None:
-    """Return the list in the file; None for a group that has ended, of which a kernel says ENOENT or ENODEV."""
-    with suppress(OSError):
-        return path.read_text().strip()
-    return None
 
 
 def change(path: Path, cpus: str) -> bool:

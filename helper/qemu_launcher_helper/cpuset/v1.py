@@ -33,11 +33,10 @@ from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
 from ..target import PROC, Target
 from .cpulist import cpulist, parse_cpulist
-from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read
-from .pool import MEMORY, Pool, change, text
+from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read, text
+from .pool import MEMORY, Pool, change
 
-ONLINE = Path("/sys/devices/system/cpu/online")
-MOUNTS = Path("/proc/self/mountinfo")
+ONLINE, MOUNTS = Path("/sys/devices/system/cpu/online"), Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
 # Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
 MOST_CPUSETS = 2000
@@ -89,13 +88,13 @@ class V1(Pool):
         self._ours = self.everything.difference(*map(_cpus, alone))
         if not (shielded or self._prefix.exists() or self._memory.exists()):
             return
-        _LOOKS[:] = [0.01] * STUCK_LOOKS
+        _LOOKS[:], end = [0.01] * STUCK_LOOKS, time.monotonic() + SWEEP_SECONDS
         self._new(self._new(self._prefix) / "pool")
         owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
         for place in self._prefix.glob("[0-9]*/"):
             if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
                 with suppress(OSError, Failed):  # one that is ending, and does not end, is still in there
-                    self._remove(place)
+                    self._remove(place, end)
         pool = self._ours - shielded
         wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
         wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
@@ -103,12 +102,12 @@ class V1(Pool):
             if not shielded:
                 # Before Linux 6.2 a cpuset with other CPUs gives its tasks all of them, whatever taskset(1) had chosen.
                 with suppress(Failed):
-                    _move(self._pool, self._tree)
+                    _move(self._pool, self._tree, end)
             self._leave(self._others(alone), wanted, shielded, next(iter(live.values()), shielded))
         finally:
             home = self._pool if shielded else self._tree
-            _move(self._tree if shielded else self._pool, home)
-            _move(self._prefix, home)  # where the kernel puts threads whose only CPU went offline
+            _move(self._tree if shielded else self._pool, home, end)
+            _move(self._prefix, home, end)  # where the kernel puts threads whose only CPU went offline
         if not shielded:
             with suppress(OSError):  # there are unshielded pins, or such as are ending
                 self._pool.rmdir()
@@ -134,26 +133,27 @@ class V1(Pool):
             self._new(place, parse_cpulist(place.name))
             if place.parent == self._prefix:
                 (place / name).mkdir(exist_ok=True)
+        end = time.monotonic() + SWEEP_SECONDS
         known, processes = {self._tree, self._pool, *self._places(scope)}, super().processes(scope)
         for place, tids in places.items():
             for tid in tids:
                 self._take(tid, processes, known, place)
         for place in {*self._places(scope)} - {home}:
-            _move(place, home, places.get(place, ()))
+            _move(place, home, end, places.get(place, ()))
             if place not in places:
-                self._remove(place)
-        self._gather(scope, known, home, frozenset().union(*places.values()))
+                self._remove(place, end)
+        self._gather(scope, known, home, frozenset().union(*places.values()), end)
         for place, tids in places.items():
             if tids - _tasks(place) or read(place / "cpuset.effective_cpus") != parse_cpulist(place.name):
                 raise Failed(f"Threads {', '.join(sorted(tids))} did not get CPUs {place.name}")
 
-    def withdraw(self, scope: str) -> None:
+    def withdraw(self, scope: str, end: float) -> None:
         """Put the scope's threads where the host's other tasks are; `settle` then gives the CPUs back. Idempotent."""
         for place in self._places(scope):
             with suppress(OSError):  # what is still in there is seen below, or does not matter
-                self._remove(place)
+                self._remove(place, end)
         for group in self._pool.glob(f"{scope.rpartition('/')[2]}/"):
-            self._remove(group)
+            self._remove(group, end)
 
     def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
         """Return the threads inside the shield with the CPUs they have; None when there is no valid shield."""
@@ -245,8 +245,8 @@ class V1(Pool):
                 (path / f"cpuset.{name}").write_text(value or "")
         return path
 
-    def _remove(self, place: Path) -> None:
-        _move(place, self._pool)
+    def _remove(self, place: Path, end: float) -> None:
+        _move(place, self._pool, end)
         for path in (*place.glob("*/"), place):
             path.rmdir()
 
@@ -267,9 +267,9 @@ class V1(Pool):
         memory = (text(path / "cpuset.mems") for path in (group, self._tree))
         return not _cpus(group) >= _cpus(self._pool) or len({*memory}) > 1
 
-    def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str]) -> None:
+    def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str], end: float) -> None:
         """Move all threads of the scope's processes but the named ones into `home`."""
-        stuck, end = set(named), time.monotonic() + SWEEP_SECONDS
+        stuck = set(named)
         for pid in super().processes(scope):
             with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
                 while process.cgroup() == scope and (tids := {*map(str, process.tids())} - stuck - _tasks(home)):
@@ -287,19 +287,19 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
     return re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
 
 
-def _move(source: Path, target: Path, keep: Iterable[str] = ()) -> None:
-    """Move all tasks but `keep`, those born meanwhile included.
+def _move(source: Path, target: Path, end: float, keep: Iterable[str] = ()) -> None:
+    """Move all tasks but `keep`, those born meanwhile included; Failed when there are new ones after `end`.
 
     Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That is
     waited for, but not for ever.
     """
-    tried, moved, end, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
+    tried, moved, late, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
     while tids := _tasks(source) - tried:
         for tid in tids:
-            _still_in_time(end)  # those of the first round are no more than there are
+            _still_in_time(late)  # those of the first round are no more than there are
             if _put(tid, target, all_here):
                 moved.add(tid)
-        tried, end = tried | tids, min(end, time.monotonic() + SWEEP_SECONDS)
+        tried, late = tried | tids, end
     while _LOOKS and not moved.isdisjoint(_tasks(source)):
         time.sleep(_LOOKS.pop())
 
