@@ -32,7 +32,6 @@ from .records import Record
 
 # A hundred entries fit many times; a device or a runaway file does not.
 PATH, MAX_FILE_BYTES = "/etc/qemu-launcher/helper.toml", 64 * 1024
-CPU = Path("/sys/devices/system/cpu")
 # What one user's VMs can never lock together.
 HOST_BYTES, HOST_PERCENT = 2 << 30, 10
 Cpus = frozenset[int]
@@ -40,7 +39,7 @@ Cpus = frozenset[int]
 Cores = Sequence[Cpus]
 # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
 OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
-RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
+CPU, RT_RUNTIME = Path("/sys/devices/system/cpu"), Path("/proc/sys/kernel/sched_rt_runtime_us")
 
 
 class Limits(NamedTuple):
@@ -189,11 +188,16 @@ def read_cores() -> Cores:
 def free_for(limits: Limits, cores: Sequence[Cpus], records: Iterable[Record]) -> frozenset[int]:
     """Return the CPUs that a new shield within `limits` could take, one core at least left to the host."""
     live = [record for record in records if not record.stray]
-    gone = parse_cpulist((CPU / "isolated").read_text()).union(*(record.shielded for record in live))
-    taken = union(record.cpus for record in live)
+    gone, taken = union(record.shielded for record in live), union(record.cpus for record in live)
     free = [core for core in cores if core.isdisjoint(taken) and (limits.cpus is None or core <= limits.cpus)]
-    usable = [core for core in cores if core.isdisjoint(gone)]
-    return union(core for core in free if {*usable} - {*free} or core not in usable[:1])
+    usable = _usable(cores, gone)
+    return union(core for core in free if usable and ({*usable} - {*free} or core != usable[0]))
+
+
+def _usable(cores: Cores, gone: Cpus) -> list[Cpus]:
+    """Return what the host's tasks have when the CPUs in `gone` are; isolcpus= has taken some from the scheduler."""
+    isolated = parse_cpulist((CPU / "isolated").read_text())
+    return [core for core in cores if core.isdisjoint(gone) and not core <= isolated]
 
 
 def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, records: Iterable[Record]) -> Record:
@@ -218,9 +222,8 @@ def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, reco
     for record in live:
         if overlap := shield & record.cpus | shared & record.shielded:
             raise Conflict(f"CPUs {cpulist(overlap)} are held by VM {record.vm} of {user_name(record.uid)}{free}")
-    # What isolcpus= has taken from the scheduler is no place for the host's tasks.
-    gone = shield.union(parse_cpulist((CPU / "isolated").read_text()), *(record.shielded for record in live))
-    if shield and all(core & gone for core in cores):
+    gone = shield.union(*(record.shielded for record in live))
+    if shield and not _usable(cores, gone):
         raise LimitExceeded(f"CPUs {cpulist(gone)}: at least one whole core must stay with the host{free}")
     return claim._replace(shielded=shield)
 
@@ -262,10 +265,9 @@ def check_policy(policy: str, priority: int, limits: Limits, tids: Iterable[int]
     if policy not in contract.REALTIME_POLICIES or limits.realtime == "anywhere":
         return
     places = [shielded.get(tid, frozenset()) for tid in tids]
-    used = union(places)
     if any(len(cpus) != 1 for cpus in places):
         raise TargetRefused("Real time needs every thread to be pinned to one shielded CPU of its own")
-    if len(used) < len(places):
+    if len(used := union(places)) < len(places):
         raise TargetRefused("Real time for two threads on one CPU would hang the guest")
     if 0 in used:
         raise LimitExceeded(f'Real time on CPU 0 needs realtime = "anywhere" ({limits.source})')

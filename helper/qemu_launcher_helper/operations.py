@@ -92,14 +92,11 @@ class Operation(NamedTuple):
             limits.check_policy(policy, priority, self.limits, realtime & {*tids, *shielded}, shielded)
             before = record.rttime_before or (target.rlimit(RLIMIT_RTTIME) if realtime else None)
             granted = record._replace(realtime=tuple(sorted(realtime)), scheduled=f"{policy} {priority} {sorted(tids)}")
-            async with self._granting(target, granted._replace(rttime_before=before if realtime else None)):
-                # Desktop sessions hand down a hard limit of 200 ms; under it a busy FIFO vCPU is killed in 0.3 s.
-                held = target.rlimit(RLIMIT_RTTIME, (RLIM_INFINITY, RLIM_INFINITY)) if realtime else (0, RLIM_INFINITY)
-                # What else has real time, from rtkit say, has it under the limit that is lifted here. If there was one,
-                # nothing that was granted earlier is known to be ours; where there is none, rtkit gives none.
-                target.take_realtime(realtime if held[1] == RLIM_INFINITY else tids)
-                if before and not realtime:
-                    target.rlimit(RLIMIT_RTTIME, before)
+            # What was before stays on record also when no real time is left: this call, too, may end halfway.
+            async with self._granting(target, granted._replace(rttime_before=before)):
+                if before:
+                    # Desktop sessions hand down a hard limit of 200 ms; under it a busy FIFO vCPU is killed in 0.3 s.
+                    target.set_rttime((RLIM_INFINITY, RLIM_INFINITY) if realtime else before, realtime, tids)
                 target.set_policy(start_times, policy, priority)
                 if (MECHANISM.shielded_threads(record.scope) or {}) != shielded:
                     raise TargetRefused(f"VM {vm} lost its shield meanwhile")

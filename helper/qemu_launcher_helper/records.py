@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from resource import RLIMIT_MEMLOCK, RLIMIT_RTTIME
+from resource import RLIMIT_MEMLOCK
 from typing import NamedTuple
 
 from .contract import MESSAGE_ID, TargetRefused
@@ -115,11 +115,10 @@ def _withdraw(record: Record, end: float, *, stray: bool) -> Record | None:
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
         left = record._replace(settled=False, stray=stray)  # and stays so if a step fails: it is tried again next time
         with _logged("taking real time and limits back"):
-            if record.realtime:
-                process.take_realtime()
-            for which, before in (RLIMIT_RTTIME, record.rttime_before), (RLIMIT_MEMLOCK, record.memlock_before):
-                if before:
-                    process.rlimit(which, before)
+            if record.rttime_before:
+                process.set_rttime(record.rttime_before)
+            if record.memlock_before:
+                process.rlimit(RLIMIT_MEMLOCK, record.memlock_before)
             left = left._replace(memlock_before=None, rttime_before=None, realtime=())
     with _logged("withdrawing a shield"):
         if not left:

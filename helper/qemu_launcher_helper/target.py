@@ -26,8 +26,7 @@ from .contract import SCOPE, Caller, TargetRefused
 
 REALTIME = {"fifo": os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, "rr": os.SCHED_RR | os.SCHED_RESET_ON_FORK}
 POLICY = REALTIME | {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
-PROC = Path("/proc")
-SYSTEMD = Path("/run/systemd/system").exists()  # sd_booted(3)
+PROC, SYSTEMD = Path("/proc"), Path("/run/systemd/system").exists()  # sd_booted(3)
 # Whether no controller is cgroup v2's, which is beside v1 then: its groups limit nothing, and those of v1 are not left.
 UNLIMITED = "" in [path.read_text().strip() for path in Path("/sys/fs/cgroup").glob("unified/cgroup.controllers")]
 
@@ -144,6 +143,16 @@ class Target(ExitStack):
             with suppress(ProcessLookupError, TargetRefused):
                 if os.sched_getscheduler(tid) | os.SCHED_RESET_ON_FORK in REALTIME.values():
                     self.set_policy(self.verify_threads([tid]), "other", 0)
+
+    def set_rttime(self, limit: tuple[int, int], keep: Collection[int] = (), new: Collection[int] = ()) -> None:
+        """Set RLIMIT_RTTIME, and let no thread have real time but those in `keep`.
+
+        Under a limit that was there, rtkit may have given some at any time, to any thread: then none is known to be
+        ours but those in `new`, which are about to be set. Where there is no limit, it gives none.
+        """
+        self.take_realtime(keep)  # before: a lower limit would kill them
+        held = self.rlimit(resource.RLIMIT_RTTIME, limit)
+        self.take_realtime(keep if held[1] == resource.RLIM_INFINITY else {*keep} & {*new})
 
     def rlimit(self, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return one limit of the target as it was, (soft, hard), -1 for infinity, and set it to `limit` if given.

@@ -58,10 +58,10 @@ def _see_end(vm: Found, launcher: Process, fd: int) -> None:
 
     To one whose guest runs by now, that was only a wish.
     """
-    end = time.monotonic() + QUIT_GRACE
+    end = time.monotonic() + 3 * QUIT_GRACE  # it may have to end a command, or a QEMU that hangs
     while not procfs.wait_readable(fd, _LOOK):
         now = runtime.find(vm.name)
-        if now is not None and now.qemu is not None and not now.is_held:
+        if now is not None and now.launcher == launcher and now.qemu is not None and not now.is_held:
             procfs.end(now.qemu, grace=QUIT_GRACE)
             return
         if time.monotonic() > end:

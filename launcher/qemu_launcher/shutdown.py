@@ -103,12 +103,12 @@ class Shutdown:
                 if heard.done():
                     number, heard = heard.result(), asyncio.ensure_future(signals.next())
                     await self._on_signal(number)
-                elif down.done():
-                    self._guest_is_down.clear()  # it may be reset, and go down once more
-                    down = asyncio.ensure_future(self._guest_is_down.wait())
-                    await self._on_guest_down()
                 elif self._deadline is not None and loop.time() >= self._deadline:
                     await self._on_deadline()
+                elif down.done():
+                    self._guest_is_down.clear()  # it may be reset, and go down once more
+                    await self._on_guest_down()
+                    down = asyncio.ensure_future(self._guest_is_down.wait())
             return self._told(self._qemu.ended.result()).exit_status
         finally:
             for task in (heard, down):
@@ -147,9 +147,14 @@ class Shutdown:
         """
         if self._stage is not _Stage.ASKED:
             return
-        with contextlib.suppress(QmpError, TimeoutError):
+        try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 stays = run_state(await self._qmp.execute("query-status")) == "shutdown"
+        except TimeoutError:
+            self._guest_is_down.set()  # it may answer once that is done
+        except QmpError:
+            pass
+        else:
             if stays:
                 await self._quit()
 

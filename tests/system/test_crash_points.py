@@ -243,6 +243,35 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
     try_all(program, faults, points, "death of the helper at a step of a call", one, max(ROUNDS, often))
 
 
+def test_a17_killed_while_real_time_is_taken_back(program: Claimant, faults: Faults, affinities: Affinities) -> None:
+    """The last call of a life: what the record says by then must do for what is still so."""
+
+    def halfway() -> tuple[Child, dict[str, tuple[int, int]], Call]:
+        child, before = granted(program, faults)
+        return child, before, ("SetScheduler", "usausu", child.pid, VM, child.tids[:2], "other", 0)
+
+    child, _, call = halfway()
+    assert faults.order("calls", "act", "end")
+    assert program.call(*call).error == "ok"
+    found = steps(faults, "SetScheduler to other", 5, "act", "end")
+    expect_gone(program, child, faults)
+
+    def one(point: Point) -> None:
+        child, before, call = halfway()
+        with to_its_end(program, child, faults, affinities):
+            assert faults.order("calls", "act", "end", at=point.at, do=point.do)
+            last = program.call(*call)
+            assert last.error != "ok", last
+            assert faults.order()
+            expect_whole(child, before, last)
+            assert host.isolated() or host.realtime_threads() == set()
+
+    points = [
+        Point(at, name, do) for at, name in found for do in (*ERRORS[:1], "kill") if name != "end" or do == "kill"
+    ]
+    try_all(program, faults, points, "an error or death while real time is taken back", one, max(ROUNDS, len(points)))
+
+
 def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[], object]) -> Answer:
     """Live, and have `act` happen while the helper stands at its step; the last answer."""
     halted, answer = False, Answer("ok", [])

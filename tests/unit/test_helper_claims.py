@@ -131,6 +131,10 @@ def test_cpus_that_the_scheduler_does_not_balance_are_no_place_for_the_host(host
     assert cpulist(free_for(Limits(), CORES, [])) == "2-7"
     with pytest.raises(LimitExceeded, match="at least one whole core must stay with the host; free for you: 2-7"):
         check(claim("0"))
+    (host / "isolated").write_text("1-7\n")
+    assert check(claim("2-7")) == "2-7", "half of a core is enough to live on"
+    (host / "isolated").write_text("0-7\n")
+    assert cpulist(free_for(Limits(), CORES, [])) == ""
     (host / "isolated").write_text("\n")
     assert check(claim("0")) == "0-1"
     assert cpulist(free_for(Limits(), CORES, [claim("4-7").record])) == "2-3"

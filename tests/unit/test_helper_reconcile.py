@@ -110,17 +110,20 @@ def test_what_could_not_be_taken_back_is_tried_again(
     record: Record, facts: Facts, monkeypatch: pytest.MonkeyPatch, step: str, *, release: bool
 ) -> None:
     """Nothing is forgotten over it: neither the limit that was, nor that there may be a shield."""
-    held = record._replace(shielded=frozenset({4, 5}), realtime=(facts.pid,), memlock_before=(4096, 4096))
+    held = record._replace(
+        shielded=frozenset({4, 5}), realtime=(facts.pid,), rttime_before=(-1, -1), memlock_before=(4096, 4096)
+    )
     held.write()
     facts.write("cgroup", "0::/elsewhere\n")
     failing = [True]
     taken: dict[str, list[object]] = {"take_realtime": [], "rlimit": [], "withdraw": []}
 
-    def acting(name: str) -> Callable[..., None]:
-        def act(*arguments: object) -> None:
+    def acting(name: str) -> Callable[..., tuple[int, int]]:
+        def act(*arguments: object) -> tuple[int, int]:
             if name == step and failing:
                 raise OSError(16, "busy")
             taken[name].append(arguments[1:])
+            return -1, -1
 
         return act
 
@@ -133,7 +136,8 @@ def test_what_could_not_be_taken_back_is_tried_again(
     failing.clear()
     [left] = reconcile()
     assert taken[step]
-    assert left == held._replace(realtime=(), memlock_before=None, stray=True, shielded=left.shielded)
+    back = held._replace(realtime=(), rttime_before=None, memlock_before=None)
+    assert left == back._replace(stray=True, shielded=left.shielded)
     [again] = reconcile()
     assert again == left
 

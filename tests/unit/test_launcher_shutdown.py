@@ -165,10 +165,14 @@ async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str],
 
 
 def test_qemu_that_writes_its_images_back_has_all_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers nobody, and nobody has asked for more than that the guest powers down."""
+    """It answers nobody, and nobody has asked for more than that the guest powers down. It is asked again, though:
+
+    under -no-shutdown it may write for long, too, before it stands still.
+    """
     monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
     asked, sent, limit = asyncio.run(after_guest_is_down("running", hang="query-status"))
-    assert (asked, sent, limit) == (["query-status"], [], None)
+    assert ({*asked}, sent, limit) == ({"query-status"}, [], None)
+    assert len(asked) > 1
 
 
 def test_qemu_that_stays_without_its_guest_is_told_to_quit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,12 +102,12 @@ class V1(Pool):
             if not shielded:
                 # Before Linux 6.2 a cpuset with other CPUs gives its tasks all of them, whatever taskset(1) had chosen.
                 with suppress(Failed):
-                    _move(self._pool, self._tree, end)
+                    _move(self._pool, self._tree)
             self._leave(self._others(alone), wanted, shielded, next(iter(live.values()), shielded))
         finally:
             home = self._pool if shielded else self._tree
-            _move(self._tree if shielded else self._pool, home, end)
-            _move(self._prefix, home, end)  # where the kernel puts threads whose only CPU went offline
+            _move(self._tree if shielded else self._pool, home)
+            _move(self._prefix, home)  # where the kernel puts threads whose only CPU went offline
         if not shielded:
             with suppress(OSError):  # there are unshielded pins, or such as are ending
                 self._pool.rmdir()
@@ -133,16 +133,15 @@ class V1(Pool):
             self._new(place, parse_cpulist(place.name))
             if place.parent == self._prefix:
                 (place / name).mkdir(exist_ok=True)
-        end = time.monotonic() + SWEEP_SECONDS
         known, processes = {self._tree, self._pool, *self._places(scope)}, super().processes(scope)
         for place, tids in places.items():
             for tid in tids:
                 self._take(tid, processes, known, place)
         for place in {*self._places(scope)} - {home}:
-            _move(place, home, end, places.get(place, ()))
+            _move(place, home, keep=places.get(place, ()))
             if place not in places:
-                self._remove(place, end)
-        self._gather(scope, known, home, frozenset().union(*places.values()), end)
+                self._remove(place)
+        self._gather(scope, known, home, frozenset().union(*places.values()))
         for place, tids in places.items():
             if tids - _tasks(place) or read(place / "cpuset.effective_cpus") != parse_cpulist(place.name):
                 raise Failed(f"Threads {', '.join(sorted(tids))} did not get CPUs {place.name}")
@@ -245,7 +244,7 @@ class V1(Pool):
                 (path / f"cpuset.{name}").write_text(value or "")
         return path
 
-    def _remove(self, place: Path, end: float) -> None:
+    def _remove(self, place: Path, end: float = math.inf) -> None:
         _move(place, self._pool, end)
         for path in (*place.glob("*/"), place):
             path.rmdir()
@@ -267,9 +266,9 @@ class V1(Pool):
         memory = (text(path / "cpuset.mems") for path in (group, self._tree))
         return not _cpus(group) >= _cpus(self._pool) or len({*memory}) > 1
 
-    def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str], end: float) -> None:
+    def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str]) -> None:
         """Move all threads of the scope's processes but the named ones into `home`."""
-        stuck = set(named)
+        stuck, end = set(named), time.monotonic() + SWEEP_SECONDS
         for pid in super().processes(scope):
             with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
                 while process.cgroup() == scope and (tids := {*map(str, process.tids())} - stuck - _tasks(home)):
@@ -287,8 +286,8 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
     return re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
 
 
-def _move(source: Path, target: Path, end: float, keep: Iterable[str] = ()) -> None:
-    """Move all tasks but `keep`, those born meanwhile included; Failed when there are new ones after `end`.
+def _move(source: Path, target: Path, end: float = math.inf, keep: Iterable[str] = ()) -> None:
+    """Move all tasks but `keep`, those born meanwhile included; Failed when there are still new ones after `end`.
 
     Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That is
     waited for, but not for ever.
@@ -299,7 +298,7 @@ def _move(source: Path, target: Path, end: float, keep: Iterable[str] = ()) -> N
             _still_in_time(late)  # those of the first round are no more than there are
             if _put(tid, target, all_here):
                 moved.add(tid)
-        tried, late = tried | tids, end
+        tried, late = tried | tids, min(late, end, time.monotonic() + SWEEP_SECONDS)
     while _LOOKS and not moved.isdisjoint(_tasks(source)):
         time.sleep(_LOOKS.pop())
 
