@@ -121,7 +121,7 @@ unit: setup ## the tests that take seconds and touch nothing
 	$(PYTEST) -q tests/unit tests/contract tests/attacks
 
 attacks: setup deb ## every attack on the helper that was thought of (tests/attacks/README.md)
-	$(PYTEST) -m attack tests/unit tests/fuzz tests/bus tests/qemu tests/system
+	$(PYTEST) -m attack tests/unit tests/contract tests/fuzz tests/bus tests/qemu tests/system
 
 # Three labs at once, each of which keeps one CPU busy: system tests go on in two while the others run.
 TESTS := tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from attacks.index import NAMED
+
 ALLOWED = "optional: "
 
 # Errors that the tests provoke are not for the desktop of whoever runs them.
@@ -33,10 +35,13 @@ def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test named after an attack of the threat model is marked with it: `make attacks` is `pytest -m attack`."""
+    """A test named after an attack, or by the index of the attacks, is marked: `make attacks` is `pytest -m attack`."""
     for item in items:
-        if found := re.match(r"test_(a[0-9]+)_", getattr(item, "originalname", None) or item.name):
+        name = getattr(item, "originalname", None) or item.name
+        if found := re.match(r"test_(a[0-9]+)_", name):
             item.add_marker(pytest.mark.attack(found[1].upper()))
+        elif name in NAMED:
+            item.add_marker(pytest.mark.attack("beyond the list"))
 
 
 # The old kind of wrapper: the pytest of Debian 12, inside its lab, has a pluggy that does not know wrapper=True.
