@@ -62,6 +62,4 @@ class Agent:
                     answer: Reply = root.call("AuthenticationAgentResponse2", "us(sa{sv})", body, **POLKIT)
                     assert answer.error is None, answer
                 if answers or not begins:
-                    done = Message.new_method_return(call)
-                    done.serial = next(client._serials)
-                    client.socket.sendall(bytes(done._marshall()))
+                    client.answer(Message.new_method_return(call))

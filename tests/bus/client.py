@@ -93,6 +93,11 @@ class Client:
         self.socket.sendall(data)
         return serial
 
+    def answer(self, reply: Message) -> None:
+        """Send a reply or an error that dbus-next has made of a call."""
+        reply.serial = next(self._serials)
+        self.socket.sendall(bytes(reply._marshall()))
+
     def receive(self, seconds: float = 60.0) -> Message | None:
         """The next message of any kind; None if none comes in time. Raises EOFError when the bus has hung up."""
         data = self.receive_bytes(seconds)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
@@ -17,29 +16,11 @@ from bus.world import ROOT_USER, World, as_user, cgroup_of
 SYSTEMD = "org.freedesktop.systemd1"
 
 
-class FakeSystemd:
-    """Owns systemd's name; `script` answers StartTransientUnit, and a job has always ended when it is asked about."""
-
-    def __init__(self, host: World) -> None:
-        self.client = Client(host.socket)
-        assert self.client.daemon("RequestName", "su", [SYSTEMD, 4]).body == [1]
-
-    def reply(self, call: Message, signature: str = "", body: tuple[Any, ...] = ()) -> None:
-        answer = Message.new_method_return(call, signature, list(body))
-        answer.serial = next(self.client._serials)
-        self.client.socket.sendall(bytes(answer._marshall()))
-
-    def serve(self, script: Callable[["FakeSystemd", Message], None]) -> None:
-        """Serve until nobody calls any more."""
-        while (call := self.client.receive(200)) is not None:
-            if call.member == "StartTransientUnit":
-                script(self, call)
-            elif call.member == "GetJob":
-                answer = Message.new_error(call, f"{SYSTEMD}.NoSuchJob", "Job does not exist")
-                answer.serial = next(self.client._serials)
-                self.client.socket.sendall(bytes(answer._marshall()))
-            elif call.message_type is MessageType.METHOD_CALL:
-                self.reply(call)
+def as_systemd(host: World) -> Client:
+    """A connection that owns systemd's name."""
+    client = Client(host.socket)
+    assert client.daemon("RequestName", "su", [SYSTEMD, 4]).body == [1]
+    return client
 
 
 @contextmanager
@@ -48,7 +29,7 @@ def recording_systemd(host: World) -> Iterator[Callable[[], list[str]]]:
     file = host.folder / "units.jsonl"
     file.touch()
 
-    def start(systemd: FakeSystemd, call: Message) -> None:
+    def start(call: Message) -> None:
         name, _, pairs, _ = call.body
         properties = {key: value.value for key, value in pairs}
         with file.open("a") as log:
@@ -61,11 +42,21 @@ def recording_systemd(host: World) -> Iterator[Callable[[], list[str]]]:
         emulator = host.cgroups / scope.lstrip("/") / "emulator"
         emulator.mkdir(parents=True)
         (emulator / "cgroup.type").write_text("threaded\n")
-        systemd.reply(call, "o", ("/org/freedesktop/systemd1/job/7",))
 
-    systemd = FakeSystemd(host)
-    child = as_user(ROOT_USER, lambda: systemd.serve(start))
-    systemd.client.socket.close()
+    def serve() -> None:
+        """Serve until nobody calls any more; a job has always ended when it is asked about."""
+        while (call := client.receive(200)) is not None:
+            if call.member == "StartTransientUnit":
+                start(call)
+                client.answer(Message.new_method_return(call, "o", ["/org/freedesktop/systemd1/job/7"]))
+            elif call.member == "GetJob":
+                client.answer(Message.new_error(call, f"{SYSTEMD}.NoSuchJob", "Job does not exist"))
+            elif call.message_type is MessageType.METHOD_CALL:
+                client.answer(Message.new_method_return(call))
+
+    client = as_systemd(host)
+    child = as_user(ROOT_USER, serve)
+    client.socket.close()
     try:
         yield lambda: [json.loads(line) for line in file.read_text().splitlines()]
     finally:

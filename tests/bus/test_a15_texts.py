@@ -143,9 +143,7 @@ def test_a15_errors_of_polkit(member: User, evil: str) -> None:
             os.write(tell, b"x")
             while (call := polkit.receive(60)) is not None:
                 if call.member == "CheckAuthorization":
-                    answer = Message.new_error(call, "org.freedesktop.PolicyKit1.Error.Failed", evil)
-                    answer.serial = next(polkit._serials)
-                    polkit.socket.sendall(bytes(answer._marshall()))
+                    polkit.answer(Message.new_error(call, "org.freedesktop.PolicyKit1.Error.Failed", evil))
 
     with world() as host:
         assert using(host, member, lambda client: client.call("SetMemlock", *CALLS["SetMemlock"]).short) == "ok"

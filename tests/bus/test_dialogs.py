@@ -2,8 +2,6 @@
 
 from contextlib import ExitStack
 
-from dbus_next.constants import MessageFlag
-
 from bus.agent import Agent
 from bus.calls import CALLS, using
 from bus.client import INTERACTIVE, Client
@@ -15,12 +13,6 @@ def whole_start(client: Client) -> list[str]:
     """The four calls of a start."""
     names = ["SetMemlock", "PinThreads", "SetScheduler", "PinThreads"]
     return [client.call(name, *CALLS[name], flags=INTERACTIVE).short for name in names]
-
-
-def one(host: World, user: User, name: str, flags: MessageFlag = INTERACTIVE) -> str:
-    """One call."""
-    answer: str = using(host, user, lambda client: client.call(name, *CALLS[name], flags=flags).short)
-    return answer
 
 
 def test_one_prompt_per_start(strict_host: World, member: User) -> None:

@@ -7,12 +7,12 @@ import pytest
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 
-from bus.client import Client
+from bus.systemd1 import as_systemd
 from bus.world import ROOT_USER, World, as_user
 from qemu_launcher_helper.bus import DAEMON, SystemBus
 from qemu_launcher_helper.contract import BUS_NAME, CallFailed
 
-SYSTEMD, PATH, MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
+PATH, MANAGER = "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
 ARGUMENTS: tuple[str, list[Any]] = ("x.scope", [])
 Answer = str | tuple[str, list[Any]]
 
@@ -24,8 +24,7 @@ class FakeSystemd:
     """
 
     def __init__(self, host: World, first: Answer, then: list[Answer]) -> None:
-        self.client = Client(host.socket)
-        assert self.client.daemon("RequestName", "su", [SYSTEMD, 4]).body == [1]
+        self.client = as_systemd(host)
         # Before anybody calls: what comes while an answer is waited for is not kept.
         self.client.daemon("AddMatch", "s", ["type='signal',member='NameOwnerChanged'"])
         self.first, self.then = first, then
@@ -52,11 +51,9 @@ class FakeSystemd:
 
     def answer(self, call: Message, answer: Answer) -> None:
         if isinstance(answer, str):
-            reply = Message.new_error(call, answer, "no")
+            self.client.answer(Message.new_error(call, answer, "no"))
         else:
-            reply = Message.new_method_return(call, answer[0], answer[1])
-        reply.serial = next(self.client._serials)
-        self.client.socket.sendall(bytes(reply._marshall()))
+            self.client.answer(Message.new_method_return(call, *answer))
 
 
 def run(host: World, first: Answer, *then: Answer) -> tuple[str, list[str]]:

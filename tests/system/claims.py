@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Self
 from system import host
 from system.people import DESK, User, login_command
 
-INFINITY = 2**64 - 1
 _TESTS = Path(__file__).resolve().parent.parent
 
 

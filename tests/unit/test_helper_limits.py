@@ -20,8 +20,6 @@ from qemu_launcher_helper.__main__ import main
 from qemu_launcher_helper.contract import INFINITY, Failed
 from qemu_launcher_helper.limits import Limits, Settings, load
 
-USER = pwd.getpwuid(os.geteuid())
-
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="helper.toml must belong to root")
 
 
