@@ -81,7 +81,10 @@ def test_its_mounts_are_its_own_and_read_only(helper: int) -> None:
 def test_it_listens_nowhere_and_knows_one_network_namespace_of_its_own(helper: int) -> None:
     own = (host.PROC / f"{helper}/ns/net").readlink()
     assert own != (host.PROC / "1/ns/net").readlink()
-    assert "127.0.0.1" not in (host.PROC / f"{helper}/net/tcp").read_text()
+    for protocol in ("tcp", "tcp6", "udp", "udp6"):
+        header, *sockets = (host.PROC / f"{helper}/net/{protocol}").read_text().splitlines()
+        assert "local_address" in header
+        assert sockets == [], protocol
 
 
 def test_it_runs_isolated(helper: int) -> None:
