@@ -9,7 +9,7 @@ Refuses (TargetRefused) whatever is not plainly the caller's own child; reads no
 fifo and rr are always set with SCHED_RESET_ON_FORK: the user then can neither raise, pass on nor regain them
 (sched(7)).
 
-The executable is not looked at: an unprivileged user can make /proc/PID/exe anything (SECURITY S7).
+The executable is not looked at: an unprivileged user can make /proc/PID/exe anything (qemu-launcher-helper(8)).
 """
 
 import fnmatch
@@ -92,7 +92,7 @@ class Target(ExitStack):
         return times
 
     def verify(self, caller: Caller, vm: str, services: Collection[str] = (), comm: Iterable[str] = ("*",)) -> str:
-        """Check every fact of SECURITY S5; return the cgroup path of the unit that the process lives in.
+        """Check every fact of step 11 in helper(8); return the cgroup path of the unit that the process lives in.
 
         That is a session or user service of the caller's, one of the system `services`, or the scope of his VM `vm`,
         where an earlier call may have put it. `comm`: patterns of names, to catch the mistake of naming something that

@@ -1,4 +1,4 @@
-"""Password dialogs, with real polkitd and agents of the test's: attack A14, and one prompt per start (S16)."""
+"""Password dialogs, with real polkitd and agents of the test's: attack A14, and one prompt per start."""
 
 from contextlib import ExitStack
 

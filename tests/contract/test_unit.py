@@ -1,4 +1,4 @@
-"""The systemd unit says what the threat model asks (S18), and nothing that would break the helper."""
+"""The systemd unit says what the threat model asks, and nothing that would break the helper."""
 
 import re
 import shutil

@@ -123,7 +123,7 @@ def test_the_fuzzer_would_notice(tmp_path: Path) -> None:
     targets.arguments(found.read_bytes())
 
 
-# --- found, and not repaired yet --------------------------------------------------------------------------------------
+# --- found, and repaired ----------------------------------------------------------------------------------------------
 
 
 async def read(data: bytes) -> BaseException | None:
@@ -161,13 +161,13 @@ def test_signatures_are_not_kept() -> None:
 
 @pytest.mark.parametrize("odd", [wire.call("Ping", serial=0), wire.call("Ping", sender="")], ids=["serial", "sender"])
 def test_a_call_that_cannot_be_answered_hurts_itself_only(odd: bytes) -> None:
-    """No bus hands on such calls. bus.py says that odd ones hurt that message only; these end the connection."""
+    """No bus hands on such calls. If one did, the connection would go on until its end all the same."""
     assert isinstance(asyncio.run(read(odd)), EOFError)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="helper.toml must belong to root")
 def test_a_group_with_a_nul_is_refused_by_the_check_too(tmp_path: Path) -> None:
-    """Now --check approves of the file, and then every call fails, with no word about the file in the journal."""
+    """It named no group that there can be: looking for it failed at each call, and --check approved of the file."""
     path = tmp_path / "helper.toml"
     path.write_text('[[limits]]\ngroups = ["a\\u0000b"]\n')
     path.chmod(0o644)

@@ -1,7 +1,7 @@
 """Claims on the helper without launcher and QEMU: what any program of a user's could ask for, seconds cheaper.
 
 A `Claimant` is a process in a login of its user. Its children sleep under QEMU's name, so the helper tunes them as it
-would a QEMU; "it is really QEMU" is no boundary anyway (SECURITY.md, S7).
+would a QEMU; "it is really QEMU" is no boundary anyway (qemu-launcher-helper(8), THREAT MODEL).
 """
 
 from __future__ import annotations

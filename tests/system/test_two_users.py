@@ -1,6 +1,6 @@
 """Two users share a host: disjoint CPUs side by side, in the orders in which cgroups are tricky, and a conflict.
 
-The order of DESIGN.md, section 4: alice's vm1 ends while her vm3 runs; her slice would keep vm1's CPUs, and carol's
+One of them: alice's vm1 ends while her vm3 runs; her slice would keep vm1's CPUs, and carol's
 claim on them be refused by the kernel, if nobody shrank it first.
 """
 

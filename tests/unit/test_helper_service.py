@@ -1,4 +1,4 @@
-"""Identity (S1) and order of the procedure, with a bus that says strange things; the real bus is in tests/bus."""
+"""Identity and order of the procedure, with a bus that says strange things; the real bus is in tests/bus."""
 
 import asyncio
 from pathlib import Path

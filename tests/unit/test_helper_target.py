@@ -1,4 +1,7 @@
-"""Every fact of SECURITY S5 by itself: a real process and a real pidfd, with /proc's words changed one at a time."""
+"""Every fact about a target (qemu-launcher-helper(8), THREAT MODEL, 11) by itself.
+
+A real process and a real pidfd, with /proc's words changed one at a time.
+"""
 
 import os
 import shutil
