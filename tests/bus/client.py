@@ -19,9 +19,10 @@ NO_REPLY = MessageFlag.NO_REPLY_EXPECTED
 
 
 class Reply:
-    """What came back: an error's name, or None; and the body."""
+    """What came back, and to which call: an error's name, or None; and the body."""
 
     def __init__(self, message: Message) -> None:
+        self.serial: int = message.reply_serial
         self.error: str | None = message.error_name
         self.body: list[Any] = message.body
         self.signature: str = message.signature

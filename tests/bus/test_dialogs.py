@@ -1,10 +1,11 @@
 """Password dialogs, with real polkitd and agents of the test's: attack A14, and one prompt per start."""
 
+import time
 from contextlib import ExitStack
 
 from bus.agent import Agent
 from bus.calls import CALLS, using
-from bus.client import INTERACTIVE, Client
+from bus.client import INTERACTIVE, Client, Reply
 from bus.vitals import unhurt
 from bus.world import User, World, wait_until
 
@@ -106,20 +107,35 @@ def test_a14_an_agent_that_never_answers(strict_host: World, member: User, other
 
 
 def test_waiting_for_a_person_takes_none_of_the_users_slots(strict_host: World, member: User) -> None:
-    """One dialog and eight calls that wait for it; the tenth is refused, and calls that need no person are not."""
+    """One dialog and eight calls that wait for it; the tenth is refused, and calls that need no person are not.
 
-    def calls(client: Client) -> tuple[int, str]:
-        waiting = 0
-        while True:
-            client.send("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
-            refusal = client.reply(0.3)
-            if refusal is None:
-                waiting += 1
-            elif "wait for a password" in refusal.body[0]:
-                return waiting, client.call("Release", "us", [member.uid, "win11"]).short
+    That a call waits is seen from those behind it: they have been refused, and it has not.
+    """
+
+    def calls(client: Client) -> tuple[int, list[bool], str]:
+        def send() -> int:
+            return client.send("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
+
+        def refusal() -> Reply:
+            reply = client.reply()
+            assert reply is not None, "all of them wait"
+            return reply
+
+        waiting = {send() for _ in range(10)}
+        patience = iter(range(600))
+        while (reply := refusal()).body != ["Too many calls wait for a password already"]:
+            assert reply.short == "LimitExceeded"
+            next(patience)
+            waiting.remove(reply.serial)  # one too many at a time: they were sent faster than they came to wait
+            time.sleep(0.05)
+            waiting.add(send())
+        waiting.remove(reply.serial)
+        later = [send() == refusal().serial for _ in range(10)]
+        return len(waiting), later, client.call("Release", "us", [member.uid, "win11"]).short
 
     with Agent(strict_host, member, answers=False) as agent:
-        assert using(strict_host, member, calls) == (9, "ok")
+        assert using(strict_host, member, calls) == (9, [True] * 10, "ok")
+        wait_until(lambda: agent.seen("BeginAuthentication"), "the one dialog")
         assert len(agent.seen("BeginAuthentication")) == 1
 
 
@@ -148,9 +164,7 @@ def test_a_caller_who_leaves_takes_his_dialog_along(strict_host: World, member: 
             client.call("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
 
     with Agent(strict_host, member, answers=False) as agent:
-        caller = strict_host.run_as(
-            member, lambda: Client(strict_host.socket).call("SetMemlock", *CALLS["SetMemlock"], flags=INTERACTIVE)
-        )
+        caller = strict_host.run_as(member, hang)
         wait_until(lambda: agent.seen("BeginAuthentication"), "the dialog")
         assert agent.seen("CancelAuthentication") == []
         caller.kill()
