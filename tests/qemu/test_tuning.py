@@ -157,6 +157,14 @@ def test_bus_policy_that_lets_nobody_in(home: Home) -> None:
         assert bus.calls() == []
 
 
+def telling(home: Home, bus: PrivateBus) -> tuple[str, Path]:
+    """A binary that is QEMU, and a file that is there once it has been executed: what had been asked of the helper."""
+    executed, wrapper = home.configuration / "executed", home.configuration / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\ncat {bus.place}/calls.log >{executed}\nexec qemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    return str(wrapper), executed
+
+
 # A21: a helper that lies
 
 
@@ -213,11 +221,8 @@ def test_a21_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
 
 def test_a21_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
     """Found out while the child still waits at its gate: QEMU is never executed."""
-    executed = home.configuration / "executed"
-    wrapper = home.configuration / "wrapper"
-    wrapper.write_text(f'#!/bin/sh\ntouch {executed}\nexec qemu-system-x86_64 "$@"\n')
-    wrapper.chmod(0o755)
-    home.define(binary=str(wrapper), rlimit_memlock="1G")
+    binary, executed = telling(home, bus)
+    home.define(binary=binary, rlimit_memlock="1G")
     run = home.start(env=bus.environment)
     run.wait_line("reported success, but")
     (call,) = bus.calls()
@@ -240,11 +245,13 @@ def test_memlock_is_asked_for_before_qemu_exists(home: Home, bus: PrivateBus) ->
     """The fake grants what the process has already: all it can do here. The PID it was told is QEMU's."""
     hard = memlock_hard()
     bus.plan(SetMemlock={"return": hard})
-    home.define(qemu=({"m": "4"},), rlimit_memlock=True)
+    binary, executed = telling(home, bus)
+    home.define(binary=binary, qemu=({"m": "4"},), rlimit_memlock=True)
     run = home.start(env=bus.environment)
     assert "lockable" in run.wait_running()
     (call,) = bus.calls()
     assert call["body"] == [run.qemu_pid, "vm-under-test", 2**64 - 1]
+    assert json.loads(executed.read_text()) == call
 
 
 def test_less_than_asked_is_refused_with_both_numbers(home: Home, bus: PrivateBus) -> None:

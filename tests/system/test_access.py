@@ -6,7 +6,7 @@ import pytest
 
 from system import host
 from system.people import Login, User, let_into_group, put_out_of_group
-from system.vms import Launch, define, refused
+from system.vms import Launch, define, firmware_path, refused
 
 # Whom the bus lets through is the bus's to say: on all of them.
 pytestmark = pytest.mark.hosts(
@@ -61,6 +61,7 @@ def test_a_member_whom_the_administrators_rule_stops(
     assert status == 1
     assert "polkit does not allow org.qemulauncher.pin-threads to alice" in words
     assert "qemu-launcher run --untuned vm" in words
+    assert firmware_path(alice, "vm").exists(), "QEMU makes it; it was there, paused"
 
 
 def test_memory_lock_is_refused_before_there_is_a_qemu(alice: User, polkit_rule: Callable[[str], None]) -> None:
@@ -69,3 +70,4 @@ def test_memory_lock_is_refused_before_there_is_a_qemu(alice: User, polkit_rule:
     status, words = refused(alice, "vm")
     assert status == 1
     assert "polkit does not allow org.qemulauncher.set-memlock to alice" in words
+    assert not firmware_path(alice, "vm").exists(), "QEMU would have made it"

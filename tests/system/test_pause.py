@@ -15,7 +15,7 @@ from system.claims import copied
 from system.fixtures import stop_helper
 from system.people import User
 from system.stepping import Stepping
-from system.vms import Launch, define, refused, running
+from system.vms import Launch, define, firmware_path, refused, running
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 
@@ -131,6 +131,7 @@ def test_a21_a_helper_that_lies_about_the_memory_lock_starts_no_qemu(alice: User
         status, words = refused(alice, "deceived")
     assert status == 1
     assert re.search(r"qemu-launcher-helper reported success, but QEMU \(PID \d+\) may lock 8 MiB", words), words
+    assert not firmware_path(alice, "deceived").exists(), "QEMU would have made it"
 
 
 def test_a21_the_liar_is_refused_the_name_when_it_is_not_root(alice: User, bob: User) -> None:
