@@ -129,9 +129,9 @@ TESTS := tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/pac
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 $(TESTS)
 
-# `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1.
-# tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
-test-all: setup deb ## the same, with each system test on every host that it is meant for, without systemd and with dbus-broker among them; takes an hour more
+# `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1 and without
+# systemd. tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
+test-all: setup deb ## the same, with each system test on every host that it is meant for, with dbus-broker among them; takes a third longer
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
 # `make test` tries, with partitions, all deaths of the helper, and of each other kind some points, the same ones each time;

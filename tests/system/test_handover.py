@@ -10,7 +10,7 @@ from system import host
 from system.claims import Child, Claimant
 
 WHY = "who gives CPUs back depends on the mechanism, and on who else is there"
-pytestmark = pytest.mark.hosts("trixie", "bookworm", "legacy", more=("openrc", "openrc-v1"), why=WHY)
+pytestmark = pytest.mark.hosts("trixie", "bookworm", "legacy", "openrc", more=("openrc-v1",), why=WHY)
 
 SCRIPT = "/usr/libexec/qemu-launcher-handover"
 

@@ -20,7 +20,7 @@ from system.fixtures import stop_helper
 from system.people import Login, User, plain_command
 from system.vms import Launch, define, refused
 
-pytestmark = pytest.mark.hosts(more=("openrc", "openrc-v1"), why="it is about hosts without systemd")
+pytestmark = pytest.mark.hosts("openrc", more=("openrc-v1",), why="it is about hosts without systemd")
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 SYSLOG = Path("/dev/log")
