@@ -22,7 +22,7 @@ from lab import hosts
 
 REQUEST_VARIABLE = "QEMU_LAUNCHER_LAB_REQUEST"
 REPORT_FD = 3
-# For a test that ends the host itself, or watches it from outside: see the fixture `installed_lab` in lab/outside.py.
+# For a test that ends the host itself, or watches it from outside: see the fixture `own_lab` in lab/outside.py.
 OUTSIDE_MARKER = "outside"
 OUTSIDE_MARKER_HELP = f"{OUTSIDE_MARKER}: a system test that is not run inside the lab but has one to itself"
 

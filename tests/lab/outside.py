@@ -276,17 +276,22 @@ def free_slot(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def installed_lab(free_slot: None, lab_host: str) -> Iterator[Vm]:
-    """A lab of its own, with the package installed, for a test that watches the host from outside."""
+def own_lab(free_slot: None, lab_host: str) -> Iterator[Vm]:
+    """A lab of its own, with nothing of ours, for a test that watches the host from outside."""
     host = hosts.HOSTS[lab_host]
     try:
         check_tools()
-        deb = package()
         with boot(host.recipe, host.machine) as vm:
-            vm.install(deb)
             yield vm
     except MissingTool as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def installed_lab(own_lab: Vm) -> Vm:
+    """The same, with the package installed."""
+    own_lab.install(package())
+    return own_lab
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:

@@ -4,7 +4,8 @@ A test in this folder is ordinary pytest, written as if the lab were the machine
 from a checkout (`pytest tests/system`), the selected tests run in a freshly booted lab and their results come back,
 see tests/lab/outside.py. Their modules are imported out here too, for collection: nothing may happen at import.
 
-A test marked `outside` is not passed in: its fixture `installed_lab` gives it a lab of its own, for what ends the host.
+A test marked `outside` is not passed in: its fixture `installed_lab`, or `own_lab` without the package, gives it a
+lab of its own, for what ends the host.
 
 Each test runs once on every host that it is meant for (tests/lab/hosts.py): on Debian 13 if it says nothing, and with
 `make test-all` on Debian 12 too.
