@@ -125,7 +125,7 @@ def isolated() -> frozenset[int]:
         return online() - frozenset[int]().union(
             *map(parse, legacy.shared() or [Path("/sys/devices/system/cpu/online").read_text()])
         )
-    outside = [*groups(), *VMS.glob("**/qemu-launcher-*.scope/pool")]
+    outside = [*groups(), *(path for path in _tree() if path.match("qemu-launcher-*.scope/pool"))]
     return online() - frozenset[int]().union(*map(effective, outside))
 
 
