@@ -4,6 +4,7 @@ A real process and a real pidfd, with /proc's words changed one at a time.
 """
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -268,3 +269,36 @@ def test_facts_cannot_be_swapped_under_an_open_target(facts: Facts, tmp_path: Pa
         shutil.rmtree(tmp_path / str(facts.pid))
         with pytest.raises(TargetRefused, match="is gone"):
             opened.verify(CALLER, VM)
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "keep", "new", "kept_after"),
+    [
+        ((200_000, 200_000), (-1, -1), {1, 2}, (2,), {2}),  # lifted: what was granted earlier may be rtkit's by now
+        ((200_000, -1), (-1, -1), {1, 2}, (2,), {1, 2}),  # it looks at the hard limit
+        ((-1, -1), (-1, -1), {1, 2}, (2,), {1, 2}),  # lifted already: it has given none
+        ((-1, -1), (200_000, 200_000), set(), (), set()),  # put back
+        ((200_000, 200_000), (-1, -1), set(), (), set()),  # put back, where the process has lowered it meanwhile
+    ],
+)
+def test_nobody_gets_real_time_while_its_limit_changes(
+    facts: Facts,
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[int, int],
+    limit: tuple[int, int],
+    keep: set[int],
+    new: tuple[int, ...],
+    kept_after: set[int],
+) -> None:
+    """Before: a lower limit kills who has it. After: rtkit may have given it until then, and does not any more."""
+    done: list[object] = []
+
+    def rlimit(_: Target, which: int, wanted: tuple[int, int]) -> tuple[int, int]:
+        done.append((which, wanted))
+        return before
+
+    monkeypatch.setattr(Target, "take_realtime", lambda _, kept: done.append(set(kept)))
+    monkeypatch.setattr(Target, "rlimit", rlimit)
+    with Target(facts.pid) as opened:
+        opened.set_rttime(limit, keep, new)
+    assert done == [keep, (resource.RLIMIT_RTTIME, limit), kept_after]
