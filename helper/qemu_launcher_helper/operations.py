@@ -96,7 +96,7 @@ class Operation(NamedTuple):
             async with self._granting(target, granted._replace(rttime_before=before)):
                 if before:
                     # Desktop sessions hand down a hard limit of 200 ms; under it a busy FIFO vCPU is killed in 0.3 s.
-                    target.set_rttime((RLIM_INFINITY, RLIM_INFINITY) if realtime else before, realtime, tids)
+                    target.set_rttime((RLIM_INFINITY, RLIM_INFINITY) if realtime else before, realtime)
                 target.set_policy(start_times, policy, priority)
                 if (MECHANISM.shielded_threads(record.scope) or {}) != shielded:
                     raise TargetRefused(f"VM {vm} lost its shield meanwhile")

@@ -144,15 +144,14 @@ class Target(ExitStack):
                 if os.sched_getscheduler(tid) | os.SCHED_RESET_ON_FORK in REALTIME.values():
                     self.set_policy(self.verify_threads([tid]), "other", 0)
 
-    def set_rttime(self, limit: tuple[int, int], keep: Collection[int] = (), new: Collection[int] = ()) -> None:
+    def set_rttime(self, limit: tuple[int, int], keep: Collection[int] = ()) -> None:
         """Set RLIMIT_RTTIME, and let no thread have real time but those in `keep`.
 
-        Under a limit that was there, rtkit may have given some at any time, to any thread: then none is known to be
-        ours but those in `new`, which are about to be set. Where there is no limit, it gives none.
+        Nor these if there was a limit: under one, rtkit may have given them theirs. Where there is none, it gives none.
         """
         self.take_realtime(keep)  # before: a lower limit would kill them
         held = self.rlimit(resource.RLIMIT_RTTIME, limit)
-        self.take_realtime(keep if held[1] == resource.RLIM_INFINITY else {*keep} & {*new})
+        self.take_realtime(keep if held[1] == resource.RLIM_INFINITY else ())
 
     def rlimit(self, which: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return one limit of the target as it was, (soft, hard), -1 for infinity, and set it to `limit` if given.
@@ -165,7 +164,7 @@ class Target(ExitStack):
             if not self.is_alive():
                 resource.prlimit(self.pid, which, before)
                 raise TargetRefused(f"Process {self.pid} is gone")
-        return before
+        return min(before, key=lambda limit: limit % 2**64), before[1]  # the kernel itself leaves soft ones above hard
 
 
 def _set(tid: int, policy: int, param: os.sched_param) -> None:

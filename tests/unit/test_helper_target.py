@@ -8,11 +8,12 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from qemu_launcher_helper import target
+from qemu_launcher_helper import privileges, target
 from qemu_launcher_helper.contract import Caller, TargetRefused
 from qemu_launcher_helper.target import Target
 from unit.proc_facts import Facts
@@ -272,13 +273,13 @@ def test_facts_cannot_be_swapped_under_an_open_target(facts: Facts, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("before", "limit", "keep", "new", "kept_after"),
+    ("before", "limit", "keep", "kept_after"),
     [
-        ((200_000, 200_000), (-1, -1), {1, 2}, (2,), {2}),  # lifted: what was granted earlier may be rtkit's by now
-        ((200_000, -1), (-1, -1), {1, 2}, (2,), {1, 2}),  # it looks at the hard limit
-        ((-1, -1), (-1, -1), {1, 2}, (2,), {1, 2}),  # lifted already: it has given none
-        ((-1, -1), (200_000, 200_000), set(), (), set()),  # put back
-        ((200_000, 200_000), (-1, -1), set(), (), set()),  # put back, where the process has lowered it meanwhile
+        ((200_000, 200_000), (-1, -1), {1, 2}, set()),  # lifted: what was granted earlier may be rtkit's by now
+        ((200_000, -1), (-1, -1), {1, 2}, {1, 2}),  # it looks at the hard limit
+        ((-1, -1), (-1, -1), {1, 2}, {1, 2}),  # lifted already: it has given none
+        ((-1, -1), (200_000, 200_000), set(), set()),  # put back
+        ((200_000, 200_000), (-1, -1), set(), set()),  # put back, where the process has lowered it meanwhile
     ],
 )
 def test_nobody_gets_real_time_while_its_limit_changes(
@@ -287,7 +288,6 @@ def test_nobody_gets_real_time_while_its_limit_changes(
     before: tuple[int, int],
     limit: tuple[int, int],
     keep: set[int],
-    new: tuple[int, ...],
     kept_after: set[int],
 ) -> None:
     """Before: a lower limit kills who has it. After: rtkit may have given it until then, and does not any more."""
@@ -300,5 +300,24 @@ def test_nobody_gets_real_time_while_its_limit_changes(
     monkeypatch.setattr(Target, "take_realtime", lambda _, kept: done.append(set(kept)))
     monkeypatch.setattr(Target, "rlimit", rlimit)
     with Target(facts.pid) as opened:
-        opened.set_rttime(limit, keep, new)
+        opened.set_rttime(limit, keep)
     assert done == [keep, (resource.RLIMIT_RTTIME, limit), kept_after]
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ((1_000_000, 200_000), (200_000, 200_000)),  # as after SIGXCPU, which each time raises the soft one by a second
+        ((-1, 200_000), (200_000, 200_000)),
+        ((50_000, 200_000), (50_000, 200_000)),
+        ((50_000, -1), (50_000, -1)),
+        ((-1, -1), (-1, -1)),
+    ],
+)
+def test_a_limit_is_told_so_that_it_can_be_put_back(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], told: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(privileges, "raised", lambda _: nullcontext())
+    monkeypatch.setattr(resource, "prlimit", lambda *_: found)
+    with Target(facts.pid) as opened:
+        assert opened.rlimit(resource.RLIMIT_RTTIME) == told

@@ -137,10 +137,11 @@ class V1(Pool):
         for place, tids in places.items():
             for tid in tids:
                 self._take(tid, processes, known, place)
+        end = time.monotonic() + SWEEP_SECONDS
         for place in {*self._places(scope)} - {home}:
-            _move(place, home, keep=places.get(place, ()))
+            _move(place, home, end, places.get(place, ()))
             if place not in places:
-                self._remove(place)
+                self._remove(place, end)
         self._gather(scope, known, home, frozenset().union(*places.values()))
         for place, tids in places.items():
             if tids - _tasks(place) or read(place / "cpuset.effective_cpus") != parse_cpulist(place.name):
