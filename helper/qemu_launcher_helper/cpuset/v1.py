@@ -245,7 +245,7 @@ class V1(Pool):
                 (path / f"cpuset.{name}").write_text(value or "")
         return path
 
-    def _remove(self, place: Path, end: float = math.inf) -> None:
+    def _remove(self, place: Path, end: float) -> None:
         _move(place, self._pool, end)
         for path in (*place.glob("*/"), place):
             path.rmdir()
