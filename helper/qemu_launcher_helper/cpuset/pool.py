@@ -94,7 +94,7 @@ class Pool(Partition):
 
         A killed helper has written some of it, or none: `memory` says of each text which of both it is.
         """
-        known, memory, bare = self._remembered(), dict[str, list[str]](), ""
+        known, memory, bare = remembered(self._memory), dict[str, list[str]](), ""
         online, wanted = parse_cpulist(text(self.root / "cpuset.cpus.effective") or ""), dict[Path, str]()
         if claim & (theirs := frozenset[int]().union(*alone.values())):
             bare = f"CPUs {cpulist(claim & theirs)} are those of a partition that others have made"
@@ -111,11 +111,11 @@ class Pool(Partition):
             if shielded or now != before:
                 wanted[path] = cpulist(left) or before
                 memory[name] = [before, now, wanted[path]]
-            # Such a group gets its parent's. That of another VM's are none is no reason to refuse this one's.
+            # A group left without CPUs has its parent's. Where others' shields alone do that, this claim may be had.
             if shielded and not left & online and (listed & claim or not listed & online):
                 bare = f"CPUs {before or cpulist(online)} are all that AllowedCPUs= leaves to {name!a}"
         if shielded or (alone and memory):  # all comes back when there is no such partition any more
-            self._remember(memory)
+            remember(self._memory, memory)
         return wanted, bare
 
     def apply(self, scope: str, pins: Sequence[Pin], reserved: frozenset[int], others: frozenset[int]) -> None:
@@ -127,22 +127,6 @@ class Pool(Partition):
         (self._dir(scope) / "cgroup.subtree_control").write_text("+cpuset")
         write(outside / "cpuset.cpus", read(self._dir(scope) / "cpuset.cpus") - reserved)
         super().apply(scope, pins, reserved, others)
-
-    def _remembered(self) -> dict[str, list[str]] | None:
-        """Return what was remembered, by group; None when that cannot be read any more."""
-        try:
-            memory = json.loads(self._memory.read_text()) if self._memory.exists() else {}
-            return {name: [*map(str, texts)] for name, texts in memory.items() if texts}
-        except (AttributeError, TypeError, ValueError) as err:
-            logging.warning("what groups had before is lost, they get all CPUs: %a", str(err))
-            return None
-
-    def _remember(self, memory: Mapping[str, list[str]]) -> None:
-        """Put it on disk, whole or not at all, before what it is about is changed."""
-        self._memory.parent.mkdir(mode=0o755, exist_ok=True)
-        temporary = self._memory.with_name("pool.new")
-        temporary.write_text(json.dumps(memory))
-        temporary.replace(self._memory)
 
     def _outside(self, scope: str) -> Path:
         return self._dir(scope) / "pool"
@@ -168,6 +152,24 @@ class Pool(Partition):
     def _open(self, base: Path) -> None:
         if (base / "vcpus").exists():
             write(base / "vcpus/cpuset.cpus", self.everything)
+
+
+def remembered(memory: Path) -> dict[str, list[str]] | None:
+    """Return what groups had before, by their names; None when that cannot be read any more."""
+    try:
+        groups = json.loads(memory.read_text()) if memory.exists() else {}
+        return {name: [*map(str, texts)] for name, texts in groups.items() if texts}
+    except (AttributeError, TypeError, ValueError) as err:
+        logging.warning("what groups had before is lost, they get all CPUs: %a", str(err))
+        return None
+
+
+def remember(memory: Path, groups: Mapping[str, list[str]]) -> None:
+    """Put it on disk, whole or not at all, before what it is about is changed."""
+    memory.parent.mkdir(mode=0o755, exist_ok=True)
+    temporary = memory.with_name("pool.new")
+    temporary.write_text(json.dumps(groups))
+    temporary.replace(memory)
 
 
 def change(path: Path, cpus: str) -> bool:

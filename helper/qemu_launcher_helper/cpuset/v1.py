@@ -34,22 +34,19 @@ from ..contract import Conflict, Failed, Pin, TargetRefused
 from ..target import PROC, Target
 from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read, text
-from .pool import MEMORY, Pool, change
+from .pool import MEMORY, change, remember, remembered
 
 ONLINE, MOUNTS = Path("/sys/devices/system/cpu/online"), Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
 # Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
 MOST_CPUSETS = 2000
-# How long to wait, again and again, for tasks that are ending, until the next `settle`.
-_LOOKS = list[float]()
 
 
-class V1(Pool):
+class V1(Partition):
     """The mechanism. Undone by `settle` alone."""
 
     name = "cpuset-v1"
     reason = "The host has the legacy cgroup hierarchy: most threads of the kernel's own are not kept away"
-    slices, home = Partition.slices, Partition.home
     # What there is in the hierarchy where scopes are.
     units = "system.slice"
 
@@ -59,9 +56,12 @@ class V1(Pool):
         units = [Path(at) for at, kind, options in found if kind == "cgroup2" or "name=systemd" in options.split(",")]
         cpusets = [Path(at) for at, kind, options in found if kind == "cgroup" and "cpuset" in options.split(",")]
         units = [path for path in units if (path / self.units).exists()]
-        super().__init__([*units[::-1], CGROUP][0], memory, online)
-        self._online, self._tree = online, [*cpusets, CGROUP / "cpuset"][0]
+        super().__init__([*units[::-1], CGROUP][0])
+        self._memory, self._online, self.everything = memory, online, read(online)
+        self._tree = [*cpusets, CGROUP / "cpuset"][0]
         self._prefix, self._pool = self._tree / PREFIX, self._tree / PREFIX / "pool"
+        # How long to wait, again and again, for tasks that are ending, until the next `settle`.
+        self._looks = list[float]()
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
@@ -88,7 +88,7 @@ class V1(Pool):
         self._ours = self.everything.difference(*map(_cpus, alone))
         if not (shielded or self._prefix.exists() or self._memory.exists()):
             return
-        _LOOKS[:], end = [0.01] * STUCK_LOOKS, time.monotonic() + SWEEP_SECONDS
+        self._looks, end = [0.01] * STUCK_LOOKS, time.monotonic() + SWEEP_SECONDS
         self._new(self._new(self._prefix) / "pool")
         owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
         for place in self._prefix.glob("[0-9]*/"):
@@ -102,12 +102,12 @@ class V1(Pool):
             if not shielded:
                 # Before Linux 6.2 a cpuset with other CPUs gives its tasks all of them, whatever taskset(1) had chosen.
                 with suppress(Failed):
-                    _move(self._pool, self._tree)
+                    self._move(self._pool, self._tree)
             self._leave(self._others(alone), wanted, shielded, next(iter(live.values()), shielded))
         finally:
             home = self._pool if shielded else self._tree
-            _move(self._tree if shielded else self._pool, home)
-            _move(self._prefix, home)  # where the kernel puts threads whose only CPU went offline
+            self._move(self._tree if shielded else self._pool, home)
+            self._move(self._prefix, home)  # where the kernel puts threads whose only CPU went offline
         if not shielded:
             with suppress(OSError):  # there are unshielded pins, or such as are ending
                 self._pool.rmdir()
@@ -139,7 +139,7 @@ class V1(Pool):
                 self._take(tid, processes, known, place)
         end = time.monotonic() + SWEEP_SECONDS
         for place in {*self._places(scope)} - {home}:
-            _move(place, home, end, places.get(place, ()))
+            self._move(place, home, end, places.get(place, ()))
             if place not in places:
                 self._remove(place, end)
         self._gather(scope, known, home, frozenset().union(*places.values()))
@@ -197,13 +197,13 @@ class V1(Pool):
         Raises Conflict when the `claim` leaves one nothing, or one keeps what it has, or there are too many; all others
         are as they should be.
         """
-        known, memory, bare = self._remembered(), dict[str, list[str]](), ""
+        known, memory, bare = remembered(self._memory), dict[str, list[str]](), ""
         # What has not been offline since they were written: a CPU that returns does so to no list.
         stayed = self.everything - (self._ours - _cpus(self._prefix))
         crowd = f"are not to be had with more than {MOST_CPUSETS} cpusets" if len(others) > MOST_CPUSETS else ""
         # What was remembered is put back, however many there are by now.
-        remembered = [self._tree / name for name in known or ()]
-        for path in dict.fromkeys([*others[:MOST_CPUSETS], *remembered]) if shielded or known != {} else ():
+        back = [self._tree / name for name in known or ()]
+        for path in dict.fromkeys([*others[:MOST_CPUSETS], *back]) if shielded or known != {} else ():
             name, now = str(path.relative_to(self._tree)), _cpus(path)
             if not now:  # it is still being made, or has ended
                 continue
@@ -217,7 +217,7 @@ class V1(Pool):
                 wanted[path] = left or now
                 memory[name] = [before, *map(cpulist, (now, now | left, left))]
         if shielded or memory:
-            self._remember(memory)
+            remember(self._memory, memory)
         # Grow from the top down, then shrink from the leaves up: no cpuset may have less than those below it.
         for path in sorted(wanted, key=lambda path: len(path.parts)):
             change(path / "cpuset.cpus", cpulist(_cpus(path) | wanted[path]))
@@ -246,9 +246,25 @@ class V1(Pool):
         return path
 
     def _remove(self, place: Path, end: float) -> None:
-        _move(place, self._pool, end)
+        self._move(place, self._pool, end)
         for path in (*place.glob("*/"), place):
             path.rmdir()
+
+    def _move(self, source: Path, target: Path, end: float = math.inf, keep: Iterable[str] = ()) -> None:
+        """Move all tasks but `keep`, those born meanwhile included; Failed when there are still new ones after `end`.
+
+        Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That
+        is waited for, but not for ever.
+        """
+        tried, moved, late, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
+        while tids := _tasks(source) - tried:
+            for tid in tids:
+                _still_in_time(late)  # those of the first round are no more than there are
+                if _put(tid, target, all_here):
+                    moved.add(tid)
+            tried, late = tried | tids, min(late, end, time.monotonic() + SWEEP_SECONDS)
+        while self._looks and not moved.isdisjoint(_tasks(source)):
+            time.sleep(self._looks.pop())
 
     def _take(self, tid: str, processes: Iterable[int], known: Collection[Path], place: Path) -> bool:
         """Move a thread of these processes; tell whether that worked. It does not with what is none of theirs any more.
@@ -285,23 +301,6 @@ class V1(Pool):
 def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
     """Return where whole hierarchies are, each with "cgroup" or "cgroup2" and its options: proc_pid_mountinfo(5)."""
     return re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
-
-
-def _move(source: Path, target: Path, end: float = math.inf, keep: Iterable[str] = ()) -> None:
-    """Move all tasks but `keep`, those born meanwhile included; Failed when there are still new ones after `end`.
-
-    Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That is
-    waited for, but not for ever.
-    """
-    tried, moved, late, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
-    while tids := _tasks(source) - tried:
-        for tid in tids:
-            _still_in_time(late)  # those of the first round are no more than there are
-            if _put(tid, target, all_here):
-                moved.add(tid)
-        tried, late = tried | tids, min(late, end, time.monotonic() + SWEEP_SECONDS)
-    while _LOOKS and not moved.isdisjoint(_tasks(source)):
-        time.sleep(_LOOKS.pop())
 
 
 def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:
