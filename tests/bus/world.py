@@ -304,6 +304,7 @@ class World:
             (self.folder / name).mkdir()
         self._write("strace.log", "")
         self._write("exits", "")
+        self._write("osrelease", "6.12.0\n")  # what is kept from acting, and what is not, is the same on every host
         shutil.copy(ROOT / "polkit/org.qemulauncher.policy", self.folder / "actions")
         if self._member_rule:
             shutil.copy(ROOT / "polkit/50-qemu-launcher.rules", self.folder / "rules")
@@ -330,6 +331,7 @@ class World:
         }
         if self._real:  # not otherwise: polkitd looks there too, for sessions
             over["/sys/fs/cgroup"] = "cgroups"
+            over["/proc/sys/kernel/osrelease"] = "osrelease"
         binds = "".join(f"mount --bind {self.folder}/{name} {place}\n" for place, name in over.items())
         folders = "/run/systemd/users /run/systemd/sessions /run/qemu-launcher"
         return f"mkdir -p {folders}\n{binds}echo ready\nexec sleep infinity\n"

@@ -4,7 +4,7 @@ Nothing here asks the launcher, the helper or systemd: a claim about the host is
 sets of numbers, sizes are bytes. A thread or process that ends while it is read is left out, never an error.
 
 What a shield is differs with the kernel, see mechanism(). With partitions the kernel itself has a word for it. Without
-them (Linux before 6.7) it is what all other groups of the host may not use: the tree is read for that.
+them (Linux before 6.11) it is what all other groups of the host may not use: the tree is read for that.
 """
 
 from __future__ import annotations
@@ -82,13 +82,14 @@ def has_systemd() -> bool:
 
 
 def mechanism() -> str:
-    """The one that this kernel allows: partition, since Linux 6.7 (cgroup-v2.rst, cpuset.cpus.isolated), or pool.
+    """The one that this kernel allows: partition, since Linux 6.11 (cgroup-v2.rst, Cpuset), or pool.
 
     And cpuset-v1, where it was told to use the legacy hierarchy.
     """
     if legacy.is_legacy():
         return "cpuset-v1"
-    return "partition" if (CGROUP / "cpuset.cpus.isolated").exists() else "pool"
+    linux = [int(number) for number in (PROC / "sys/kernel/osrelease").read_text().split(".")[:2]]
+    return "partition" if linux >= [6, 11] else "pool"
 
 
 def effective(group: Path) -> frozenset[int]:

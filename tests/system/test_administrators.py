@@ -21,7 +21,7 @@ from system.vms import Launch, define
 # What the helper says of the mechanism.
 WHY = {
     "partition": "The kernel has remote cpuset partitions",
-    "pool": "The kernel is older than 6.7: its own threads are not kept away",
+    "pool": "The kernel is older than 6.11: its own threads are not kept away",
 }
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "64M"}
 

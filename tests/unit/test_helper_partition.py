@@ -175,3 +175,24 @@ def test_a_number_that_becomes_anothers_keeps_no_policy_of_ours(monkeypatch: pyt
         with pytest.raises(TargetRefused, match="is gone"):
             target.set_policy({os.getpid(): 1}, "rr", 2)
     assert given == [(os.SCHED_RR | os.SCHED_RESET_ON_FORK, 2), (os.SCHED_OTHER, 0)]
+
+
+@pytest.mark.parametrize(
+    ("release", "usable"),
+    [
+        ("6.1.0-41-amd64", False),
+        ("6.8.0-45-generic", False),  # Ubuntu 24.04: exclusive CPUs are a part of cpuset.cpus
+        ("6.10.11+bpo-amd64", False),
+        ("6.11.0-rc1", True),
+        ("6.12.57+deb13-amd64", True),
+        ("7.0.3-arch1-1", True),
+        ("10.2.0", True),
+    ],
+)
+def test_kernels_that_have_the_files_and_not_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, usable: bool
+) -> None:
+    (tmp_path / "osrelease").write_text(f"{release}\n")
+    monkeypatch.setattr(partition, "OSRELEASE", tmp_path / "osrelease")
+    (tmp_path / "cpuset.cpus.isolated").write_text("\n")
+    assert (Partition(tmp_path).lacks() == "") is usable

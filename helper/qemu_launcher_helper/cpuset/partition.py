@@ -1,4 +1,4 @@
-"""Shielding with remote cpuset partitions: cgroup v2, Linux 6.7 and newer (cgroup-v2.rst, "Cpuset").
+"""Shielding with remote cpuset partitions: cgroup v2, Linux 6.11 and newer (cgroup-v2.rst, "Cpuset").
 
     user.slice/user-1000.slice/qemu-launcher-1000-win11.scope     (slices: the union of what is below)
         emulator/        all threads that nobody named
@@ -7,6 +7,10 @@
             TID/         one thread, its CPUs
 
 Enabling a partition below the top level is the one write that needs CAP_SYS_ADMIN.
+
+Linux 6.8 to 6.10 have the files, but there exclusive CPUs are a part of cpuset.cpus, which all levels would need, too;
+and then no other group could have a list with one of them. They have no file of which newer ones can be told, hence the
+version. A distribution's kernel that is newer than it says gets pool.py, which works there as well.
 """
 
 import errno
@@ -27,7 +31,7 @@ SWEEP_SECONDS, SWEEP_THREADS = 2.0, 16
 # A thread that is about to end is moved no more; one that never does, as in a file system of its own, must not keep us
 # either. So many looks, each after one millisecond more, are half a second.
 STUCK_LOOKS = 30
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OSRELEASE = Path("/sys/fs/cgroup"), Path("/proc/sys/kernel/osrelease")
 # Where systemd has a link for each unit that is not dead.
 UNITS = Path("/run/systemd/units")
 
@@ -45,12 +49,12 @@ class Partition:
     everything: frozenset[int] = frozenset()
 
     def __init__(self, root: Path = CGROUP) -> None:
-        self.root = root
+        self.root, self.linux = root, [*map(int, OSRELEASE.read_text().split(".")[:2])]
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
-        usable = (self.root / "cpuset.cpus.isolated").exists()
-        return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.7 or newer"
+        usable = (self.root / "cpuset.cpus.isolated").exists() and self.linux >= [6, 11]
+        return "" if usable else "Shielding needs the cgroup v2 hierarchy and Linux 6.11 or newer"
 
     def home(self, unit: str, uid: int) -> str:
         """Return the group that a VM's scope goes to, which is of this user and lives in `unit`."""

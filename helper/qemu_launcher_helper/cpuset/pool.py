@@ -1,4 +1,4 @@
-"""Shielding where the kernel has no remote partitions: cgroup v2, Linux before 6.7. The host's groups leave the CPUs.
+"""Shielding where the kernel has no remote partitions: cgroup v2, Linux before 6.11. The host's groups leave the CPUs.
 
     init.scope  system.slice  user.slice  ...   cpuset.cpus: what it was, less all shielded CPUs
     qemu.slice/qemu-1000.slice/qemu-launcher-1000-win11.scope    as below, and its own shield
@@ -36,7 +36,7 @@ class Pool(Partition):
     """The mechanism. Undone by `settle` alone: nobody else puts the host's groups back."""
 
     name = "pool"
-    reason = "The kernel is older than 6.7: its own threads are not kept away"
+    reason = "The kernel is older than 6.11: its own threads are not kept away"
     slices: tuple[str, ...] = ("qemu.slice/qemu-*.slice",)
 
     def __init__(self, root: Path = CGROUP, memory: Path = MEMORY, possible: Path = POSSIBLE) -> None:

@@ -61,7 +61,7 @@ class RawPartition(Raw):
         """Tell what this host lacks for it; "" when it can be used."""
         why = "most tasks are in the root of cgroup v2, which has all CPUs"
         return (
-            super().lacks() and f"Without systemd, shielding needs Linux 6.7 or newer, or cpusets of cgroup v1: {why}"
+            super().lacks() and f"Without systemd, shielding needs Linux 6.11 or newer, or cpusets of cgroup v1: {why}"
         )
 
 
