@@ -71,7 +71,7 @@ class Settings(NamedTuple):
     """
 
     entries: tuple[Limits, ...] = ()
-    comm: tuple[str, ...] = ("qemu-system-*", "qemu-kvm")
+    comm: tuple[str, ...] = ("qemu-system-*", "qemu-kvm", "kvm", ".qemu-system-*")
     services: tuple[str, ...] = ()
 
     def limits_for(self, uid: int) -> Limits:

@@ -65,7 +65,8 @@ def helper_refused(options: Sequence[QemuOption], name: str | None, *, is_own: b
     """
     if not is_own:
         return None, _USE_USER.replace("remove it", "it has become another user")
-    if name is None or name.startswith("qemu-system-") or name == "qemu-kvm":  # "comm" in qemu-launcher-helper.toml(5)
+    # "comm" in qemu-launcher-helper.toml(5)
+    if name is None or name.startswith(("qemu-system-", ".qemu-system-")) or name in ("qemu-kvm", "kvm"):
         return None, None
     renaming = [option for option in options if option.bare_name == "name" and "process" in dict(option.properties())]
     remedy = "remove process= there" if renaming else "use a binary of such a name, and no process= with -name"
