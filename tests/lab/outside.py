@@ -8,7 +8,7 @@ output included. No fixture of a system test is set up out here. When the lab di
 tail of its console. A tool that this machine lacks skips them, or fails them when CI=true.
 
 Each host (hosts.py) has labs of its own. As many run at once as there are slots, but for the one that is left to tests
-which boot a lab themselves; a lab ends when its tests have, and the next one takes its place.
+which boot a lab themselves, until these are over; a lab ends when its tests have, and the next one takes its place.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ BUILDING = threading.Lock()
 SHOWN = " (the console is shown with the first test that failed so)"
 WANTED_KEY = pytest.StashKey[frozenset[str] | None]()  # hosts, as hosts.chosen() says
 RUNS_KEY = pytest.StashKey[dict[tuple[str, Path], "SystemRun"]]()  # by host and file
+RESERVED_KEY = pytest.StashKey[threading.Semaphore]()  # which the permit that was left out goes to
 
 
 class SystemRun:
@@ -299,6 +300,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if not is_system_test(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    release_reserved(item.session)
     for report in _results(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -310,6 +312,13 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends the labs with the session, however that ends."""
     _end_all(session)
+
+
+def release_reserved(session: pytest.Session) -> None:
+    """Let one lab more begin, once: the tests that boot one themselves are over."""
+    if (permits := session.stash.get(RESERVED_KEY, None)) is not None:
+        permits.release()
+        del session.stash[RESERVED_KEY]
 
 
 def _end_all(session: pytest.Session) -> None:
@@ -325,8 +334,11 @@ def _runs_of(session: pytest.Session) -> dict[tuple[str, Path], SystemRun]:
     if runs is None:
         wanted = [item for item in session.items if is_system_test(item)]
         # One slot stays free for the tests that boot a lab of their own.
-        labs = 1 if KEPT_VARIABLE in os.environ else max(1, slot_count() - 1)
+        slots = 1 if KEPT_VARIABLE in os.environ else slot_count()
+        labs = max(1, slots - 1)
         permits = threading.Semaphore(labs)
+        if slots > labs:
+            session.stash[RESERVED_KEY] = permits
         runs = session.stash[RUNS_KEY] = {}
         for name, host in hosts.HOSTS.items():
             there = [item for item in wanted if hosts.host_of(item) == name]

@@ -16,7 +16,17 @@ import pytest
 from lab import hosts
 from lab.errors import LabError, MissingTool
 from lab.inside import REPORT_FD, REQUEST_VARIABLE
-from lab.outside import REMOTE, SLOW, SYSTEM, SystemRun, _results, seconds, shared_out
+from lab.outside import (
+    REMOTE,
+    RESERVED_KEY,
+    SLOW,
+    SYSTEM,
+    SystemRun,
+    _results,
+    release_reserved,
+    seconds,
+    shared_out,
+)
 from lab.recipe import PROJECT
 
 CONFTEST = "from lab.inside import pytest_configure\n"
@@ -164,6 +174,15 @@ def test_lab_that_cannot_be_had(
         (report,) = _results(item)
         assert report.outcome == expected
         assert str(error) in str(report.longrepr)
+
+
+def test_slot_that_was_reserved_is_given_away_once() -> None:
+    permits = threading.Semaphore(0)
+    session: Any = SimpleNamespace(stash=pytest.Stash())
+    session.stash[RESERVED_KEY] = permits
+    for _ in range(2):
+        release_reserved(session)
+    assert [permits.acquire(blocking=False) for _ in range(2)] == [True, False]
 
 
 def test_what_files_take_is_known_or_guessed() -> None:
