@@ -49,6 +49,9 @@ HOSTS = {
         Host("bookworm", BOOKWORM),  # cgroup v2 without them
         # cgroup v1 alone: "legacy", in the words of systemd.
         Host("legacy", BOOKWORM, Machine(kernel_arguments=LEGACY)),
+        # Linux 6.8 to 6.10 (Ubuntu 24.04) have partitions that are not good enough. What the helper does instead, on a
+        # newer kernel of which it is told that it is one of these.
+        Host("linux-6.8", TRIXIE, Machine(kernel_arguments=("lab.linux=6.8.0",))),
         # Fedora's and Arch's bus: what it does to those who flood it, and to those whom it does not know.
         Host("broker", TRIXIE, Machine(kernel_arguments=("lab.bus=dbus-broker",))),
         # Without systemd: OpenRC and elogind. Partitions; and on Debian 12, cpusets of v1 with cgroup v2 beside them.

@@ -17,7 +17,9 @@ from system.people import User
 from system.vms import Launch, define, running
 from system.watch import Calls
 
-pytestmark = pytest.mark.hosts("trixie", "bookworm", more=("legacy",), why="it is what each mechanism is there for")
+pytestmark = pytest.mark.hosts(
+    "trixie", "bookworm", more=("legacy", "linux-6.8"), why="it is what each mechanism is there for"
+)
 
 # 2 cores x 2 threads of the guest on two cores of the host, whose siblings are 4, 5 and 6, 7: (socket, core, thread).
 PLACES = {(0, 0, 0): 4, (0, 0, 1): 5, (0, 1, 0): 6, (0, 1, 1): 7}
