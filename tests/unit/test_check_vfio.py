@@ -139,9 +139,10 @@ def test_others_that_do_not_matter(host: OtherHost, driver: str | None) -> None:
     assert {one.severity for one in check(host)} == {"ok"}
 
 
-def test_a_bridge_with_a_driver_is_no_obstacle(host: OtherHost) -> None:
-    host.pci("0000:00:02.0", driver="some_bridge", group=14, kind="0x060400")
-    assert {one.severity for one in check(host)} == {"ok"}
+@pytest.mark.parametrize(("driver", "severities"), [("pcieport", {"ok"}), ("some_bridge", {"ok", "error"})])
+def test_a_bridge_is_judged_by_its_driver(host: OtherHost, driver: str, severities: set[str]) -> None:
+    host.pci("0000:00:02.0", driver=driver, group=14, kind="0x060400")
+    assert {one.severity for one in check(host)} == severities
 
 
 def test_iommufd_uses_the_devices_own_node(host: OtherHost) -> None:

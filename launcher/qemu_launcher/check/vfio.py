@@ -2,7 +2,9 @@
 
 Why it exists: the kernel gives away groups, not devices, and says no in one of five places with the same EINVAL or
 EPERM. Documentation/driver-api/vfio.rst: a group is viable when each device in it is bound to a VFIO driver, to
-pci-stub, or to none; PCI bridges may stay with their driver (vfio_dev_driver_allowed in the kernel's drivers/vfio).
+pci-stub, or to none. Since Linux 5.19 a driver says of itself that it leaves the group to others (driver_managed_dma);
+those do, and so does pcieport ("PCI: portdrv: Set driver_managed_dma"). Any other driver claims the group for the host,
+a bridge's too, while before then any bridge might keep its own.
 
 Pure judgement over a Tree; nodes are not opened, since opening a group takes it from whoever comes second.
 """
@@ -17,8 +19,8 @@ from .tree import READ, WRITE, Tree
 PCI = "/sys/bus/pci/devices"
 RULES = "/etc/udev/rules.d/70-qemu-vfio.rules"
 _VFIO = "vfio"  # vfio-pci, and the drivers made from it for one kind of device: mlx5_vfio_pci, nvgrace-gpu-vfio-pci
+# The kernel's name for portdrv is pcieport. shpchp, a bridge's too, is let pass as before Linux 5.19.
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport", "shpchp")
-_BRIDGE = "0x0604"  # PCI-to-PCI bridge; the class is six digits, the last two its programming interface
 
 
 def vfio(tree: Tree, devices: list[VfioDevice], user: str) -> Iterator[Finding]:
@@ -133,8 +135,7 @@ def _others(tree: Tree, group: str, given: set[str | None]) -> Iterator[Finding]
         if address in given:
             continue
         driver = tree.link(f"{folder}/{address}/driver")
-        is_bridge = (tree.text(f"{folder}/{address}/class") or "").startswith(_BRIDGE)
-        if driver is not None and driver not in _HARMLESS_DRIVERS and _VFIO not in driver and not is_bridge:
+        if driver is not None and driver not in _HARMLESS_DRIVERS and _VFIO not in driver:
             held.append((address, driver))
     about = f"vfio group {group}"
     for address, driver in held:
