@@ -13,6 +13,7 @@ from unit.reading import launcher
 VMS = Path("/var/lib/vms")
 DISK = Image("win11.qcow2", "drive", writable=True)
 ISO = Image("/srv/iso/virtio.iso", "cdrom", writable=False)
+MADE = "before_start may make it"
 
 
 @pytest.fixture
@@ -53,6 +54,19 @@ def test_path_for_a_shell(host: OtherHost, path: str) -> None:
     assert images(host, Image(path, "drive", writable=True))[0].severity == "ok"
 
 
+PATHS = [("gone", "note"), ("/usr/share/OVMF/gone", "note"), ("~/gone", "error"), ("/srv/iso", "error")]
+
+
+@pytest.mark.parametrize(("path", "severity"), PATHS)
+def test_image_that_may_be_made_before_the_start(host: OtherHost, path: str, severity: str) -> None:
+    """Only what is not there, and no folder called ~: nobody makes one."""
+    wanted = [Image(path, "drive", writable=True)]
+    [one] = files.images(host.tree, wanted, VMS, "alice", made_before=True)
+    [otherwise] = images(host, *wanted)
+    assert one == (otherwise._replace(severity="note", fix=MADE) if severity == "note" else otherwise)
+    assert otherwise.severity == "error"
+
+
 def test_not_ours(host: OtherHost) -> None:
     host.forbid("/var/lib/vms/win11.qcow2")
     severity, text, fix = the_only(images(host, DISK))
@@ -91,6 +105,17 @@ def test_sockets(host: OtherHost) -> None:
     assert list(files.sockets(host.tree, ["tpm/sock"], VMS)) == []
     host.forbid("/var/lib/vms/tpm/sock")
     assert "is not yours to connect to" in the_only(list(files.sockets(host.tree, ["tpm/sock"], VMS)))[1]
+
+
+def test_socket_that_may_be_made_before_the_start(host: OtherHost) -> None:
+    def told_of(path: str) -> tuple[str, str, str]:
+        return the_only(list(files.sockets(host.tree, [path], VMS, made_before=True)))
+
+    assert told_of("tpm/sock") == ("note", "there is no socket /var/lib/vms/tpm/sock (-chardev)", MADE)
+    assert told_of("$HOME/sock")[0] == "error"
+    host.write("/var/lib/vms/tpm/sock")
+    host.forbid("/var/lib/vms/tpm/sock")
+    assert told_of("tpm/sock")[0] == "error"
 
 
 def test_commands(host: OtherHost) -> None:

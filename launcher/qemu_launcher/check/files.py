@@ -18,8 +18,10 @@ from .tree import ENTER, READ, WRITE, Tree
 _ELF = b"\x7fELF"
 
 
-def images(tree: Tree, wanted: Iterable[Image], folder: Path, user: str) -> Iterator[Finding]:
-    """`folder`: where relative paths begin."""
+def images(
+    tree: Tree, wanted: Iterable[Image], folder: Path, user: str, *, made_before: bool = False
+) -> Iterator[Finding]:
+    """`folder`: where relative paths begin. `made_before`: what is not there, before_start may make."""
     good = 0
     for image in wanted:
         path = str(folder / image.path)
@@ -31,7 +33,9 @@ def images(tree: Tree, wanted: Iterable[Image], folder: Path, user: str) -> Iter
             fix = f"sudo setfacl -m u:{user}:x {closed}"
             yield Finding("error", about, f"{path} (-{image.option}) cannot be reached: {closed} is closed to you", fix)
         elif state is None:
-            yield Finding("error", about, f"there is no {path} (-{image.option})", _near(tree, path, image))
+            text = f"there is no {path} (-{image.option})"
+            may_come = made_before and not unexpanded.hint(image.path)
+            yield _absent(about, text, _near(tree, path, image), made_before=may_come)
         elif stat.S_ISDIR(state.st_mode):
             yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
         elif not tree.may(path, mode):
@@ -67,16 +71,25 @@ def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folde
         )
 
 
-def sockets(tree: Tree, wanted: Iterable[str], folder: Path) -> Iterator[Finding]:
+def sockets(tree: Tree, wanted: Iterable[str], folder: Path, *, made_before: bool = False) -> Iterator[Finding]:
     """Whether a socket is there to connect to; whether anybody listens on it only a connection would tell."""
     for name in wanted:
         path = str(folder / name)
         if not tree.exists(path):
+            text = f"there is no socket {path} (-chardev)"
             fix = unexpanded.hint(name, "start the program that listens there (swtpm, virtiofsd) before the VM")
-            yield Finding("error", f"socket {name}", f"there is no socket {path} (-chardev)", fix)
+            may_come = made_before and not unexpanded.hint(name)
+            yield _absent(f"socket {name}", text, fix, made_before=may_come)
         elif not tree.may(path, WRITE):
             fix = "have that program started by the same user"
             yield Finding("error", f"socket {name}", f"the socket {path} (-chardev) is not yours to connect to", fix)
+
+
+def _absent(about: str, text: str, fix: str | None, *, made_before: bool) -> Finding:
+    """Not there. Whether before_start makes it is only known when it has run; it makes no folder called ~ or $HOME."""
+    if made_before:
+        return Finding("note", about, text, "before_start may make it")
+    return Finding("error", about, text, fix)
 
 
 def _closed_folder(tree: Tree, path: str) -> str | None:

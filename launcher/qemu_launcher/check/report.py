@@ -118,8 +118,9 @@ class _Vm:
         found += self._binary()
         found += devices.kvm(tree, asked.kvm(definition), self._user)
         found += files.commands(tree, definition, self._env, self._folder)
-        found += self._made_before(files.images(tree, asked.images(definition), self._folder, self._user))
-        found += self._made_before(files.sockets(tree, asked.sockets(definition), self._folder))
+        made_before = bool(definition.before_start)
+        found += files.images(tree, asked.images(definition), self._folder, self._user, made_before=made_before)
+        found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
         found += environment.variables(definition, self._env, os.environ)
         found += devices.evdev(tree, asked.evdev(definition), self._user)
         found += vfio.vfio(tree, asked.vfio(definition), self._user)
@@ -241,13 +242,6 @@ class _Vm:
                 return asker.findings
 
         yield from asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
-
-    def _made_before(self, found: Iterable[Finding]) -> Iterator[Finding]:
-        """What is not there now, before_start may make: whether it does is only known when it has run."""
-        for one in found:
-            absent = self._definition.before_start and one.severity == "error" and one.text.startswith("there is no ")
-            absent = absent and one.fix != unexpanded.HINT  # before_start makes no folder of that name
-            yield one._replace(severity="note", fix="before_start may make it") if absent else one
 
     def _mildly(self, found: Iterable[Finding]) -> Iterator[Finding]:
         """With on_tuning_failure: continue, what cannot be tuned is only worth a warning."""
