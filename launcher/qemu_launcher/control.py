@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import locate, runtime
-from .errors import AlreadyRunning, LauncherError, NotRunning, QmpError, did_you_mean
+from .errors import AlreadyRunning, LauncherError, NotRunning, did_you_mean
 from .qmp import Qmp, run_state
 from .record import RUNNING
 from .runtime import Found
@@ -139,7 +139,7 @@ async def state_of(vm: Found) -> State:
         return state
     try:
         (answer,) = await ask(vm, "query-status")
-    except (LauncherError, QmpError) as err:
+    except LauncherError as err:
         return state_unheard(err)
     return State(run_state(answer), control_socket="ok")
 

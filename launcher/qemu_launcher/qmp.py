@@ -40,7 +40,6 @@ class QmpRefused(QmpError):
     def __init__(self, command: str, error: Any) -> None:
         description, error_class = (_member(error, name) for name in ("desc", "class"))
         super().__init__(f"QEMU refused {command}: {description}", error_class=error_class)
-        self.command = command
 
 
 class ConnectionLost(QmpError):

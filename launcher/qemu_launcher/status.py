@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import cgroups, control, procfs, runtime, stdout, table, threads
 from .control import State
 from .cpulist import format_cpulist, named
-from .errors import LauncherError, QmpError, printable
+from .errors import LauncherError, printable
 from .procfs import Scheduling
 from .qmp import run_state
 from .record import Record
@@ -228,7 +228,7 @@ async def _state_and_vcpus(vm: Found) -> tuple[State, dict[int, int]]:
     try:
         status, cpus = await control.ask(vm, "query-status", "query-cpus-fast")
         known = known or {vcpu.index: vcpu.tid for vcpu in threads.read_threads(cpus, None, []).vcpus}
-    except (LauncherError, QmpError) as err:
+    except LauncherError as err:
         return control.state_unheard(err), known
     return State(run_state(status), control_socket="ok"), known
 

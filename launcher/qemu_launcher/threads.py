@@ -45,11 +45,6 @@ class Vcpu:
     ids: Ids
     core: int
 
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Socket, core, thread."""
-        return self.ids.socket, self.core, self.ids.thread
-
     def __str__(self) -> str:
         inner = "".join(f", {level} {number}" for level in _IN_SOCKET if (number := getattr(self.ids, level)))
         also = f"; core {self.ids.core}{inner}" if self.core != self.ids.core else ""

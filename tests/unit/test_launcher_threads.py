@@ -32,7 +32,9 @@ def place(text: str) -> Place:
 
 
 def places(cpus: list[dict[str, Any]], possible: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, int, int]]:
-    return {vcpu.tid: vcpu.place for vcpu in read_threads(cpus, possible, []).vcpus}
+    """Socket, core, thread of each TID."""
+    vcpus = read_threads(cpus, possible, []).vcpus
+    return {vcpu.tid: (vcpu.ids.socket, vcpu.core, vcpu.ids.thread) for vcpu in vcpus}
 
 
 def test_outer_thread_id_is_the_tid() -> None:

@@ -118,8 +118,7 @@ def _helper(version: str) -> tuple[report.Facts, list[Finding], str | None]:
     from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
 
     async def ask() -> tuple[report.Facts, list[Finding], str | None]:
-        person = agent.somebody_is_there() or agent.is_possible()
-        async with dryrun.asking(person_there=person, fatal=True) as asker:
+        async with dryrun.asking(person_there=agent.somebody_is_there(), fatal=True) as asker:
             if isinstance(asker, Finding):
                 return [("helper", "no system bus")], [asker], None
             await asker.get_limits()

@@ -227,8 +227,7 @@ class _Vm:
         fatal = self._definition.on_tuning_failure != "continue"
 
         async def ask() -> list[Finding]:
-            person = agent.somebody_is_there() or agent.is_possible()
-            async with dryrun.asking(person_there=person, fatal=fatal) as asker:
+            async with dryrun.asking(person_there=agent.somebody_is_there(), fatal=fatal) as asker:
                 if isinstance(asker, Finding):
                     return [asker]
                 await asker.get_limits()

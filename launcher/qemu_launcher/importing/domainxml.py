@@ -38,7 +38,6 @@ class Tuning(NamedTuple):
     iothread_pins: dict[str, frozenset[int]]  # by the id that QEMU gets
     vcpu_schedules: dict[int, Schedule]
     emulator_schedule: Schedule | None
-    is_locked: bool
     memory_limit: int | None  # bytes, memtune's hard_limit
     not_carried: tuple[str, ...]  # elements with no counterpart
 
@@ -117,7 +116,6 @@ def tuning(root: ET.Element) -> Tuning:
         },
         vcpu_schedules={index: schedule for index, schedule in schedules.items() if index < vcpus},
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
-        is_locked=root.find("memoryBacking/locked") is not None,
         memory_limit=None if limit is None else size(limit),
         not_carried=tuple(dict.fromkeys(_without_counterpart(root))),
     )
