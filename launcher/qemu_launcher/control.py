@@ -18,7 +18,7 @@ from typing import Any
 
 from . import locate, runtime
 from .errors import AlreadyRunning, LauncherError, NotRunning, did_you_mean
-from .qmp import Qmp, run_state
+from .qmp import ConnectionLost, Qmp, run_state
 from .record import RUNNING
 from .runtime import Found
 
@@ -67,7 +67,7 @@ def running(name: str, words: str) -> Found:
 
 @asynccontextmanager
 async def linked(vm: Found) -> AsyncIterator[Qmp]:
-    """A client of the control socket, greeted. Busy or LauncherError when nobody answers, also later.
+    """A client of the control socket, greeted. Busy, ConnectionLost or LauncherError when nobody answers, also later.
 
     Whoever has made this socket had written its record before: what is read of it from now on is the VM's behind it.
     """
@@ -93,8 +93,14 @@ async def linked(vm: Found) -> AsyncIterator[Qmp]:
             f"the control socket of {vm.name} is busy: another program is connected to it, or QEMU hangs",
             f"close that program ({vm.socket}), or cut the power with: qemu-launcher kill {vm.name}",
         ) from err
+    except ConnectionLost as err:
+        hint = f"see whether it still runs: qemu-launcher status {vm.name}"
+        raise ConnectionLost(f"{vm.name} gave no answer: {err.message}", hint) from err
     except OSError as err:
-        raise LauncherError(f"nobody listens on the control socket of {vm.name}: {err.strerror}") from err
+        raise LauncherError(
+            f"nobody listens on the control socket of {vm.name}: {err.strerror}",
+            f"cut its power with: qemu-launcher kill {vm.name}",
+        ) from err
 
 
 async def _turn(stack: ExitStack, path: Path) -> socket.socket:

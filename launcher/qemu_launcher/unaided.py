@@ -77,4 +77,7 @@ def _each(pid: int, but: frozenset[int] | set[int], act: Callable[[int], None]) 
                 if not isinstance(err.__cause__, ProcessLookupError):
                     raise
         done |= new
-    raise TuningFailed("QEMU makes threads faster than they can be tuned")
+    raise TuningFailed(
+        f"QEMU (PID {pid}) makes threads faster than they can be tuned",
+        "try again, or leave out emulator_pinning and emulator_scheduler, which are for those threads",
+    )

@@ -17,6 +17,7 @@ from qemu_launcher import control, power, runtime, status
 from qemu_launcher.control import Busy, State
 from qemu_launcher.errors import LauncherError
 from qemu_launcher.procfs import Process
+from qemu_launcher.qmp import ConnectionLost
 from qemu_launcher.record import RUNNING, STARTING, UNHELD, Record
 from qemu_launcher.runtime import Found
 
@@ -26,11 +27,12 @@ NOBODY = Process(1 << 22, 1)  # no PID reaches this
 
 @dataclass
 class FakeQemu:
-    """Answers QMP in a thread. `before_greeting` is called when a client has come."""
+    """Answers QMP in a thread. `before_greeting` is called when a client has come; at `leaves_at` QEMU ends."""
 
     answers: dict[str, Any] = field(default_factory=dict)
     before_greeting: Any = lambda: None
     asked: list[str] = field(default_factory=list)
+    leaves_at: str | None = None  # a command, or "greeting"
 
     def serve(self, listening: socket.socket) -> None:
         while True:
@@ -43,11 +45,15 @@ class FakeQemu:
 
     def _speak(self, client: socket.socket) -> None:
         self.before_greeting()
+        if self.leaves_at == "greeting":
+            return
         client.sendall(b'{"QMP": {}}\n')
         with client.makefile("r") as file:
             for line in file:
                 request = json.loads(line)
                 self.asked.append(request["execute"])
+                if request["execute"] == self.leaves_at:
+                    return
                 answer = {"return": self.answers.get(request["execute"], {}), "id": request["id"]}
                 client.sendall(json.dumps(answer).encode() + b"\n")
 
@@ -150,10 +156,22 @@ def test_nobody_listens(place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as once:
         once.bind(str(place / "x.sock"))
     found = vm("x", place / "x.sock")
-    with pytest.raises(LauncherError, match=r"^nobody listens on the control socket of x: Connection refused$"):
+    words = "^nobody listens on the control socket of x: Connection refused$"
+    with pytest.raises(LauncherError, match=words) as caught:
         asyncio.run(control.ask(found, "query-status"))
+    assert caught.value.hint == "cut its power with: qemu-launcher kill x"
     unreachable = State("running", "control socket unreachable", "unreachable")
     assert asyncio.run(states([found, vm("x", None), vm("x", place)])) == [unreachable] * 3
+
+
+@pytest.mark.parametrize("moment", ["greeting", "qmp_capabilities", "query-status"])
+def test_vm_that_ends_while_it_is_asked_is_named(place: Path, moment: str) -> None:
+    with served(place, "x", FakeQemu(leaves_at=moment)) as path:
+        found = vm("x", path)
+        with pytest.raises(ConnectionLost, match=r"^x gave no answer: QEMU closed its monitor$") as caught:
+            asyncio.run(control.ask(found, "query-status"))
+        assert caught.value.hint == "see whether it still runs: qemu-launcher status x"
+        assert asyncio.run(control.state_of(found)).control_socket == "unreachable"
 
 
 @pytest.mark.parametrize(

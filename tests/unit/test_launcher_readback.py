@@ -1,5 +1,6 @@
 """What the launcher sees for itself: threads of this very process, and a cgroup tree made of files."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -92,6 +93,16 @@ def test_cpu_that_nobody_may_use_is_refused_with_those_one_may() -> None:
     with pytest.raises(TuningFailed, match=r"^vCPU 1 \(TID [0-9]+\) cannot be put on CPU 8000: Invalid") as caught:
         unaided.pin(wanted, os.getpid())
     assert caught.value.hint == f"CPUs you may use: {cpulist.format_cpulist(ALL)}"
+
+
+def test_threads_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look finds one more, which has ended by the time that it is to be scheduled."""
+    no_tid = itertools.count(1 << 22)  # no TID reaches this
+    monkeypatch.setattr(procfs, "tids", lambda pid: (next(no_tid),))
+    nobody = ThreadPlan((), None, (), None, 0)
+    with pytest.raises(TuningFailed, match=r"^QEMU \(PID 4711\) makes threads faster than they can be") as caught:
+        unaided.schedule_all(nobody, Scheduling("batch", 0), 4711)
+    assert "leave out emulator_pinning and emulator_scheduler" in (caught.value.hint or "")
 
 
 def test_policy_priority_and_reset_on_fork_are_all_compared(tid: int) -> None:
