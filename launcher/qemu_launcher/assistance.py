@@ -135,9 +135,9 @@ class Assistance:
 
     @contextlib.asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
-        """The text agent on our terminal. A QEMU that has its monitor there (-nographic) must not take the password:
+        """The text agent on our terminal, which meanwhile is as it was before QEMU.
 
-        it stands still meanwhile, and the terminal is as it was before QEMU.
+        A QEMU that has its monitor there (-nographic) stands still: it must not take the password.
         """
         with contextlib.ExitStack() as stack:
             if self._qemu is not None and terminal.modes_now() != self._terminal:

@@ -40,8 +40,8 @@ _LOOKS, _PAUSE = 20, 0.025  # seconds
 _LARGEST_RECORD = 1 << 20  # bytes; one of 4096 vCPUs takes 64 KiB
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
-# The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
 _FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
+# The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
 _LOCK_LINK = re.compile(rf"/{places.DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
 
 
