@@ -34,6 +34,14 @@ def read_host(root: Path = Path("/")) -> Host:
     return Host(_cpulist(folder / "possible"), online, siblings)
 
 
+def online_cpus(root: Path = Path("/")) -> frozenset[int] | None:
+    """CPUs that can run anything now; None where /sys does not tell."""
+    try:
+        return _cpulist(root / CPU_FOLDER / "online")
+    except LauncherError:
+        return None
+
+
 def _siblings(folder: Path, cpu: int) -> frozenset[int]:
     try:
         return _cpulist(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list")

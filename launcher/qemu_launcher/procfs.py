@@ -19,7 +19,6 @@ from pathlib import Path
 from .cpulist import parse_cpulist
 
 PROC = Path("/proc")
-_ONLINE = Path("/sys/devices/system/cpu/online")
 
 # include/uapi/linux/sched.h; the names are those of the definition's `scheduler` key.
 POLICY_NAMES = {
@@ -106,14 +105,6 @@ def allowed_cpus(pid: int, tid: int) -> frozenset[int] | None:
     """CPUs on which the thread may run now (Cpus_allowed_list: affinity within its cpuset)."""
     text = _field(f"{pid}/task/{tid}/status", "Cpus_allowed_list")
     return None if text is None else parse_cpulist(text)
-
-
-def online_cpus() -> frozenset[int] | None:
-    """CPUs of the host that can run anything now; None where /sys does not tell."""
-    try:
-        return parse_cpulist(_ONLINE.read_text("ascii"))
-    except (OSError, ValueError):
-        return None
 
 
 def scheduling(tid: int) -> Scheduling | None:

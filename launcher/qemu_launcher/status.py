@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import cgroups, control, procfs, runtime, stdout, table, threads
+from . import cgroups, control, host, procfs, runtime, stdout, table, threads
 from .control import State
 from .cpulist import format_cpulist, named
 from .errors import LauncherError, printable
@@ -167,7 +167,7 @@ async def _picture(vm: Found) -> Picture:
     state, known = await _state_and_vcpus(vm)
     live = set(procfs.tids(qemu.pid))
     vcpus = tuple(_vcpu(qemu.pid, index, tid) for index, tid in sorted(known.items()) if tid in live)
-    loss = lost_shield(vm.name, vm.record, vcpus, procfs.online_cpus())
+    loss = lost_shield(vm.name, vm.record, vcpus, host.online_cpus())
     scope = cgroups.scope_of(qemu.pid)
     return Picture(
         vm.name,

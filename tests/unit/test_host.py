@@ -47,6 +47,15 @@ def test_no_sys(tmp_path: Path) -> None:
         host.read_host(tmp_path)
 
 
+def test_cpus_that_are_online(root: Path) -> None:
+    """Asked for alone, they may stay unknown."""
+    assert host.online_cpus(root) == frozenset({0, 1, 2})
+    (root / host.CPU_FOLDER / "online").write_text("all\n")
+    assert host.online_cpus(root) is None
+    (root / host.CPU_FOLDER / "online").unlink()
+    assert host.online_cpus(root) is None
+
+
 def test_nonsense_in_sys(root: Path) -> None:
     (root / host.CPU_FOLDER / "possible").write_text("all\n")
     with pytest.raises(LauncherError, match=r"^cannot read the host's CPUs from .*/possible: 'all' is no CPU number$"):
