@@ -8,7 +8,6 @@ what a definition must not have, and that is said on stderr too.
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,8 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     text = written(draft, [word for option in draft.options if not option.left_out for word in option.given])
     for option in draft.options:
         if option.left_out:
-            warn(option.comments[0][0].lower() + option.comments[0][1:])
+            told = option.comments[0][0].lower() + option.comments[0][1:]
+            stdout.tell(f"{PROGRAM}: {printable(told)}\n")
     deliver(text, output)
     return 0
 
@@ -283,16 +283,6 @@ def deliver(text: str, output: str | None) -> None:
     except (OSError, ValueError) as err:
         why = err.strerror if isinstance(err, OSError) else err
         raise LauncherError(f"cannot write {output!r}: {why}") from err
-
-
-def warn(text: str) -> None:
-    if sys.stderr is None:
-        return
-    try:
-        sys.stderr.write(f"{PROGRAM}: {printable(text)}\n")
-        sys.stderr.flush()
-    except OSError:  # nobody is left who could be told, and the comment says it too
-        stdout.abandon(sys.stderr)
 
 
 def _utf8(word: str) -> str:
