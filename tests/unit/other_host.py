@@ -70,6 +70,18 @@ class OtherHost:
             self.write(f"{folder}/cpu{cpu}/topology/thread_siblings_list", f"{first},{first + siblings}")
         return cpu_host.read_host(self.root)
 
+    def cache(self, cpus: str, size: str = "32768K") -> None:
+        """CPUs that share one L3 cache."""
+        for cpu in parse_cpulist(cpus):
+            folder = f"/{cpu_host.CPU_FOLDER}/cpu{cpu}/cache/index3"
+            self.write(f"{folder}/shared_cpu_list", f"{cpus}\n")
+            self.write(f"{folder}/size", f"{size}\n")
+
+    def node(self, number: int, cpus: str) -> None:
+        """A NUMA node, with memory."""
+        self.write(f"/sys/devices/system/node/node{number}/cpulist", f"{cpus}\n")
+        self.write("/sys/devices/system/node/has_memory", f"0-{number}\n")
+
     def _may(self, path: Path, mode: int) -> bool:
         return path.exists() and not self._forbidden.get(path, 0) & mode
 

@@ -21,7 +21,7 @@ Settings = Mapping[str, str]
 _IMPLIED = {
     "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
     "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
-    "smp": "cpus", "netdev": "type",
+    "smp": "cpus", "netdev": "type", "numa": "type",
 }  # fmt: skip
 _ON = "on"
 

@@ -33,7 +33,7 @@ from ..definition import VmDefinition, validate_tunable
 from ..errors import DefinitionError, LauncherError, TuningFailed, printable
 from ..patience import patiently
 from ..voice import Voice
-from . import asked, cpus, cpusets, devices, environment, files, finding, memory, versions, vfio
+from . import asked, cpus, cpusets, devices, environment, files, finding, layout, memory, versions, vfio
 from .finding import Finding
 from .tree import ENTER, Tree
 
@@ -205,6 +205,7 @@ class _Vm:
         yield from cpus.there(definition, facts)
         yield from cpus.count(definition)
         yield from cpus.cores(definition, facts)
+        yield from layout.layout(definition, self._tree)
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))
         wanted = cpus.of_vcpus(definition)
