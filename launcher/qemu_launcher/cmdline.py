@@ -15,6 +15,7 @@ __all__ = [
     "has_mem_lock",
     "has_option",
     "has_vfio",
+    "machine_ram",
     "option_argv",
     "qemu_argv",
     "terminal_option",
@@ -73,14 +74,17 @@ def guest_ram(definition: VmDefinition) -> int | None:
     """
     if has_option(definition, "readconfig"):
         return None  # it may say anything
-    machine, plugged = _machine_ram(definition), _plugged_ram(definition)
+    machine, plugged = machine_ram(definition), _plugged_ram(definition)
     if machine is None or plugged is None or machine + plugged >= MOST_RAM:
         return None
     return machine + plugged
 
 
-def _machine_ram(definition: VmDefinition) -> int | None:
-    """As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB."""
+def machine_ram(definition: VmDefinition) -> int | None:
+    """The machine's own, in bytes, without what is plugged in.
+
+    As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
+    """
     if any(
         name.startswith("memory.")  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
         for option in definition.options

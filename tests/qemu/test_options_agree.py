@@ -3,12 +3,16 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qemu_launcher import cmdline, options, threads
+from qemu_launcher.check import asked, memory
+from qemu_launcher.check.finding import Finding
 from qemu_launcher.pinning import smp_for
+from unit.other_host import OtherHost
 from unit.reading import read
 
 QEMU = "qemu-system-x86_64"
@@ -67,6 +71,59 @@ def test_guest_ram_that_is_plugged_in(items: str) -> None:
     items = f"m: [256M, slots: 2, maxmem: 4G], {items}"
     summary = ask(items, "query-memory-size-summary")
     assert cmdline.guest_ram(read(definition(items))) == summary["base-memory"] + summary["plugged-memory"]
+
+
+needs_nodes = pytest.mark.skipif(
+    not Path("/sys/devices/system/node/node0").exists(), reason="optional: this kernel has no NUMA nodes"
+)
+
+
+@needs_nodes
+@pytest.mark.parametrize(
+    ("items", "more"),
+    [
+        ("m: 128M", ""),
+        ("machine: [q35, accel: tcg], m: 128M", ""),
+        ("machine: 'pc,accel=tcg'", ""),
+        ("m: 128M", ", mem-path: /dev/shm"),
+    ],
+)
+def test_lines_that_bind_memory(items: str, more: str, tmp_path: Path) -> None:
+    """As `check` has them for a host with two nodes; of this host's they are on the first."""
+    host = OtherHost(tmp_path)
+    host.node(0, "0-3")
+    host.node(1, "4-7")
+
+    def looked_at(items: str) -> list[Finding]:
+        found = read(f"launcher: {{binary: q, vcpu_pinning: [2]}}\nqemu: [{items}]\n")
+        return list(memory.elsewhere(found, host.tree, asked.backends(found)))
+
+    items += ", mem-prealloc"
+    [one] = looked_at(items + more)
+    words, *lines = (one.fix or "").splitlines()
+    assert words.startswith("write in place of mem-path" if more else "add to the section qemu")
+    written = ", ".join([items, *(line.removeprefix("- ") for line in lines)])
+    [backend] = ask(written, "query-memdev")
+    wanted = {"id": "ram0", "size": 128 << 20, "prealloc": True, "policy": "bind", "host-nodes": [0]}
+    assert wanted.items() <= backend.items()
+    assert looked_at(written) == []
+
+
+@needs_nodes
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "[memory-backend-ram, id: mem, size: 64M]",
+        "[memory-backend-ram, id: mem, size: 64M, host-nodes: 0, policy: bind]",
+        "'memory-backend-ram,id=mem,size=64M,host-nodes=0,host-nodes=0-0,policy=preferred'",
+        """'{"qom-type": "memory-backend-ram", "id": "mem", "size": 67108864, "host-nodes": [0], "policy": "bind"}'""",
+    ],
+)
+def test_nodes_of_memory(backend: str) -> None:
+    items = f"machine: [q35, memory-backend: mem], object: {backend}"
+    [told] = ask(items, "query-memdev")
+    [found] = asked.backends(read(definition(items)))
+    assert (sorted(found.nodes), found.policy) == (told["host-nodes"], told["policy"])
 
 
 @pytest.mark.parametrize(

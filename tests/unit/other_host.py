@@ -53,9 +53,12 @@ class OtherHost:
             self.link(f"{folder}/iommu_group", f"/sys/kernel/iommu_groups/{group}")
             self.link(f"/sys/kernel/iommu_groups/{group}/devices/{address}", folder)
 
-    def huge_pages(self, kilobytes: int, *, total: int, free: int, reserved: int = 0, overcommit: int = 0) -> None:
-        """The pool of one size."""
-        folder = f"/sys/kernel/mm/hugepages/hugepages-{kilobytes}kB"
+    def huge_pages(
+        self, kilobytes: int, *, total: int, free: int, reserved: int = 0, overcommit: int = 0, node: int | None = None
+    ) -> None:
+        """The pool of one size, or a node's part of it."""
+        place = "kernel/mm" if node is None else f"devices/system/node/node{node}"
+        folder = f"/sys/{place}/hugepages/hugepages-{kilobytes}kB"
         numbers = {"nr": total, "free": free, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}
         for name, number in numbers.items():
             self.write(f"{folder}/{name}_hugepages", f"{number}\n")

@@ -94,6 +94,27 @@ def test_backends() -> None:
     assert (odd.size, odd.readonly) == (None, True)
 
 
+@pytest.mark.parametrize(
+    ("option", "nodes", "policy"),
+    [
+        ("[memory-backend-ram, id: a, size: 1G]", set(), "default"),
+        ("[memory-backend-ram, id: a, size: 1G, host-nodes: 1, policy: bind]", {1}, "bind"),
+        ("[memory-backend-ram, id: a, size: 1G, host-nodes: '0-1,3', policy: preferred]", {0, 1, 3}, "preferred"),
+        ("'memory-backend-ram,id=a,host-nodes=0-1,policy=interleave'", {0, 1}, "interleave"),
+        ("'memory-backend-ram,id=a,host-nodes=0,host-nodes=2,policy=bind'", {0, 2}, "bind"),
+        (
+            '\'{"qom-type": "memory-backend-ram", "id": "a", "host-nodes": [0, 2], "policy": "bind"}\'',
+            {0, 2},
+            "bind",
+        ),
+        ("[memory-backend-ram, id: a, size: 1G, host-nodes: all, policy: bind]", set(), "bind"),
+    ],
+)
+def test_nodes_of_a_backend(option: str, nodes: set[int], policy: str) -> None:
+    [backend] = asked.backends(vm(f"[object: {option}]"))
+    assert (set(backend.nodes), backend.policy) == (nodes, policy)
+
+
 def test_mem_path_is_a_backend_for_all_of_the_ram() -> None:
     [backend] = asked.backends(vm("\n  - m: 2G\n  - mem-path: /dev/hugepages\n  - mem-prealloc"))
     assert (backend.path, backend.size, backend.prealloc) == ("/dev/hugepages", 2 * GIB, True)

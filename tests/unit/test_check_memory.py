@@ -119,6 +119,215 @@ def test_ordinary_memory_wants_none(host: OtherHost, option: str) -> None:
     assert huge(host, option) == []
 
 
+# Huge pages of a node
+
+
+@pytest.fixture
+def nodes(host: OtherHost) -> OtherHost:
+    """Two nodes of 8 CPUs, with half of the huge pages each."""
+    for number, cpus in enumerate(("0-7", "8-15")):
+        host.node(number, cpus)
+        host.huge_pages(2048, total=1024, free=1024, node=number)
+    return host
+
+
+def bound(size: str, more: str) -> str:
+    return f"object: [memory-backend-memfd, id: r{len(more)}, size: {size}, hugetlb: on, {more}]"
+
+
+def test_pages_of_one_node(nodes: OtherHost) -> None:
+    assert told(huge(nodes, bound("2G", "host-nodes: 1, policy: bind"))) == [
+        "ok: 1024 huge pages of 2 MiB are wanted of node 1, 1024 can be had"
+    ]
+    severity, text, fix = the_only(huge(nodes, bound("4G", "host-nodes: 1, policy: bind")))
+    assert (severity, text) == ("error", "2048 huge pages of 2 MiB are wanted of node 1, and 1024 can be had")
+    place = "/sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages"
+    assert fix.startswith(f"echo 2048 | sudo tee {place}; then read it again: ")
+    assert fix.endswith("hugepagesz=2M hugepages=1:2048 (Linux 5.16; other nodes behind a comma)")
+
+
+def test_pages_of_two_nodes_together(nodes: OtherHost) -> None:
+    assert told(huge(nodes, bound("4G", "host-nodes: 0-1, policy: bind"))) == [
+        "ok: 2048 huge pages of 2 MiB are wanted of nodes 0-1, 2048 can be had"
+    ]
+
+
+def test_what_is_bound_is_taken_from_the_rest(nodes: OtherHost) -> None:
+    assert told(huge(nodes, bound("2G", "host-nodes: 1, policy: bind"), f"object: {MEMFD}")) == [
+        "ok: 1024 huge pages of 2 MiB are wanted of node 1, 1024 can be had",
+        "error: 3072 huge pages of 2 MiB are wanted, and 2048 can be had",
+    ]
+
+
+def test_pages_of_a_node_that_are_promised_to_others(nodes: OtherHost) -> None:
+    """The kernel counts promises for all nodes together."""
+    nodes.huge_pages(2048, total=2048, free=2048, reserved=1536)
+    assert told(huge(nodes, bound("2G", "host-nodes: 1, policy: bind"))) == [
+        "ok: 1024 huge pages of 2 MiB are wanted of node 1, 1024 can be had",
+        "error: 1024 huge pages of 2 MiB are wanted, and 512 can be had",
+    ]
+
+
+def test_a_preference_is_no_must(nodes: OtherHost) -> None:
+    assert told(huge(nodes, bound("4G", "host-nodes: 1, policy: preferred"))) == [
+        "ok: 2048 huge pages of 2 MiB are wanted, 2048 can be had"
+    ]
+
+
+def test_a_node_that_is_not_there(nodes: OtherHost) -> None:
+    severity, text, fix = the_only(huge(nodes, bound("2G", "host-nodes: 2, policy: bind")))
+    assert (severity, text) == ("error", "1024 huge pages of 2 MiB are wanted of node 2, and there is no node 2")
+    assert fix == "lscpu shows the nodes; write host-nodes: to match"
+    both = huge(nodes, bound("2G", "host-nodes: 0-2, policy: bind"))
+    assert the_only(both)[1].endswith("of nodes 0-2, and there is no node 2")
+
+
+def test_a_size_that_no_node_has(nodes: OtherHost) -> None:
+    found = huge(nodes, bound("2G", "host-nodes: 1, policy: bind, hugetlbsize: 16M"))
+    assert the_only(found)[1] == "128 huge pages of 16 MiB are wanted, and this host has none of that size"
+
+
+# Which node the guest's RAM is from
+
+EARLY = "overcommit: mem-lock=on"
+
+
+def elsewhere(host: OtherHost, *options: str, pinning: str = "[8, 9]") -> list[Finding]:
+    definition = launcher(f"vcpu_pinning: {pinning}", "".join(f"\n  - {option}" for option in ("smp: 2", *options)))
+    return list(memory.elsewhere(definition, host.tree, asked.backends(definition)))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("mem-prealloc",), "QEMU takes it (prealloc) before its threads are pinned, wherever it runs then"),
+        ((EARLY,), "QEMU takes it (mem-lock) before its threads are pinned, wherever it runs then"),
+        (("device: 'vfio-pci,host=1:0.0'", "mem-prealloc"), "QEMU takes it (prealloc, VFIO) before"),
+        (("object: [memory-backend-ram, id: ram, size: 2G, prealloc: on]",), "QEMU takes it (prealloc) before"),
+        ((f"object: {MEMFD}",), "huge pages come from any node that has them"),
+    ],
+)
+def test_memory_that_may_be_of_the_other_node(nodes: OtherHost, options: tuple[str, ...], why: str) -> None:
+    severity, text, fix = the_only(elsewhere(nodes, "m: 16G", *options))
+    assert severity == "warning"
+    assert text.startswith(f"all vCPUs are on NUMA node 1, and nothing keeps the guest's memory there: {why}")
+    assert fix == (
+        "add to the section qemu, where the lines of machine are taken together:\n"
+        "- object: [memory-backend-ram, id: ram0, size: 16G, host-nodes: 1, policy: bind]\n"
+        "- machine: [memory-backend: ram0]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (
+            ("machine: 'pc,accel=kvm'", "machine: [q35, accel: kvm]", "m: 1536M"),
+            "- object: [memory-backend-ram, id: ram0, size: 1536M, host-nodes: 1, policy: bind]\n"
+            "- machine: [q35, memory-backend: ram0]",
+        ),
+        (
+            ("object: [iothread, id: ram0]", "m: 1048K"),
+            "- object: [memory-backend-ram, id: ram1, size: 1048K, host-nodes: 1, policy: bind]\n"
+            "- machine: [memory-backend: ram1]",
+        ),
+        # What is plugged in has a backend of its own.
+        (
+            ("m: 1G", "object: 'memory-backend-ram,id=d,size=2G'", "device: [pc-dimm, memdev: d]"),
+            "- object: [memory-backend-ram, id: ram0, size: 1G, host-nodes: 1, policy: bind]\n"
+            "- machine: [memory-backend: ram0]",
+        ),
+        (
+            ("m: much",),
+            "- object: [memory-backend-ram, id: ram0, size: ..., host-nodes: 1, policy: bind]\n- machine: [",
+        ),
+    ],
+)
+def test_the_lines_to_write(nodes: OtherHost, options: tuple[str, ...], lines: str) -> None:
+    [one] = elsewhere(nodes, EARLY, *options)
+    assert (one.fix or "").partition("\n")[2].startswith(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (
+            ("m: 4G", "machine: [q35, memory-backend: ram]", "object: [memory-backend-memfd, id: ram, size: 4G]"),
+            "add host-nodes: 1, policy: bind to the object ram",
+        ),
+        (
+            (
+                "m: 2G",
+                "object: 'memory-backend-ram,id=a,size=1G'",
+                "object: 'memory-backend-ram,id=b,size=1G'",
+                "numa: [node, memdev: a]",
+                "numa: 'node,memdev=b'",
+            ),
+            "add host-nodes: 1, policy: bind to the objects a and b",
+        ),
+        (
+            ("m: 2G", "mem-path: /dev/hugepages"),
+            "write in place of mem-path, where the lines of machine are taken together:\n"
+            "- object: [memory-backend-file, id: ram0, size: 2G, mem-path: /dev/hugepages, host-nodes: 1, policy: bind]"
+            "\n- machine: [memory-backend: ram0]",
+        ),
+    ],
+)
+def test_memory_that_has_an_object_already(nodes: OtherHost, options: tuple[str, ...], fix: str) -> None:
+    [one] = elsewhere(nodes, EARLY, *options)
+    assert one.fix == fix
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),  # the guest takes it itself, on its own vCPUs
+        ("overcommit: mem-lock=on-fault",),
+        (EARLY, "object: [memory-backend-ram, id: ram0, size: 1G, host-nodes: 0, policy: preferred]"),
+        (EARLY, "object: 'memory-backend-ram,id=ram0,size=1G,policy=interleave'"),
+        (EARLY, "readconfig: x"),
+    ],
+)
+def test_memory_that_is_said_to_be_somewhere(nodes: OtherHost, options: tuple[str, ...]) -> None:
+    assert elsewhere(nodes, "m: 1G", *options) == []
+
+
+@pytest.mark.parametrize("pinning", ["[7, 8]", "['0-15', 8]"])
+def test_vcpus_on_both(nodes: OtherHost, pinning: str) -> None:
+    assert elsewhere(nodes, "m: 1G", EARLY, pinning=pinning) == []
+
+
+def test_a_launcher_that_is_kept_on_a_node(nodes: OtherHost) -> None:
+    """By numactl(8), taskset(1), or systemd's NUMAPolicy= and CPUAffinity=: QEMU inherits all of it."""
+    nodes.write("/proc/self/numa_maps", "5651688c4000 default file=/usr/bin/python3 mapped=1 N0=1\n")
+    nodes.write("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-15\nMems_allowed_list:\t0-1\n")
+    assert len(elsewhere(nodes, "m: 1G", EARLY)) == 1
+    nodes.write("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-7\nMems_allowed_list:\t0-1\n")
+    assert len(elsewhere(nodes, "m: 1G", EARLY)) == 1, "on the other one"
+    nodes.write("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t8-15\nMems_allowed_list:\t0-1\n")
+    assert elsewhere(nodes, "m: 1G", EARLY) == []
+    nodes.write("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-15\nMems_allowed_list:\t0\n")
+    assert elsewhere(nodes, "m: 1G", EARLY) == [], "no other can be had"
+    nodes.write("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-15\nMems_allowed_list:\t0-1\n")
+    nodes.write("/proc/self/numa_maps", "5651688c4000 bind:1 file=/usr/bin/python3 mapped=1 N0=1\n")
+    assert elsewhere(nodes, "m: 1G", EARLY) == []
+
+
+def test_hosts_without_a_choice(host: OtherHost) -> None:
+    assert elsewhere(host, "m: 1G", EARLY) == []
+    host.node(0, "0-15")
+    assert elsewhere(host, "m: 1G", EARLY) == []
+    host.node(1, "")  # memory alone, which nobody is near to
+    assert elsewhere(host, "m: 1G", EARLY) == []
+
+
+def test_a_node_without_memory(nodes: OtherHost) -> None:
+    """Some Threadrippers: there is none to bind to."""
+    nodes.node(2, "16-23")
+    nodes.write("/sys/devices/system/node/has_memory", "0-1\n")
+    assert elsewhere(nodes, "m: 1G", EARLY, pinning="[16, 17]") == []
+
+
 # ivshmem
 
 

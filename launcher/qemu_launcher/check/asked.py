@@ -8,10 +8,12 @@ QEMU's business, and is not looked at. Nothing here is refused.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import prod
 from typing import Any, Literal, NamedTuple
 
 from .. import cmdline
+from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
 from ..options import is_on, smp_numbers
 
@@ -52,7 +54,10 @@ class VfioDevice(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A memory backend. Bytes; `size` None: it cannot be told; `huge_page` None: the host's default."""
+    """A memory backend. Bytes; `size` None: it cannot be told; `huge_page` None: the host's default.
+
+    `nodes`: NUMA nodes of the host's; what `policy` means by them is in set_mempolicy(2).
+    """
 
     kind: str  # memory-backend-file, -memfd, -ram
     id: str
@@ -62,6 +67,13 @@ class Backend(NamedTuple):
     huge_page: int | None
     readonly: bool
     prealloc: bool
+    nodes: frozenset[int] = frozenset()
+    policy: str = "default"
+
+    @property
+    def bound_to(self) -> frozenset[int]:
+        """The nodes that its memory must be from, none if it may be from any."""
+        return self.nodes if self.policy == "bind" else frozenset()
 
 
 def settings(option: QemuOption) -> dict[str, str]:
@@ -147,7 +159,9 @@ def evdev(definition: VmDefinition) -> list[str]:
 def backends(definition: VmDefinition) -> list[Backend]:
     """All memory backends, and -mem-path, which is one for all of the guest's own RAM."""
     found = [
-        _backend(one) for one in each(definition, "object") if one.get("qom-type", "").startswith("memory-backend-")
+        _backend(one, option)
+        for option in definition.options
+        if option.bare_name == "object" and (one := settings(option)).get("qom-type", "").startswith("memory-backend-")
     ]
     paths = [option.value for option in definition.options if option.bare_name == "mem-path"]
     if paths and isinstance(paths[-1], str):
@@ -157,7 +171,7 @@ def backends(definition: VmDefinition) -> list[Backend]:
     return found
 
 
-def _backend(found: Settings) -> Backend:
+def _backend(found: Settings, option: QemuOption) -> Backend:
     return Backend(
         kind=found["qom-type"],
         id=found.get("id", ""),
@@ -167,7 +181,20 @@ def _backend(found: Settings) -> Backend:
         huge_page=cmdline.parse_size(found.get("hugetlbsize", ""), default_unit="B"),
         readonly=is_on(found.get("readonly", "off")),
         prealloc=is_on(found.get("prealloc", "off")),
+        nodes=_nodes(found, option),
+        policy=found.get("policy", "default"),
     )
+
+
+def _nodes(found: Settings, option: QemuOption) -> frozenset[int]:
+    """All host-nodes of an object, which may be given several times (QEMU's OptsVisitor), or as a list in JSON."""
+    given = [value for name, value in option.properties() if name == "host-nodes" and value is not None]
+    given += [value for name, value in found.items() if name.startswith("host-nodes.")]
+    nodes: set[int] = set()
+    for value in given:
+        with suppress(ValueError):  # which QEMU will have a word for
+            nodes |= parse_cpulist(value)
+    return frozenset(nodes)
 
 
 def images(definition: VmDefinition) -> list[Image]:

@@ -1,4 +1,4 @@
-"""Guest RAM: huge pages, files shared with other programs (ivshmem), and whether there is enough of it.
+"""Guest RAM: huge pages, files shared with other programs (ivshmem), whether there is enough of it, and its NUMA node.
 
 Documentation/admin-guide/mm/hugetlbpage.rst has the files of the pools. Pure judgement over a Tree.
 """
@@ -8,18 +8,25 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .. import cmdline
+from ..cpulist import format_cpulist
 from ..definition import VmDefinition
+from ..options import is_on
 from ..plan import MemlockNeed
 from ..procfs import INFINITY
 from ..voice import format_size
+from . import asked, nodes
 from .asked import Backend
 from .devices import udev_line
 from .finding import Finding
-from .tree import ENTER, READ, WRITE, Tree
+from .tree import ENTER, READ, WRITE, Tree, cpus_in
 
 POOLS = "/sys/kernel/mm/hugepages"
 _SHM = "/dev/shm"  # noqa: S108  where QEMU's documentation, and everybody, puts ivshmem files
 _KVMFR = "/dev/kvmfr"
+_READ_AGAIN = "then read it again: the kernel gives as many as it finds unbroken memory for"
+_AT_BOOT = "surest from boot on, with the kernel arguments"
+
+Nodes = frozenset[int]
 
 
 class Mount(NamedTuple):
@@ -90,7 +97,7 @@ def huge_page_of(tree: Tree, backend: Backend, all_mounts: list[Mount]) -> int |
 def huge_pages(tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:
     """Whether there are as many as all backends together take, and whether their mounts are this user's to write."""
     all_mounts = mounts(tree)
-    needs: dict[int, int] = {}  # pages, by size
+    needs: dict[int, dict[Nodes, int]] = {}  # pages, by size, and by the nodes that they must be from
     for backend in wanted:
         if backend.hugetlb and default_huge_page(tree) is None and backend.huge_page is None:
             yield Finding("error", "huge pages", "this kernel has no huge pages", "leave out hugetlb: on")
@@ -103,13 +110,50 @@ def huge_pages(tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:
         if backend.size is None:
             yield Finding("note", "huge pages", f"how many huge pages {_name(backend)} takes cannot be told")
         else:
-            needs[page] = needs.get(page, 0) + -(-backend.size // page)
-    for page, pages in needs.items():
-        yield _enough(tree, page, pages)
+            by_nodes = needs.setdefault(page, {})
+            by_nodes[backend.bound_to] = by_nodes.get(backend.bound_to, 0) + -(-backend.size // page)
+    for page, by_nodes in needs.items():
+        yield from _all_enough(tree, page, by_nodes)
+
+
+def _all_enough(tree: Tree, page: int, by_nodes: dict[Nodes, int]) -> Iterator[Finding]:
+    """Pages of one size; what must be from certain nodes first."""
+    whole, bound = pool(tree, page), list[Finding]()
+    if whole is not None:
+        bound = [_enough_of(tree, whole, pages, wanted) for wanted, pages in by_nodes.items() if wanted]
+        yield from bound
+    together = _enough(tree, page, sum(by_nodes.values()))
+    # What the kernel has promised to others it counts for all nodes together.
+    if frozenset() in by_nodes or (together.severity == "error" and all(one.severity == "ok" for one in bound)):
+        yield together
+
+
+def _enough_of(tree: Tree, whole: Pool, pages: int, wanted: Nodes) -> Finding:
+    """Pages of these nodes and no others: what policy=bind means."""
+    what = f"{_pages(whole.page, pages)} are wanted of node{'s' * (len(wanted) != 1)} {format_cpulist(wanted)}"
+    folders = {one: f"{nodes.FOLDER}/node{one}/hugepages/hugepages-{whole.page >> 10}kB" for one in sorted(wanted)}
+    free = {one: tree.number(f"{folder}/free_hugepages") for one, folder in folders.items()}
+    if absent := [one for one, number in free.items() if number is None]:
+        fix = "lscpu shows the nodes; write host-nodes: to match"
+        return Finding("error", "huge pages", f"{what}, and there is no node {format_cpulist(absent)}", fix)
+    available = sum(number or 0 for number in free.values()) + whole.more
+    if available >= pages:
+        return Finding("ok", "huge pages", f"{what}, {available} can be had")
+    node, folder = next(iter(folders.items()))
+    total = (tree.number(f"{folder}/nr_hugepages") or 0) + pages - available
+    fix = (
+        f"echo {total} | sudo tee {folder}/nr_hugepages; {_READ_AGAIN}\n"
+        f"{_AT_BOOT} hugepagesz={_unit(whole.page)} hugepages={node}:{total} (Linux 5.16; other nodes behind a comma)"
+    )
+    return Finding("error", "huge pages", f"{what}, and {available} can be had", fix)
+
+
+def _pages(page: int, pages: int) -> str:
+    return f"{pages} huge page{'s' * (pages != 1)} of {format_size(page)}"
 
 
 def _enough(tree: Tree, page: int, pages: int) -> Finding:
-    size = f"{pages} huge page{'s' * (pages != 1)} of {format_size(page)}"
+    size = _pages(page, pages)
     found = pool(tree, page)
     if found is None:
         sizes = [
@@ -133,14 +177,13 @@ def _enough(tree: Tree, page: int, pages: int) -> Finding:
 
 def _how_to_have_pages(tree: Tree, page: int, total: int) -> str:
     now = f"echo {total} | sudo tee {POOLS}/hugepages-{page >> 10}kB/nr_hugepages"
-    unit = f"{page >> 30}G" if page >= 1 << 30 else f"{page >> 20}M" if page >= 1 << 20 else f"{page >> 10}K"
-    at_boot = f"hugepagesz={unit} hugepages={total}"
     if page == default_huge_page(tree):
         now = f"sudo sysctl vm.nr_hugepages={total}"
-    return (
-        f"{now}; then read it again: the kernel gives as many as it finds unbroken memory for\n"
-        f"surest from boot on, with the kernel arguments {at_boot}"
-    )
+    return f"{now}; {_READ_AGAIN}\n{_AT_BOOT} hugepagesz={_unit(page)} hugepages={total}"
+
+
+def _unit(page: int) -> str:
+    return f"{page >> 30}G" if page >= 1 << 30 else f"{page >> 20}M" if page >= 1 << 20 else f"{page >> 10}K"
 
 
 def _mount_rights(tree: Tree, path: str) -> Iterator[Finding]:
@@ -253,6 +296,90 @@ def in_huge_pages(tree: Tree, wanted: list[Backend]) -> int:
     """How many bytes of these backends lie in huge pages, which MemAvailable leaves out."""
     all_mounts = mounts(tree)
     return sum(backend.size or 0 for backend in wanted if huge_page_of(tree, backend, all_mounts))
+
+
+# Of which NUMA node it is
+
+
+def elsewhere(definition: VmDefinition, tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:
+    """RAM that QEMU takes while it may run on any node, for vCPUs that are all on one.
+
+    What the guest takes itself, when its vCPUs first touch it, is of their node.
+    """
+    node = _node_of_vcpus(definition, tree)
+    if node is None or cmdline.has_option(definition, "readconfig"):
+        return
+    if any(backend.nodes or backend.policy != "default" for backend in wanted) or _is_kept(tree, node):
+        return
+    all_mounts = mounts(tree)
+    reasons = {
+        "prealloc": cmdline.has_option(definition, "mem-prealloc") or any(backend.prealloc for backend in wanted),
+        "mem-lock": any(is_on(one.get("mem-lock", "off")) for one in asked.each(definition, "overcommit")),
+        "VFIO": cmdline.has_vfio(definition.options),
+    }
+    if early := [word for word, holds in reasons.items() if holds]:
+        how = f"QEMU takes it ({', '.join(early)}) before its threads are pinned, wherever it runs then"
+    elif any(huge_page_of(tree, backend, all_mounts) for backend in wanted):
+        how = "huge pages come from any node that has them"
+    else:
+        return
+    text = f"all vCPUs are on NUMA node {node}, and nothing keeps the guest's memory there: {how}"
+    yield Finding("warning", "memory", text, _bound_to(definition, wanted, node))
+
+
+def _node_of_vcpus(definition: VmDefinition, tree: Tree) -> int | None:
+    """The node that all of them are next to; None if there is none, or no other with CPUs and memory."""
+    with_memory = cpus_in(tree.text(f"{nodes.FOLDER}/has_memory"))
+    near = {node: cpus for node, cpus in nodes.nodes(tree).items() if node in with_memory}
+    if definition.pinning is None or len(near) < 2:
+        return None
+    vcpus = definition.pinning.cpus
+    return next((node for node, cpus in near.items() if vcpus <= cpus), None)
+
+
+def _is_kept(tree: Tree, node: int) -> bool:
+    """Whether we are, and so QEMU will be: by numactl(8) or taskset(1), or by systemd, systemd.exec(5)."""
+    policy = (tree.text("/proc/self/numa_maps") or "").split()[1:2]  # of any mapping; numa(7)
+    found = dict(re.findall(r"^(\w+)_allowed_list:\s+(\S+)$", tree.text("/proc/self/status") or "", re.MULTILINE))
+    cpus, memory = cpus_in(found.get("Cpus")), cpus_in(found.get("Mems"))
+    return policy not in ([], ["default"]) or len(memory) == 1 or (bool(cpus) and cpus <= nodes.nodes(tree)[node])
+
+
+def _bound_to(definition: VmDefinition, wanted: list[Backend], node: int) -> str:
+    """What to write. RAM has a backend already, or two, or gets one."""
+    where = f"host-nodes: {node}, policy: bind"
+    machine = list(asked.each(definition, "machine", "M"))
+    named = [one["memory-backend"] for one in machine if "memory-backend" in one][-1:]
+    named += [one["memdev"] for one in asked.each(definition, "numa") if "memdev" in one]
+    if named:
+        return f"add {where} to the object{'s' * (len(named) != 1)} {' and '.join(named)}"
+    taken = {one.get("id") for one in asked.each(definition, "object")}
+    name = next(name for name in (f"ram{number}" for number in range(len(taken) + 1)) if name not in taken)
+    size = f"id: {name}, size: {_written(cmdline.machine_ram(definition))}"
+    path = next((backend.path for backend in wanted if not backend.id and backend.path is not None), None)
+    if path is not None:
+        path = path if re.fullmatch(r"[\w/.-]+", path) else "'" + path.replace("'", "''") + "'"
+        first, kind, size = "write in place of mem-path", "file", f"{size}, mem-path: {path}"
+    else:
+        first, kind = "add to the section qemu", "ram"
+    kinds = [one["type"] for one in machine if "type" in one][-1:]
+    return (
+        f"{first}, where the lines of machine are taken together:\n"
+        f"- object: [memory-backend-{kind}, {size}, {where}]\n"
+        f"- machine: [{', '.join([*kinds, f'memory-backend: {name}'])}]"
+    )
+
+
+def _written(size: int | None) -> str:
+    """Bytes, exactly, as a definition may have them."""
+    if not size:
+        return "..."
+    units = [(shift, unit) for unit, shift in cmdline.SIZE_SUFFIXES.items() if size % (1 << shift) == 0]
+    shift, unit = max(units)
+    return f"{size >> shift}{unit if shift else ''}"
+
+
+# What this user may lock
 
 
 def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, hard: int) -> Iterator[Finding]:

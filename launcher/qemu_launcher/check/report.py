@@ -206,6 +206,7 @@ class _Vm:
         yield from cpus.count(definition)
         yield from cpus.cores(definition, facts)
         yield from layout.layout(definition, self._tree)
+        yield from memory.elsewhere(definition, self._tree, asked.backends(definition))
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))
         wanted = cpus.of_vcpus(definition)
