@@ -25,7 +25,12 @@ from unit.reading import read
 BLOCKS = list(blocks())
 SECTIONS = ("launcher", "qemu")
 # What others install, and what the kernel has.
-OTHERS = ("/usr/share/OVMF/OVMF_VARS_4M.ms.fd", "/usr/lib/qemu/qemu-bridge-helper")
+OTHERS = (
+    "/usr/share/OVMF/OVMF_VARS_4M.ms.fd",
+    "/usr/lib/qemu/qemu-bridge-helper",
+    "/etc/apparmor.d/usr.bin.swtpm",
+    "/etc/apparmor.d/local/usr.bin.swtpm",
+)
 FOLDERS = ("/proc/", "/sys/fs/cgroup/", "/var/lib/vms/", "~/.config/qemu-launcher")
 UNITS = ("init.scope", "system.slice", "user.slice")  # systemd.special(7)
 DIRECTIVES = {"Service": ("TimeoutStopSec",), "Scope": ("TimeoutStopSec",), "Slice": ("MemoryMax",)}
@@ -240,6 +245,13 @@ def virsh(words: list[str]) -> None:
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--\w+", shown))
 
 
+def echo(words: list[str]) -> None:
+    rule, pipe, *rest = words
+    assert re.fullmatch(r"owner /var/lib/vms/\*\* rwk,", rule)
+    assert pipe == "|"
+    command(rest)
+
+
 def plain(words: list[str]) -> None:
     """Its paths are looked at by `shell`."""
 
@@ -255,7 +267,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "apt": apt,
     "usermod": usermod,
     "virsh": virsh,
-    **dict.fromkeys(("cat", "cp", "dpkg-statoverride", "grep", "install", "mkdir", "qemu-img"), plain),
+    "echo": echo,
+    **dict.fromkeys(
+        ("apparmor_parser", "cat", "cp", "dpkg-statoverride", "grep", "install", "mkdir", "qemu-img", "tee"), plain
+    ),
 }
 
 

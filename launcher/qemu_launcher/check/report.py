@@ -33,7 +33,7 @@ from ..definition import VmDefinition, validate_tunable
 from ..errors import DefinitionError, LauncherError, TuningFailed, printable
 from ..patience import patiently
 from ..voice import Voice
-from . import asked, cpus, cpusets, devices, environment, files, finding, layout, memory, versions, vfio
+from . import apparmor, asked, cpus, cpusets, devices, environment, files, finding, layout, memory, versions, vfio
 from .finding import Finding
 from .tree import ENTER, Tree
 
@@ -118,6 +118,7 @@ class _Vm:
         found += self._binary()
         found += devices.kvm(tree, asked.kvm(definition), self._user)
         found += files.commands(tree, definition, self._env, self._folder)
+        found += apparmor.swtpm(tree, definition, self._program, self._folder, os.environ.get("HOME", ""))
         made_before = bool(definition.before_start)
         found += files.images(tree, asked.images(definition), self._folder, self._user, made_before=made_before)
         found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
@@ -127,6 +128,9 @@ class _Vm:
         found += self._memory(runs=runs is not None)
         found += self._tuning(runs=runs is not None)
         return found
+
+    def _program(self, name: str) -> str | None:
+        return files.binary(self._tree, name, self._env, self._folder)
 
     def _running(self, runs: runtime.Found) -> Finding:
         who = f"PID {runs.qemu.pid}" if runs.qemu is not None else "it is being started"

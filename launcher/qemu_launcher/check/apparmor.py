@@ -1,0 +1,105 @@
+"""swtpm where AppArmor confines it, as Ubuntu's package has it done: whether the profile knows the hook's paths.
+
+Why it exists: swtpm then says "Could not open UnixIO socket: Permission denied" of a folder that is its user's own, and
+nothing points to AppArmor but the kernel's log. The profile knows homes, /tmp, /var/lib/swtpm and libvirt's folders;
+a file of the administrator's, which it includes, may know more: apparmor.d(5).
+
+Pure judgement over a Tree. Of the profile only rules that name paths are read; what is included besides them adds
+folders of the system, and abstractions/user-tmp those for temporary files.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..definition import HookCommand, VmDefinition
+from .finding import Finding
+from .tree import Tree
+
+_FOLDER = "/etc/apparmor.d"
+_PROFILE, _LOCAL = f"{_FOLDER}/usr.bin.swtpm", f"{_FOLDER}/local/usr.bin.swtpm"
+_UNUSED = ("disable", "force-complain")  # a link of its name in one of these: apparmor_parser(8)
+_ENABLED = "/sys/module/apparmor/parameters/enabled"
+_CONFINED = "/usr/bin/swtpm"  # a copy elsewhere is not
+_TEMPORARY = ("/tmp/**", "/var/tmp/**")  # noqa: S108  abstractions/user-tmp
+_RULE = re.compile(r'(?:(?:allow|audit|file|owner)\s+)*"?((?:/|@\{)[^\s"]*)"?\s+[a-zA-Z]*w[a-zA-Z]*\s*,')
+_WILD = {"**": ".*", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
+
+
+def swtpm(
+    tree: Tree, definition: VmDefinition, where: Callable[[str], str | None], folder: Path, home: str
+) -> Iterator[Finding]:
+    """`where`: the path of a program; `folder`: where relative paths begin; `home`: the user's own."""
+    profile = tree.text(_PROFILE)
+    if profile is None or tree.text(_ENABLED) != "Y" or re.search(r"flags=\([^)]*\bcomplain\b", profile):
+        return
+    if any(tree.exists(f"{_FOLDER}/{unused}/usr.bin.swtpm") for unused in _UNUSED):
+        return
+    rules = _rules(f"{profile}\n{tree.text(_LOCAL) or ''}", home)
+    for command in (*definition.before_start, *definition.after_stop):
+        program = where(command.argv[0])
+        if program is None or tree.target(program) != _CONFINED:
+            continue
+        closed = [
+            place for place, file in _files(tree, command, folder) if not any(rule.fullmatch(file) for rule in rules)
+        ]
+        if closed:
+            yield _finding(command, _joined(closed))
+
+
+def _finding(command: HookCommand, folders: list[str]) -> Finding:
+    text = f"{command.mark}: AppArmor keeps swtpm out of {' and '.join(folders)} ({_PROFILE}): "
+    lines = [f"echo 'owner {folder.rstrip('/')}/** rwk,' | sudo tee -a {_LOCAL}" for folder in folders]
+    fix = "\n".join([*lines, f"sudo apparmor_parser -r {_PROFILE}"])
+    return Finding("warning", "AppArmor", f"{text}it ends with Permission denied", fix)
+
+
+def _rules(text: str, home: str) -> list[re.Pattern[str]]:
+    """Which paths may be written, a pattern for each rule."""
+    paths = [found[1] for line in text.splitlines() if (found := _RULE.match(line.strip()))]
+    if re.search(r"^\s*#?include\s+<abstractions/user-tmp>", text, re.MULTILINE):
+        paths += _TEMPORARY
+    patterns = []
+    for path in paths:
+        try:
+            patterns.append(re.compile(_regex(path, home)))
+        except re.error:  # braces that do not match; AppArmor would not take it either
+            continue
+    return patterns
+
+
+def _regex(path: str, home: str) -> str:
+    """AppArmor's globs; of its variables those that such rules begin with."""
+    homes = "|".join(["/home/[^/]+", "/root", *([re.escape(home)] if home.strip("/") else [])])
+    variables = {"@{HOME}": f"(?:{homes})", "@{run}": "(?:/run|/var/run)"}
+    found, depth = "", 0
+    for part in re.findall(r"@\{\w+\}|\*\*|.", path):
+        depth += (part == "{") - (part == "}")
+        wild = "|" if part == "," and depth else _WILD.get(part)
+        found += variables.get(part) or wild or re.escape(part)
+    return found
+
+
+def _files(tree: Tree, command: HookCommand, folder: Path) -> Iterator[tuple[str, str]]:
+    """(folder, file in it) of what its arguments name: dir=..., path=..., file=..."""
+    for word in command.argv[1:]:
+        for kind, path in re.findall(r"(?:^|,)(dir|file|path)=([^,]+)", word):
+            real = _real(tree, os.path.normpath(folder / path))
+            yield (real, f"{real}/x") if kind == "dir" else (str(Path(real).parent), real)
+
+
+def _real(tree: Tree, path: str) -> str:
+    """Where it is, or would be made: AppArmor sees no symbolic links."""
+    for parent in (path, *map(str, Path(path).parents)):
+        if tree.exists(parent):
+            return os.path.normpath(f"{tree.target(parent)}/{path[len(parent) :]}")
+    return path
+
+
+def _joined(folders: list[str]) -> list[str]:
+    """One folder for all, if it is no more than theirs; else each that is in no other."""
+    common = os.path.commonpath(folders)
+    if common.count("/") > 1:
+        return [common]
+    return [one for one in dict.fromkeys(folders) if not any(one.startswith(f"{other}/") for other in folders)]
