@@ -9,9 +9,12 @@ Reads the user database; changes nothing.
 import grp
 import os
 import pwd
+import re
+from pathlib import Path
 
 from . import absence
 from .errors import TuningFailed
+from .procfs import PROC
 
 GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
@@ -25,6 +28,9 @@ NO_BUS = "org.freedesktop.DBus.Error.NoServer"  # nobody listens there; our own 
 
 # dbus-daemon's, when who is to be activated has not come in time; the helper has no error of that name.
 NOT_YET_STARTED = "org.freedesktop.DBus.Error.TimedOut"
+
+_GROUPS = Path("/etc/group")
+_OWN_CGROUP = PROC / "self/cgroup"
 
 _DENIED = "org.freedesktop.DBus.Error.AccessDenied"  # by the bus itself
 _MISSING = {"org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner"}
@@ -77,7 +83,7 @@ def not_authorised(text: str) -> tuple[str, str]:
     hint = "an administrator's polkit rule decides this, or the question for a password was dismissed"
     gid = _group_gid()
     if gid is not None and not _is_member(gid):
-        hint += f"\nmembers of the group {GROUP} are usually not asked: sudo usermod -aG {GROUP} {user_name()}"
+        hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(user_name()))}"
     return text or f"{user_name()} is not authorised", hint
 
 
@@ -99,14 +105,36 @@ def not_a_member() -> tuple[str, str] | None:
     if not _is_member(gid):
         return (
             f"{user} is not a member of the group {GROUP}",
-            f"sudo usermod -aG {GROUP} {user}\nthen log out and in again",
+            "\n".join([*_to_join(user), "then log out and in again"]),
         )
     if gid not in {os.getegid(), *os.getgroups()}:
-        return (
-            f"{user} is a member of the group {GROUP}, but not yet in this login",
-            "log out and in again (closing a terminal is not enough; the whole session counts)",
-        )
+        hint = "log out and in again (closing a terminal is not enough; the whole session counts)"
+        # Terminals of GNOME's and KDE's are children of the user manager, and have its groups. It outlives a logout by
+        # UserStopDelaySec= (logind.conf(5)), and lingering, or another session, keeps it for good.
+        if "/user@" in (_read(_OWN_CGROUP) or ""):
+            stays = f"sudo loginctl terminate-user {user}, which ends all you run; or boot"
+            hint += f"\nstill so? your user manager has stayed: {stays}"
+        return f"{user} is a member of the group {GROUP}, but not yet in this login", hint
     return None
+
+
+def _to_join(user: str) -> list[str]:
+    """The commands that make `user` a member.
+
+    usermod(8) knows the host's own file alone. Where packages are part of an image (Fedora Silverblue), their groups
+    are in /usr/lib/group, and it does nothing.
+    """
+    groups = _read(_GROUPS)
+    is_elsewhere = groups is not None and not re.search(rf"^{GROUP}:", groups, re.MULTILINE)
+    copied = [f"getent group {GROUP} | sudo tee -a /etc/group"] if is_elsewhere else []
+    return [*copied, f"sudo usermod -aG {GROUP} {user}"]
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return None
 
 
 def user_name() -> str:

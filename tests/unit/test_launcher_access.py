@@ -23,9 +23,17 @@ NOT_AUTHORISED = "org.qemulauncher.Error.NotAuthorized"
 
 
 @pytest.fixture
-def alice(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """alice, uid 1000, and a group qemu-launcher, 990; `database` and `process` say where she is a member."""
+def alice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """alice, uid 1000, and a group qemu-launcher, 990; `database` and `process` say where she is a member.
+
+    `file` has the groups that are the host's own, `cgroup` tells where we are: in a session of ssh's.
+    """
     world = SimpleNamespace(database=[1000], process=[1000], group=True)
+    world.file, world.cgroup = tmp_path / "group", tmp_path / "cgroup"
+    world.file.write_text("root:x:0:\nqemu-launcher:x:990:bob\n")
+    world.cgroup.write_text("0::/user.slice/user-1000.slice/session-3.scope\n")
+    monkeypatch.setattr(access, "_GROUPS", world.file)
+    monkeypatch.setattr(access, "_OWN_CGROUP", world.cgroup)
 
     def getgrnam(name: str) -> Any:
         if name != "qemu-launcher" or not world.group:
@@ -53,8 +61,39 @@ def test_member_but_not_in_this_login(alice: SimpleNamespace) -> None:
     alice.database = [1000, 990]
     error = access.explained(DENIED, "")
     assert "but not yet in this login" in str(error)
-    assert error.hint is not None
-    assert error.hint.startswith("log out and in again")
+    assert error.hint == "log out and in again (closing a terminal is not enough; the whole session counts)"
+
+
+def test_a_desktop_whose_terminals_outlive_the_login(alice: SimpleNamespace) -> None:
+    """They are children of the user manager, which has its groups, and stays for a while, or with lingering always."""
+    alice.database = [1000, 990]
+    unit = "/user.slice/user-1000.slice/user@1000.service"
+    alice.cgroup.write_text(f"1:name=systemd:/\n0::{unit}/app.slice/app-org.gnome.Terminal.slice/vte-spawn-1.scope\n")
+    error = access.explained(DENIED, "")
+    assert error.hint == (
+        "log out and in again (closing a terminal is not enough; the whole session counts)\n"
+        "still so? your user manager has stayed: sudo loginctl terminate-user alice, which ends all you run; or boot"
+    )
+
+
+@pytest.mark.parametrize("groups", ["root:x:0:\n", "root:x:0:\nqemu-launcher-x:x:7:\n", ""])
+def test_a_group_that_is_not_in_the_hosts_own_file(alice: SimpleNamespace, groups: str) -> None:
+    """Fedora Silverblue: groups of packages are in /usr/lib/group, and usermod changes /etc/group alone."""
+    alice.file.write_text(groups)
+    assert access.explained(DENIED, "").hint == (
+        "getent group qemu-launcher | sudo tee -a /etc/group\n"
+        "sudo usermod -aG qemu-launcher alice\nthen log out and in again"
+    )
+    hint = access.explained(NOT_AUTHORISED, "polkit does not allow it").hint or ""
+    assert hint.endswith(": getent group qemu-launcher | sudo tee -a /etc/group; sudo usermod -aG qemu-launcher alice")
+
+
+def test_files_that_cannot_be_read(alice: SimpleNamespace) -> None:
+    alice.file.unlink()
+    alice.cgroup.unlink()
+    assert access.explained(DENIED, "").hint == "sudo usermod -aG qemu-launcher alice\nthen log out and in again"
+    alice.database = [1000, 990]
+    assert "terminate-user" not in (access.explained(DENIED, "").hint or "")
 
 
 @pytest.mark.parametrize(("database", "is_told"), [([1000], True), ([1000, 990], False)])
