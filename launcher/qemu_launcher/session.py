@@ -16,7 +16,7 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import absence, cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
 from .awake import Awake
@@ -41,6 +41,19 @@ from .voice import Voice, format_size
 
 # The original tool made its cpusets as its caller said here. The helper does not let itself be told where.
 _OF_THE_ORIGINAL = ("QEMU_LAUNCHER_CPUSET_MOUNT_PATH", "QEMU_LAUNCHER_CPUSET_PREFIX")
+
+
+class _Run(NamedTuple):
+    """What every step of one run is about, and speaks through."""
+
+    definition: VmDefinition
+    spelled: Spelled
+    voice: Voice
+    manager: Manager
+    starter: Starter
+    signals: Signals
+    claim: Claim
+    tuning: Tuning
 
 
 def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: bool, debug: bool = False) -> int:
@@ -103,64 +116,56 @@ async def _run(
             if interrupted is not None:
                 status = 128 + interrupted
             else:
-                status = await _run_qemu(definition, spelled, voice, manager, starter, signals, claim, tuning)
+                status = await _run_qemu(_Run(definition, spelled, voice, manager, starter, signals, claim, tuning))
         finally:
             if claim.record.qemu is None or not claim.record.qemu.is_alive():
                 well = await hooks.after_stop()
         return status if well or status != 0 else 1
 
 
-async def _run_qemu(
-    definition: VmDefinition,
-    spelled: Spelled,
-    voice: Voice,
-    manager: Manager,
-    starter: Starter,
-    signals: Signals,
-    claim: Claim,
-    tuning: Tuning,
-) -> int:
+async def _run_qemu(run: _Run) -> int:
     """QEMU from its fork to its end. Returns its exit status, 128+N if signal N ended it, or ended its start."""
     began = time.monotonic()
     async with AsyncExitStack() as stack:
-        holds_guest = tuning.wanted
+        # Decided once, for -S and for `cont`: tuning that has failed and is left out is not wanted any more.
+        holds_guest = run.tuning.wanted
 
         # The child waits at its gate; before it may pass, the lock file says that it exists.
-        relay = stack.enter_context(Relay(starter.say)) if starter.is_there else None
-        with monitors.made(claim.listening_socket()) as made:
-            command = _command(definition, claim, tuning, made, relay)
+        relay = stack.enter_context(Relay(run.starter.say)) if run.starter.is_there else None
+        with monitors.made(run.claim.listening_socket()) as made:
+            command = _command(run, made, relay, holds_guest=holds_guest)
             qemu = forked(command)
             stack.callback(made.ours.close)
         if relay is not None:
             relay.handed_over()
-        stack.push_async_callback(_after_end, qemu, tuning)
+        stack.push_async_callback(_after_end, qemu, run.tuning)
         await stack.enter_async_context(qemu)
-        claim.update(qemu=qemu.process)
+        run.claim.update(qemu=qemu.process)
         place = f" in {command.working_directory}" if command.working_directory else ""
-        only = "only " if definition.clear_env else ""
-        env = f", with {only}{', '.join(name for name, _ in definition.env) or 'nothing'} in its environment"
-        env = env if definition.clear_env or definition.env else ""
-        voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
+        only = "only " if run.definition.clear_env else ""
+        env = f", with {only}{', '.join(name for name, _ in run.definition.env) or 'nothing'} in its environment"
+        env = env if run.definition.clear_env or run.definition.env else ""
+        run.voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
-        awake = stack.enter_context(Awake(definition, voice))
-        start = _Start(definition, spelled, voice, manager, claim, tuning, awake, qemu, holds_guest=holds_guest)
+        awake = stack.enter_context(Awake(run.definition, run.voice))
+        start = _Start(run, awake, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
-        with starter.wanted(asyncio.get_running_loop(), lambda: signals.put(signal.SIGINT)):
-            outcome = await _started(start, made, signals)
+        with run.starter.wanted(asyncio.get_running_loop(), lambda: run.signals.put(signal.SIGINT)):
+            outcome = await _started(start, made, run.signals)
         if isinstance(outcome, int):
             return outcome
-        outlook = f"{_stillness(definition) or 'running'}, {tuning.summary()}"
-        manager.ready(outlook)
-        voice.note(f"{outlook}, {time.monotonic() - began:.1f} s")
-        starter.running()
+        outlook = f"{_stillness(run.definition) or 'running'}, {run.tuning.summary()}"
+        run.manager.ready(outlook)
+        run.voice.note(f"{outlook}, {time.monotonic() - began:.1f} s")
+        run.starter.running()
 
         # The guest runs, for days perhaps: nothing is left to do but to listen.
         settling = asyncio.ensure_future(start.settle())
         settling.add_done_callback(start.unsettled)
-        shutdown = Shutdown(qemu, outcome, voice, manager, definition.shutdown_timeout)
-        status = await shutdown.until_ended(signals)
-        voice.step(f"QEMU ended {qemu.ended.result()}")
+        shutdown = Shutdown(qemu, outcome, run.voice, run.manager, run.definition.shutdown_timeout)
+        status = await shutdown.until_ended(run.signals)
+        run.voice.step(f"QEMU ended {qemu.ended.result()}")
         settling.cancel()
         await asyncio.wait([settling])
         return status
@@ -175,29 +180,17 @@ async def _after_end(qemu: Qemu, tuning: Tuning) -> None:
 class _Start:
     """The way of one QEMU from its gate to its running guest."""
 
-    def __init__(
-        self,
-        definition: VmDefinition,
-        spelled: Spelled,
-        voice: Voice,
-        manager: Manager,
-        claim: Claim,
-        tuning: Tuning,
-        awake: Awake,
-        qemu: Qemu,
-        *,
-        holds_guest: bool,
-    ) -> None:
+    def __init__(self, run: _Run, awake: Awake, qemu: Qemu, *, holds_guest: bool) -> None:
         self.qemu = qemu
         self.qmp: Qmp | None = None
-        self.spelled = spelled
+        self.spelled = run.spelled
         self.holds_guest = holds_guest
         self._found: Threads | None = None
-        self._definition = definition
-        self._voice = voice
-        self._manager = manager
-        self._claim = claim
-        self._tuning = tuning
+        self._definition = run.definition
+        self._voice = run.voice
+        self._manager = run.manager
+        self._claim = run.claim
+        self._tuning = run.tuning
         self._awake = awake
 
     async def run(self, made: Monitors) -> Qmp:
@@ -370,16 +363,16 @@ def _early_end(start: _Start) -> int:
     raise error
 
 
-def _command(definition: VmDefinition, claim: Claim, tuning: Tuning, made: Monitors, relay: Relay | None) -> Command:
+def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: bool) -> Command:
     """QEMU's own options come last: one whose value is missing must not swallow ours."""
-    binary, *options = cmdline.qemu_argv(definition)
-    hold = ("-S",) if tuning.wanted else ()
+    binary, *options = cmdline.qemu_argv(run.definition)
+    hold = ("-S",) if holds_guest else ()
     return Command(
         argv=(binary, *made.arguments, *hold, *options),
-        env=_env(definition),
-        working_directory=definition.working_directory,
-        inherited=(claim.lock_fd, *made.inherited),
-        soft_memlock=tuning.soft_memlock,
+        env=_env(run.definition),
+        working_directory=run.definition.working_directory,
+        inherited=(run.claim.lock_fd, *made.inherited),
+        soft_memlock=run.tuning.soft_memlock,
         stderr=None if relay is None else relay.writing,
     )
 
