@@ -240,7 +240,7 @@ def _failure(status: int, child: _Child, where_more_is: str) -> int:
     """
     if status == 0:
         hint = f"see what it has said: {where_more_is}\nor have it said here: qemu-launcher run {child.spelled}"
-        raise QemuFailed("QEMU ended with exit status 0 before the guest ran", hint, status=0)
+        raise QemuFailed("QEMU ended with exit status 0 before the guest ran", hint)
     return status
 
 

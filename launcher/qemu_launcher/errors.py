@@ -6,7 +6,7 @@
     |-- NotRunning               exit 3   the VM asked about is not running
     |-- NoGrant                  exit 3   the VM that is to give something back holds nothing
     |-- AlreadyRunning           exit 1   the VM asked for runs already
-    |-- QemuFailed               exit 1   QEMU could not be started, or ended before the guest ran
+    |-- QemuFailed               exit 1   QEMU could not be started, or ended before the guest ran (then QEMU's own)
     |-- HookFailed               exit 1   a command of before_start or after_stop did not do
     |-- QmpError                 exit 1   QEMU's monitor answered with an error, with nonsense, or not at all
     `-- TuningFailed             exit 1   the guest has not run, it cannot be given what its definition asks for
@@ -110,15 +110,12 @@ class AlreadyRunning(LauncherError):
 class QemuFailed(LauncherError):
     """QEMU could not be started, or ended before the guest ran. QEMU is gone and reaped.
 
-    `status` is its exit status (128+N for signal N), None when it was never executed; `argv` is its command line.
+    `exit_status` is QEMU's own where it ended with a failure (128+N for signal N), else 1.
     """
 
-    def __init__(
-        self, message: str, hint: str | None = None, *, status: int | None = None, argv: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, message: str, hint: str | None = None, *, exit_status: int = 1) -> None:
         super().__init__(message, hint)
-        self.status = status
-        self.argv = tuple(argv)
+        self.exit_status = exit_status
 
 
 class HookFailed(LauncherError):

@@ -122,12 +122,11 @@ class Qemu:
             await readable.wait()
         finally:
             loop.remove_reader(self._report)
-        if self.failure is not None:
-            raise self.failure
+        if (failure := self.exec_failure()) is not None:
+            raise failure
 
-    @property
-    def failure(self) -> QemuFailed | None:
-        """Why the child could not execute QEMU; None as long as it has not failed to."""
+    def exec_failure(self) -> QemuFailed | None:
+        """Why the child could not execute QEMU, by what it has reported so far; None if it has reported nothing."""
         readable, _, _ = select.select([self._report], [], [], 0)
         if readable:  # a few bytes in one write; nothing at all when exec closed the pipe, or the child ended
             self._reported += os.read(self._report, 64)
@@ -140,7 +139,6 @@ class Qemu:
         return QemuFailed(
             f"cannot start {self.command.argv[0]!r}: could not {_STAGES[stage]}{where}: {why}",
             unexpanded.hint(path),
-            argv=self.command.argv,
         )
 
     def send(self, number: signal.Signals) -> None:
@@ -186,7 +184,7 @@ def forked(command: Command) -> Qemu:
     except OSError as err:
         for fd in (gate, report):
             os.close(fd)
-        raise QemuFailed(f"cannot make a process for QEMU: {err.strerror}", argv=command.argv) from err
+        raise QemuFailed(f"cannot make a process for QEMU: {err.strerror}") from err
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(gate_read)

@@ -340,8 +340,8 @@ async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
 def _early_end(start: _Start) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
     qemu, suspicion = start.qemu, start.suspicion()
-    if qemu.failure is not None:
-        raise qemu.failure
+    if (failure := qemu.exec_failure()) is not None:
+        raise failure
     ending = qemu.ended.result()
     if ending.code == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
@@ -353,14 +353,7 @@ def _early_end(start: _Start) -> int:
         hint = f"{unexpanded.HINT}\n{hint}"
     if suspicion is not None:
         hint = tune.with_way_out(f"{suspicion}\n{hint}", start.spelled)
-    error = QemuFailed(
-        f"QEMU ended {ending} before the guest ran",
-        hint,
-        status=ending.exit_status,
-        argv=qemu.command.argv,
-    )
-    error.exit_status = ending.exit_status
-    raise error
+    raise QemuFailed(f"QEMU ended {ending} before the guest ran", hint, exit_status=ending.exit_status)
 
 
 def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: bool) -> Command:
@@ -389,7 +382,6 @@ def _check_binary(definition: VmDefinition) -> None:
     raise QemuFailed(
         f"cannot start {binary!r}: it is in no folder of PATH ({':'.join(os.get_exec_path(env))})",
         absence.qemu(binary),
-        argv=(binary,),
     )
 
 

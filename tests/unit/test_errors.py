@@ -39,6 +39,7 @@ def test_without_place_or_hint() -> None:
 def test_exit_status() -> None:
     errors = [LauncherError, UsageError, DefinitionError, NotRunning, QemuFailed, QmpError, TuningFailed, Unfit]
     assert [error("x").exit_status for error in errors] == [1, 2, 2, 3, 1, 1, 1, 2]
+    assert QemuFailed("x", exit_status=130).exit_status == 130
 
 
 def test_several_are_sorted_and_told_once() -> None:
