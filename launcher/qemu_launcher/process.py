@@ -16,6 +16,7 @@ runs, unless `let_run()` was called: from `cont` on, a failing launcher leaves t
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -37,8 +38,10 @@ QUIT_GRACE = 10.0
 
 # Signals of the terminal: they reach the whole foreground group, but only the launcher shall act on them.
 _ONLY_FOR_THE_LAUNCHER = frozenset({signal.SIGINT, signal.SIGHUP})
-# Python ignores these from its start (PyOS_Restore in CPython); an ignored signal stays ignored across exec.
+# Python ignores these from its start (CPython: _Py_RestoreSignals); an ignored signal stays ignored across exec.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+_TOO_MANY = "end some: ulimit -u, or TasksMax= of your slice, says how many processes and threads you may have"
 
 _STDERR = 2
 _GO = b"g"
@@ -184,7 +187,9 @@ def forked(command: Command) -> Qemu:
     except OSError as err:
         for fd in (gate, report):
             os.close(fd)
-        raise QemuFailed(f"cannot make a process for QEMU: {err.strerror}") from err
+        # fork(2): EAGAIN is one of these limits; ENOMEM is of memory, and says so itself.
+        hint = _TOO_MANY if err.errno == errno.EAGAIN else None
+        raise QemuFailed(f"cannot make a process for QEMU: {err.strerror}", hint) from err
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(gate_read)
