@@ -55,7 +55,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class ThreadPlan:
-    """What the threads of one QEMU shall be given. Empty `pins`: no pinning; `policy` None: scheduling stays.
+    """What the threads of one QEMU shall be given. Empty `pins`: no pinning; a policy of None: scheduling stays.
 
     `others`: the CPUs of all threads without a pin; empty: wherever they may run. `emulator`: policy of the emulator
     threads, which are those that are not `named`.
@@ -64,8 +64,7 @@ class ThreadPlan:
     pins: tuple[Pin, ...]
     isolation: Literal["shield", "cpuset", "affinity"] | None
     scheduled: tuple[int, ...]  # TIDs
-    policy: str | None
-    priority: int
+    vcpu_policy: Scheduling | None  # of those that are `scheduled`
     others: frozenset[int] = frozenset()
     emulator: Scheduling | None = None
     named: frozenset[int] = frozenset()  # TIDs of all vCPUs and iothreads, pinned or not
@@ -75,11 +74,6 @@ class ThreadPlan:
     def cpus(self) -> frozenset[int]:
         """All CPUs that vCPUs are pinned to."""
         return frozenset[int]().union(*(pin.cpus for pin in self.pins if pin.vcpus))
-
-    @property
-    def places(self) -> bool:
-        """Whether any thread is to be put anywhere."""
-        return bool(self.pins or self.others)
 
 
 def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, memory_total: int) -> MemlockNeed | None:
@@ -151,8 +145,7 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
         pins=(*_vcpu_pins(definition, threads), *_iothread_pins(definition, threads.iothreads)),
         isolation=definition.isolation if definition.places_threads else None,  # type: ignore[arg-type]  # one of ISOLATIONS
         scheduled=vcpu_tids if definition.scheduler else (),
-        policy=definition.scheduler,
-        priority=definition.priority,
+        vcpu_policy=Scheduling(definition.scheduler, definition.priority) if definition.scheduler else None,
         others=emulator.cpus if emulator else frozenset(),
         emulator=definition.emulator_scheduler,
         named=frozenset((*vcpu_tids, *(iothread.tid for iothread in threads.iothreads))),

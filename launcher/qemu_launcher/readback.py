@@ -70,7 +70,7 @@ def _shield_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
 
 
 def _policy_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
-    if plan.policy is not None:
+    if plan.vcpu_policy is not None:
         names = {pin.tid: str(pin) for pin in plan.pins}
         for tid in plan.scheduled:
             who = names.get(tid, f"the vCPU thread {tid}")
@@ -78,7 +78,7 @@ def _policy_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
             if found is None:
                 yield f"{who} has ended"
             else:
-                yield from _policy_difference(who, found, Scheduling(plan.policy, plan.priority))
+                yield from _policy_difference(who, found, plan.vcpu_policy)
     if plan.emulator is not None:
         for tid in procfs.tids(pid):
             found = procfs.scheduling(tid) if tid not in plan.named else None

@@ -137,7 +137,7 @@ class Tuning:
             self._plan = wanted = plan.thread_plan(self._definition, threads)
             self._explain(wanted, threads)
             await self._give(wanted, qemu)
-            if wanted.emulator is not None and wanted.policy is None:
+            if wanted.emulator is not None and wanted.vcpu_policy is None:
                 # QEMU's main thread has made them, and they inherit what is meant for that one.
                 unaided.schedule([vcpu.tid for vcpu in new], Scheduling("other", 0))
             self._check(readback.thread_differences(qemu.pid, wanted))
@@ -179,8 +179,8 @@ class Tuning:
                 self._plan.isolation or "", "nothing is shielded"
             )
             words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self._plan.cpus)} ({how})")
-        if self._plan is not None and self._plan.policy is not None:
-            words.append(str(Scheduling(self._plan.policy, self._plan.priority)))
+        if self._plan is not None and self._plan.vcpu_policy is not None:
+            words.append(str(self._plan.vcpu_policy))
         if self._plan is not None:
             words += _summary_of_others(self._plan)
         if self._granted is not None:
@@ -279,14 +279,14 @@ class Tuning:
             await self._helper.pin(wanted, qemu.pid)
         else:
             unaided.pin(wanted, qemu.pid, self._voice.step)
-        if wanted.policy is not None:
-            policy = Scheduling(wanted.policy, wanted.priority)
-            if policy.priority:
-                # All of them, not only new ones: a shield that grows takes real time from everybody in it.
-                await self._helper.schedule(wanted.scheduled, policy, qemu.pid)
-            else:
-                self._voice.step(f"sched_setscheduler: TIDs {', '.join(map(str, wanted.scheduled))} -> {policy}")
-                unaided.schedule(wanted.scheduled, policy)
+        if (policy := wanted.vcpu_policy) is None:
+            return
+        if policy.priority:
+            # All of them, not only new ones: a shield that grows takes real time from everybody in it.
+            await self._helper.schedule(wanted.scheduled, policy, qemu.pid)
+        else:
+            self._voice.step(f"sched_setscheduler: TIDs {', '.join(map(str, wanted.scheduled))} -> {policy}")
+            unaided.schedule(wanted.scheduled, policy)
 
     async def _schedule_emulator(self, wanted: ThreadPlan, policy: Scheduling, qemu: Qemu) -> None:
         """Those there are; what they make later inherits from them, but for real time, which no child is given."""
@@ -330,8 +330,8 @@ def _what_it_got(wanted: ThreadPlan, tid: int) -> str:
     """`on CPU 4 (shielded), fifo 1`."""
     pin = next((pin for pin in wanted.pins if pin.tid == tid), None)
     words = ["not pinned" if pin is None else f"on CPU {format_cpulist(pin.cpus)}{' (shielded)' * pin.shielded}"]
-    if wanted.policy is not None:
-        words.append(str(Scheduling(wanted.policy, wanted.priority)))
+    if wanted.vcpu_policy is not None:
+        words.append(str(wanted.vcpu_policy))
     return ", ".join(words)
 
 

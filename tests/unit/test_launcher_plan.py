@@ -202,7 +202,7 @@ def test_one_thread_for_all_vcpus() -> None:
 
 def test_scheduling_names_each_thread_once() -> None:
     found = plan.thread_plan(defined("  scheduler: fifo\n  priority: 5\n"), vcpus(50, 50, 51))
-    assert (found.scheduled, found.policy, found.priority) == ((50, 51), "fifo", 5)
+    assert (found.scheduled, found.vcpu_policy) == ((50, 51), Scheduling("fifo", 5))
     assert plan.thread_plan(defined(), vcpus(50)).scheduled == ()
 
 
@@ -217,7 +217,7 @@ def test_every_pinned_vcpu_gets_exactly_its_cpu(cpus: list[int], more: int) -> N
 
 def test_plan_without_pins_is_no_isolation() -> None:
     found: Any = plan.thread_plan(defined(), vcpus(1))
-    assert (found.pins, found.isolation, found.policy, found.cpus) == ((), None, None, frozenset())
+    assert (found.pins, found.isolation, found.vcpu_policy, found.cpus) == ((), None, None, frozenset())
 
 
 # The other threads

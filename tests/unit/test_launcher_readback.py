@@ -22,9 +22,9 @@ CPU = frozenset({max(ALL)})
 two_cpus = pytest.mark.skipif(len(ALL) < 2, reason="optional: needs two CPUs")
 
 
-def plan(tid: int, isolation: Any = "cpuset", policy: str | None = None, priority: int = 0) -> ThreadPlan:
+def plan(tid: int, isolation: Any = "cpuset", policy: Scheduling | None = None) -> ThreadPlan:
     scheduled = (tid,) if policy else ()
-    return ThreadPlan((Pin(tid, CPU, (3,), shielded=isolation == "shield"),), isolation, scheduled, policy, priority)
+    return ThreadPlan((Pin(tid, CPU, (3,), shielded=isolation == "shield"),), isolation, scheduled, policy)
 
 
 def differences(plan: ThreadPlan) -> list[str]:
@@ -70,7 +70,7 @@ def test_other_threads_are_looked_at_too(tid: int) -> None:
     """Whoever has no pin is an emulator thread, the iothread that is pinned is none."""
     me = os.getpid()
     pinned = Pin(tid, CPU, (), iothread="io0")
-    wanted = ThreadPlan((pinned,), "affinity", (), None, 0, others=ALL - CPU, emulator=Scheduling("batch", 0))
+    wanted = ThreadPlan((pinned,), "affinity", (), None, others=ALL - CPU, emulator=Scheduling("batch", 0))
     wanted = replace(wanted, named=frozenset({tid}))
     found = differences(wanted)
     assert found[0].startswith(f"iothread 'io0' (TID {tid}) may run on CPUs ")
@@ -89,7 +89,7 @@ def test_other_threads_are_looked_at_too(tid: int) -> None:
 
 
 def test_cpu_that_nobody_may_use_is_refused_with_those_one_may() -> None:
-    wanted = ThreadPlan((Pin(os.getpid(), frozenset({8000}), (1,)),), "affinity", (), None, 0)
+    wanted = ThreadPlan((Pin(os.getpid(), frozenset({8000}), (1,)),), "affinity", (), None)
     with pytest.raises(TuningFailed, match=r"^vCPU 1 \(TID [0-9]+\) cannot be put on CPU 8000: Invalid") as caught:
         unaided.pin(wanted, os.getpid())
     assert caught.value.hint == f"CPUs you may use: {cpulist.format_cpulist(ALL)}"
@@ -107,9 +107,11 @@ def test_threads_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_policy_priority_and_reset_on_fork_are_all_compared(tid: int) -> None:
     os.sched_setaffinity(tid, CPU)
-    assert differences(plan(tid, policy="other")) == []
-    assert differences(plan(tid, policy="batch")) == [f"vCPU 3 (TID {tid}) is scheduled other, not batch"]
-    assert differences(plan(tid, policy="fifo", priority=1)) == [
+    assert differences(plan(tid, policy=Scheduling("other", 0))) == []
+    assert differences(plan(tid, policy=Scheduling("batch", 0))) == [
+        f"vCPU 3 (TID {tid}) is scheduled other, not batch"
+    ]
+    assert differences(plan(tid, policy=Scheduling("fifo", 1))) == [
         f"vCPU 3 (TID {tid}) is scheduled other, not fifo 1 (reset on fork)"
     ]
 
@@ -131,7 +133,7 @@ def test_real_time_differences(
     """Real-time policies cannot be had here, so the kernel's answer is given."""
     os.sched_setaffinity(tid, CPU)
     monkeypatch.setattr(procfs, "scheduling", lambda _: found)
-    assert (differences(plan(tid, "cpuset", *wanted)) == []) is same
+    assert (differences(plan(tid, "cpuset", Scheduling(*wanted))) == []) is same
 
 
 def test_memlock_as_granted_and_not() -> None:

@@ -17,7 +17,6 @@ from .. import access, plan
 from ..definition import VmDefinition
 from ..errors import TuningFailed
 from ..helper_proxy import Helper
-from ..keys import REALTIME_POLICIES
 from ..limits import Limits
 from ..plan import MemlockNeed
 from ..procfs import INFINITY
@@ -165,12 +164,12 @@ async def start(asker: Asker, definition: VmDefinition, need: MemlockNeed | None
     if pins and wanted.isolation != "affinity":
         await asker.pins(name, list(pins.values()), wanted.others)
     anywhere = wanted.others or frozenset(os.sched_getaffinity(0))  # where a thread without a pin will be
-    if wanted.policy in REALTIME_POLICIES:
+    if wanted.vcpu_policy is not None and wanted.vcpu_policy.priority:
         scheduled = [pins.get(tid, (tid, anywhere, False)) for tid in wanted.scheduled]
-        await asker.scheduler(name, scheduled, wanted.policy, wanted.priority)
+        await asker.scheduler(name, scheduled, *wanted.vcpu_policy)
     if wanted.emulator is not None and wanted.emulator.priority:
         emulator = [(_FIRST_TID, anywhere, False)]
-        await asker.scheduler(name, emulator, wanted.emulator.policy, wanted.emulator.priority)
+        await asker.scheduler(name, emulator, *wanted.emulator)
 
 
 def imagined(definition: VmDefinition) -> tuple[VmDefinition, Threads]:
