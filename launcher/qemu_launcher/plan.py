@@ -75,6 +75,11 @@ class ThreadPlan:
         """All CPUs that vCPUs are pinned to."""
         return frozenset[int]().union(*(pin.cpus for pin in self.pins if pin.vcpus))
 
+    @property
+    def by_helper(self) -> bool:
+        """Whether it is the helper who places the threads, since affinity alone does not do."""
+        return bool(self.pins) and self.isolation != "affinity"
+
 
 def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, memory_total: int) -> MemlockNeed | None:
     """None when nothing must be lockable. Bytes: both limits are our own RLIMIT_MEMLOCK, `memory_total` the host's."""

@@ -108,7 +108,7 @@ class Tuning:
         Nobody is asked for a password any more.
         """
         self._helper.ask_nobody()
-        if self._plan is None or not self._helper.has_acted or self._left_out or not _is_placed_by_helper(self._plan):
+        if self._plan is None or not self._helper.has_acted or self._left_out or not self._plan.by_helper:
             return
         try:
             await self._helper.pin(self._plan, qemu.pid)
@@ -275,7 +275,7 @@ class Tuning:
 
     async def _give(self, wanted: ThreadPlan, qemu: Qemu) -> None:
         """Place all threads, and schedule the vCPUs': pins first, since real time is for pinned threads."""
-        if _is_placed_by_helper(wanted):
+        if wanted.by_helper:
             await self._helper.pin(wanted, qemu.pid)
         else:
             unaided.pin(wanted, qemu.pid, self._voice.step)
@@ -316,10 +316,6 @@ def with_way_out(hint: str | None, spelled: Spelled) -> str:
     """`hint`, and how to start it all the same."""
     without = f"start it without tuning: qemu-launcher {spelled.command} --untuned {spelled.vm}"
     return f"{hint}\n{without}" if hint else without
-
-
-def _is_placed_by_helper(wanted: ThreadPlan) -> bool:
-    return bool(wanted.pins) and wanted.isolation != "affinity"
 
 
 def _limit(size: int) -> str:

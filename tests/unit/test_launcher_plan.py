@@ -258,6 +258,22 @@ def test_who_is_needed_for_the_other_threads(keys: str, helper: bool) -> None:
     assert plan.needs_helper(vm, None) is helper
 
 
+@pytest.mark.parametrize(
+    ("keys", "helper"),
+    [
+        ("  vcpu_pinning: [1]\n", True),
+        ("  iothread_pinning: {io0: 0}\n  isolation: cpuset\n", True),
+        ("  vcpu_pinning: [1]\n  isolation: affinity\n  scheduler: fifo\n", False),
+        ("  emulator_pinning: 0\n", False),
+        ("  scheduler: fifo\n", False),
+    ],
+)
+def test_who_places_the_threads(keys: str, helper: bool) -> None:
+    """Real time is asked of the helper in another call."""
+    threads = replace(vcpus(50), iothreads=(Iothread("io0", 60),))
+    assert plan.thread_plan(defined(keys, "- object: iothread,id=io0"), threads).by_helper is helper
+
+
 @pytest.mark.parametrize(("there", "hint"), [((), "it has none at all: add"), (("io0", "io1"), "it has io0, io1")])
 def test_unknown_iothread(there: tuple[str, ...], hint: str) -> None:
     """Where the options do not tell, QEMU does."""

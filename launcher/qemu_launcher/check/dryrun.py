@@ -161,7 +161,7 @@ async def start(asker: Asker, definition: VmDefinition, need: MemlockNeed | None
         await asker.memlock(name, need)
     wanted = plan.thread_plan(*imagined(definition))
     pins = {pin.tid: (pin.tid, pin.cpus, pin.shielded) for pin in wanted.pins}
-    if pins and wanted.isolation != "affinity":
+    if wanted.by_helper:
         await asker.pins(name, list(pins.values()), wanted.others)
     anywhere = wanted.others or frozenset(os.sched_getaffinity(0))  # where a thread without a pin will be
     if wanted.vcpu_policy is not None and wanted.vcpu_policy.priority:
