@@ -18,7 +18,17 @@ from typing import Any, NamedTuple
 from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
-from .keys import KEY_NAMES, REALTIME_POLICIES, HookCommand, Memlock, Scheduling, Section, priority_of, read_launcher
+from .keys import (
+    KEY_NAMES,
+    REALTIME_POLICIES,
+    HookCommand,
+    Isolation,
+    Memlock,
+    Scheduling,
+    Section,
+    priority_of,
+    read_launcher,
+)
 from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, read_options, smp_numbers, vcpu_limit
 from .pinning import CpuSet, Pinning, beside_the_first, out_of_range, smp_for
 from .yamlnode import Map, Node, Scalar, describe, fail
@@ -26,6 +36,7 @@ from .yamlnode import Map, Node, Scalar, describe, fail
 __all__ = [
     "CpuSet",
     "HookCommand",
+    "Isolation",
     "Memlock",
     "Pinning",
     "QemuOption",
@@ -62,7 +73,7 @@ class VmDefinition(NamedTuple):
     iothread_pinning: Mapping[str, CpuSet] | None = None  # by id; never empty
     emulator_scheduler: Scheduling | None = None
     memlock: Memlock = Memlock("none")
-    isolation: str | None = None  # one of keys.ISOLATIONS; None when nothing is pinned
+    isolation: Isolation | None = None  # None when nothing is pinned
     on_tuning_failure: str = "abort"  # or "continue"
     shutdown_timeout: float | None = DEFAULT_SHUTDOWN_TIMEOUT  # seconds; None: wait for ever
     before_start: tuple[HookCommand, ...] = ()

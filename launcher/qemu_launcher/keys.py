@@ -6,7 +6,7 @@ in `definition`. Nothing here looks at the host: a CPU that does not exist is re
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from . import pinning, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
@@ -22,7 +22,8 @@ MAX_SHUTDOWN_TIMEOUT = 30 * 24 * 3600  # seconds
 REALTIME_POLICIES = ("fifo", "rr")
 POLICIES = ("other", "batch", "idle", *REALTIME_POLICIES)
 MIN_PRIORITY, MAX_PRIORITY = 1, 99  # of the real-time policies: sched(7)
-ISOLATIONS = ("shield", "cpuset", "affinity")
+Isolation = Literal["shield", "cpuset", "affinity"]
+ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 SIZE_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 MEMLOCK_HINT = "write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 

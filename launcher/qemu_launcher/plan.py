@@ -10,11 +10,10 @@ Nothing has been done then.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from . import cmdline
 from .cpulist import format_cpulist
-from .definition import Scheduling, VmDefinition
+from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
 from .pinning import spelled
 from .procfs import INFINITY
@@ -62,7 +61,7 @@ class ThreadPlan:
     """
 
     pins: tuple[Pin, ...]
-    isolation: Literal["shield", "cpuset", "affinity"] | None
+    isolation: Isolation | None
     scheduled: tuple[int, ...]  # TIDs
     vcpu_policy: Scheduling | None  # of those that are `scheduled`
     others: frozenset[int] = frozenset()
@@ -148,7 +147,7 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
     vcpu_tids = tuple(dict.fromkeys(vcpu.tid for vcpu in threads.vcpus))
     return ThreadPlan(
         pins=(*_vcpu_pins(definition, threads), *_iothread_pins(definition, threads.iothreads)),
-        isolation=definition.isolation if definition.places_threads else None,  # type: ignore[arg-type]  # one of ISOLATIONS
+        isolation=definition.isolation if definition.places_threads else None,
         scheduled=vcpu_tids if definition.scheduler else (),
         vcpu_policy=Scheduling(definition.scheduler, definition.priority) if definition.scheduler else None,
         others=emulator.cpus if emulator else frozenset(),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_launcher import absence, cgroups, cpulist, procfs, readback, unaided
-from qemu_launcher.definition import Scheduling
+from qemu_launcher.definition import Isolation, Scheduling
 from qemu_launcher.errors import TuningFailed
 from qemu_launcher.plan import Pin, ThreadPlan
 from unit.proc_facts import UNIT_LINES
@@ -22,7 +22,7 @@ CPU = frozenset({max(ALL)})
 two_cpus = pytest.mark.skipif(len(ALL) < 2, reason="optional: needs two CPUs")
 
 
-def plan(tid: int, isolation: Any = "cpuset", policy: Scheduling | None = None) -> ThreadPlan:
+def plan(tid: int, isolation: Isolation = "cpuset", policy: Scheduling | None = None) -> ThreadPlan:
     scheduled = (tid,) if policy else ()
     return ThreadPlan((Pin(tid, CPU, (3,), shielded=isolation == "shield"),), isolation, scheduled, policy)
 
