@@ -65,14 +65,10 @@ class Hotplug:
 
     async def _look(self) -> None:
         found = await self._read()
-        if _tids(found) != _tids(self._known):
+        if found.tids() != self._known.tids():
             self._known = found
             await self._act(found)
 
     def _hear(self, event: Event) -> None:
         if event.get("event") in _EVENTS:
             self._heard.set()
-
-
-def _tids(threads: Threads) -> dict[int, int]:
-    return {vcpu.index: vcpu.tid for vcpu in threads.vcpus}

@@ -153,7 +153,7 @@ def thread_plan(definition: VmDefinition, threads: Threads) -> ThreadPlan:
         others=emulator.cpus if emulator else frozenset(),
         emulator=definition.emulator_scheduler,
         named=frozenset((*vcpu_tids, *(iothread.tid for iothread in threads.iothreads))),
-        vcpus={vcpu.index: vcpu.tid for vcpu in threads.vcpus},
+        vcpus=threads.tids(),
     )
 
 

@@ -206,7 +206,7 @@ class _Start:
         )
         found = await self._threads(qmp)
         self._found = found
-        self._claim.update(vcpus=_tids_by_index(found))
+        self._claim.update(vcpus=found.tids())
         await self._tuning.before_cont(self.qemu, found)
         await self._awake.settle()
         # Written first: a guest that ran must never be taken for one that did not.
@@ -242,7 +242,7 @@ class _Start:
         news = await self._tuning.follow(self.qemu, found)
         isolation, cpus = self._tuning.placement
         try:
-            self._claim.update(vcpus=_tids_by_index(found), isolation=isolation, cpus=cpus)
+            self._claim.update(vcpus=found.tids(), isolation=isolation, cpus=cpus)
         except LauncherError as err:
             self._voice.warn(f"{err.message}; `status` does not know of its new vCPUs", err.hint)
         for line in news:
@@ -291,10 +291,6 @@ class _Start:
             progress = "QEMU is still starting"
         self._manager.status(progress)
         self._voice.note(progress)
-
-
-def _tids_by_index(found: Threads) -> dict[int, int]:
-    return {vcpu.index: vcpu.tid for vcpu in found.vcpus}
 
 
 async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int:

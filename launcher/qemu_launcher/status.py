@@ -227,7 +227,7 @@ async def _state_and_vcpus(vm: Found) -> tuple[State, dict[int, int]]:
         return state, known
     try:
         status, cpus = await control.ask(vm, "query-status", "query-cpus-fast")
-        known = known or {vcpu.index: vcpu.tid for vcpu in threads.read_threads(cpus, None, []).vcpus}
+        known = known or threads.read_threads(cpus, None, []).tids()
     except LauncherError as err:
         return control.state_unheard(err), known
     return State(run_state(status), control_socket="ok"), known

@@ -80,6 +80,10 @@ class Threads:
         """Whether vCPUs can be plugged in."""
         return self.possible > len(self.vcpus)
 
+    def tids(self) -> dict[int, int]:
+        """Index -> TID, of all vCPUs."""
+        return {vcpu.index: vcpu.tid for vcpu in self.vcpus}
+
     def at(self, place: Place) -> list[Vcpu]:
         """The vCPUs there: one, none, or several where the machine's ids do not tell them apart."""
         if not self._by_ids:
