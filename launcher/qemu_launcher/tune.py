@@ -211,15 +211,8 @@ class Tuning:
         """Take back what was done, as far as it can be taken back; a failure here is only worth a warning."""
         if self._helper.has_acted:
             await self._helper.release(known=why)
-        if self._plan is not None and qemu is not None:
-            for tid in procfs.tids(qemu.pid):
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(tid, os.sched_getaffinity(0))
-                with contextlib.suppress(OSError):
-                    os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
-            left = [found for tid in procfs.tids(qemu.pid) if (found := procfs.scheduling(tid)) is not None]
-            if any(found.policy == "idle" for found in left):
-                self._voice.warn("some of its threads keep the policy idle", unaided.IDLE_STAYS)
+        if self._plan is not None and qemu is not None and not unaided.undo(qemu.pid):
+            self._voice.warn("some of its threads keep the policy idle", unaided.IDLE_STAYS)
         await self._helper.leave()
 
     # The steps

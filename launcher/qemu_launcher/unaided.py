@@ -4,9 +4,11 @@ Why it exists: no privilege is asked for where the kernel needs none (sched_seta
 Emulator threads come and go while we look: one that has ended meanwhile is none any more, and one that was born
 meanwhile inherits what its creator had. So all of them are gone over until a look finds no new one.
 
-Refused, as TuningFailed that names thread and value: what the kernel refuses. What was done before that stays done.
+Refused, as TuningFailed that names thread and value: what the kernel refuses. What was done before that stays done,
+until `undo`.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -52,6 +54,20 @@ def schedule_all(wanted: ThreadPlan, policy: Scheduling, pid: int) -> None:
 def emulator_tids(wanted: ThreadPlan, pid: int) -> tuple[int, ...]:
     """The emulator threads that `pid` has now."""
     return tuple(tid for tid in procfs.tids(pid) if tid not in wanted.named)
+
+
+def undo(pid: int) -> bool:
+    """Let all threads of `pid` run where we may, and by the usual policy, as far as the kernel allows that.
+
+    False if one of them keeps the policy idle, for the reason that IDLE_STAYS tells.
+    """
+    for tid in procfs.tids(pid):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(tid, os.sched_getaffinity(0))
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+    left = [found for tid in procfs.tids(pid) if (found := procfs.scheduling(tid)) is not None]
+    return not any(found.policy == "idle" for found in left)
 
 
 def _put(tid: int, who: str, cpus: frozenset[int]) -> None:

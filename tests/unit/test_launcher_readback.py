@@ -99,10 +99,22 @@ def test_threads_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     """Each look finds one more, which has ended by the time that it is to be scheduled."""
     no_tid = itertools.count(1 << 22)  # no TID reaches this
     monkeypatch.setattr(procfs, "tids", lambda pid: (next(no_tid),))
-    nobody = ThreadPlan((), None, (), None, 0)
+    nobody = ThreadPlan((), None, (), None)
     with pytest.raises(TuningFailed, match=r"^QEMU \(PID 4711\) makes threads faster than they can be") as caught:
         unaided.schedule_all(nobody, Scheduling("batch", 0), 4711)
     assert "leave out emulator_pinning and emulator_scheduler" in (caught.value.hint or "")
+
+
+@two_cpus
+def test_undone_threads_run_where_they_may_by_the_usual_policy(monkeypatch: pytest.MonkeyPatch, tid: int) -> None:
+    me = os.getpid()
+    os.sched_setaffinity(tid, CPU)
+    os.sched_setscheduler(tid, os.SCHED_BATCH, os.sched_param(0))
+    assert unaided.undo(me)
+    assert (procfs.allowed_cpus(me, tid), os.sched_getscheduler(tid)) == (ALL, os.SCHED_OTHER)
+    # Root is allowed to take idle back, so that the kernel's answer is given.
+    monkeypatch.setattr(procfs, "scheduling", lambda _: procfs.Scheduling("idle", 0, reset_on_fork=False))
+    assert not unaided.undo(me)
 
 
 def test_policy_priority_and_reset_on_fork_are_all_compared(tid: int) -> None:
