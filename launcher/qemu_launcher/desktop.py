@@ -15,8 +15,9 @@ from typing import Any
 
 from dbus_next import BusType, Message, MessageType, Variant
 
+from . import systembus
 from .errors import LauncherError
-from .helper_proxy import DEFAULT_ADDRESS, Bus
+from .systembus import Bus
 
 # For logind, which asks polkit, which may have to be started first: D-Bus's own limit for an answer. It is waited for
 # while QEMU starts, so that only a logind that hangs costs time.
@@ -38,10 +39,9 @@ async def held_awake(vm: str) -> int:
         signature="ssss",
         body=["sleep", "qemu-launcher", f"virtual machine {vm} runs", "block"],
     )
-    address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
     try:
         async with asyncio.timeout(_LOCK_TIMEOUT):
-            reply = await _asked(address, BusType.SYSTEM, message)
+            reply = await _asked(systembus.address(), BusType.SYSTEM, message)
     except TimeoutError as err:
         raise LauncherError("logind does not answer") from err
     except Exception as err:  # the library raises anything from OSError to bare Exception

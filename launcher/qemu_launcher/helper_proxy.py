@@ -1,7 +1,8 @@
-"""The helper, as typed methods, and systemd's wish to end a VM. With `desktop` the only importer of dbus_next.
+"""The helper, as typed methods, and systemd's wish to end a VM.
 
 Why it exists: D-Bus, its library and its error names end here; what leaves this module are values and TuningFailed.
-It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start.
+It is imported only when something needs the helper, since importing dbus_next takes as long as QEMU's own start. Nobody
+else imports that but `desktop`, and `systembus`, by which both are connected.
 
 The connection on which the helper was called is the Controller= of the VM's scope (systemd.scope's D-Bus interface,
 org.freedesktop.systemd1(5)): before systemd ends the scope it sends RequestStop there and waits. So the connection
@@ -24,13 +25,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 from dbus_next import BusType, Message, MessageFlag, MessageType
-from dbus_next.aio import MessageBus
 
-from . import absence, access
+from . import absence, access, systembus
 from .errors import TuningFailed
 from .limits import Limits
 from .patience import retrieved
 from .procfs import INFINITY
+from .systembus import Bus
 
 BUS_NAME = "org.qemulauncher.Helper1"
 INTERFACE = "org.qemulauncher.Helper1"
@@ -56,8 +57,6 @@ Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 SYSTEMD = "org.freedesktop.systemd1"
 _DAEMON = {"destination": "org.freedesktop.DBus", "path": "/org/freedesktop/DBus", "interface": "org.freedesktop.DBus"}
 
-DEFAULT_ADDRESS = "unix:path=/run/dbus/system_bus_socket"  # D-Bus specification, "System message bus"
-
 # dbus-daemon gives up on an activation after 25 s and answers itself; on a busy host, where many VMs start at once, the
 # helper may still be coming, and the call, which has not reached it, is made once more. What is left is a helper that
 # hangs, and a person in front of polkit's dialog, who may be looking for the administrator.
@@ -67,7 +66,6 @@ DIALOG_TIMEOUT = 600.0
 # More than this the helper does not read, nor answer (contract.py): 255 vCPUs fit, with 19 CPUs for each of them.
 MAX_MESSAGE_BYTES = 24 * 1024
 _ADDED_BY_BUS = 272  # bytes; our unique name, which may have 255 (D-Bus specification, "Valid Names")
-_LONGEST_AUTH_LINE = 16384  # bytes; dbus-daemon's own limit (dbus-auth.c, MAX_BUFFER)
 
 
 class GrantedVm(NamedTuple):
@@ -80,31 +78,6 @@ class GrantedVm(NamedTuple):
     start_time: int
     cpulist: str
     mechanism: str
-
-
-class Bus(MessageBus):  # type: ignore[misc]  # dbus_next carries no types
-    """The library's connection, with an end: it closes what it has opened, and a bus that hangs up is noticed."""
-
-    async def _auth_readline(self) -> str:
-        # The library's own waits for ever, at full speed, on a bus that closes the connection here (it is full, say).
-        line = b""
-        while not line.endswith(b"\r\n"):
-            byte = await self._loop.sock_recv(self._sock, 1)
-            if not byte or len(line) > _LONGEST_AUTH_LINE:
-                raise ConnectionError("it closed the connection")
-            line += byte
-        return line[:-2].decode()
-
-    def _finalize(self, err: BaseException | None = None) -> None:
-        if self._sock.fileno() >= 0:  # else the number may already be somebody else's
-            super()._finalize(err)
-            for end in (self._stream, self._sock):
-                with contextlib.suppress(OSError):  # what could not be sent any more
-                    end.close()
-
-    def leave(self) -> None:
-        self._user_disconnect = True
-        self._finalize()
 
 
 class Helper:
@@ -126,7 +99,7 @@ class Helper:
         `agent`: a context in which a polkit agent asks on this terminal; entered only when a question is to be asked.
         `trace` is told each call and its answer.
         """
-        address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or DEFAULT_ADDRESS
+        address = systembus.address()
         try:
             bus = Bus(bus_address=address, bus_type=BusType.SYSTEM)
             try:
