@@ -10,14 +10,13 @@ only be stopped by SIGTTIN. Without pkttyagent everything goes on as if it had b
 gone when the context ends, however it ends, and with us when we are killed.
 """
 
-import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator
 
-from . import procfs, terminal
+from . import patience, procfs, terminal
 
 PROGRAM = "pkttyagent"
 
@@ -51,7 +50,7 @@ async def registered() -> AsyncIterator[None]:
             os.close(writing)  # ours: the agent has its own, and closes it when it is registered, or ends
         if process is not None:
             stack.callback(_end, process)
-            await _hung_up(reading)
+            await patience.readable(reading, _REGISTRATION)  # it has closed it then, or hangs
         yield
 
 
@@ -70,19 +69,6 @@ def _started(notify: int) -> "subprocess.Popen[bytes]":
         stderr=subprocess.DEVNULL,
         preexec_fn=with_us,  # noqa: PLW1509  there are no threads (process.forked sees to it)
     )
-
-
-async def _hung_up(fd: int) -> None:
-    """Return when nobody has the other end of the pipe open any more, or is not going to close it."""
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    try:
-        async with asyncio.timeout(_REGISTRATION):
-            await readable.wait()
-    except TimeoutError:
-        return
-    finally:
-        loop.remove_reader(fd)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -1,4 +1,4 @@
-"""Waiting for something that has no fixed limit, with a word to the user when it takes long."""
+"""Waiting: for what has no fixed limit, with a word to the user when it takes long; and for a descriptor."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -25,6 +25,20 @@ async def patiently(work: Coroutine[Any, Any, T], tell: Callable[[], None]) -> T
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+
+
+async def readable(fd: int, seconds: float | None = None) -> bool:
+    """Wait until `fd` is readable, or at its end; False after `seconds`, None waits for ever."""
+    loop, seen = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, seen.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await seen.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+    return True
 
 
 def retrieved(future: asyncio.Future[Any]) -> None:

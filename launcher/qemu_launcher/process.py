@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from . import procfs, unexpanded
+from . import patience, procfs, unexpanded
 from .errors import QemuFailed
 from .procfs import Process
 
@@ -118,13 +118,7 @@ class Qemu:
         """Let the child execute QEMU. QemuFailed when it could not."""
         with contextlib.suppress(BrokenPipeError):  # the child was killed at its gate; `ended` says so
             os.write(self._gate, _GO)
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(self._report, readable.set)
-        try:
-            await readable.wait()
-        finally:
-            loop.remove_reader(self._report)
+        await patience.readable(self._report)
         if (failure := self.exec_failure()) is not None:
             raise failure
 

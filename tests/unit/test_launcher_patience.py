@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 from typing import Any
 
 import pytest
@@ -50,6 +51,25 @@ def test_failure_at_the_moment_of_cancelling_makes_no_noise() -> None:
     asyncio.run(story())
     gc.collect()
     assert noise == []
+
+
+def test_descriptor_that_has_something_to_read_or_has_ended_or_neither() -> None:
+    async def story() -> list[bool]:
+        reading, writing = os.pipe()
+        try:
+            found = [await patience.readable(reading, 0.01)]
+            os.write(writing, b"x")
+            found.append(await patience.readable(reading))
+            os.read(reading, 1)
+            found.append(await patience.readable(reading, 0.01))
+            os.close(writing)
+            found.append(await patience.readable(reading))
+            assert not asyncio.get_running_loop().remove_reader(reading), "it is not watched any more"
+        finally:
+            os.close(reading)
+        return found
+
+    assert asyncio.run(story()) == [False, True, False, True]
 
 
 def test_cancelled_it_cancels_the_work() -> None:
