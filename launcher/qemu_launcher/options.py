@@ -6,7 +6,7 @@ launcher itself must act. Reading only: `cmdline` is the one place that writes Q
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
@@ -14,6 +14,14 @@ from .yamlnode import Map, Node, Scalar, describe, fail
 
 MAX_ARGUMENT_BYTES = (128 << 10) - 1  # MAX_ARG_STRLEN of execve(2), less the final NUL
 MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quarter of the stack limit, 2 MiB by default
+
+# The name that the first element has where it is written without one: qemu_*_opts.implied_opt_name of QEMU.
+_IMPLIED = {
+    "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
+    "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
+    "smp": "cpus", "netdev": "type", "numa": "type",
+}  # fmt: skip
+_ON = "on"
 
 
 class Property(NamedTuple):
@@ -62,6 +70,45 @@ def _split(text: str) -> list[str]:
     return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
+def settings(option: QemuOption) -> dict[str, str] | None:
+    """The properties of one option by name, however it is written; a nested JSON object's as outer.inner.
+
+    None for JSON that we cannot read.
+    """
+    if is_json(option):
+        import json  # noqa: PLC0415  few write options so, and `command` is to be quick
+
+        try:
+            return dict(_flat(json.loads(str(option.value)), ""))
+        except (ValueError, RecursionError):  # single quotes, which QEMU takes, or nothing that it would take
+            return None
+    found: dict[str, str] = {}
+    for position, (name, value) in enumerate(option.properties()):
+        if value is not None:
+            found[name] = value
+        elif position == 0 and option.bare_name in _IMPLIED:
+            found[_IMPLIED[option.bare_name]] = name
+        else:  # `-device x,foo` is foo=on, `nofoo` was foo=off
+            found[name] = _ON
+    return found
+
+
+def is_json(option: QemuOption) -> bool:
+    """Whether it is written in QEMU's JSON form."""
+    return isinstance(option.value, str) and option.value.lstrip().startswith("{")
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, member in members:
+        if isinstance(member, dict | list):
+            yield from _flat(member, f"{prefix}{name}.")
+        elif isinstance(member, bool):
+            yield f"{prefix}{name}", _ON if member else "off"
+        elif member is not None:
+            yield f"{prefix}{name}", str(member)
+
+
 def is_on(value: str | None) -> bool:
     """Whether a boolean property is set: QEMU takes these words, and a name without a value, for yes."""
     return value is None or value in ("on", "yes", "true", "y")
@@ -102,9 +149,9 @@ def iothread_ids(options: Sequence[QemuOption]) -> tuple[str, ...] | None:
             return None  # it may say anything
         if option.bare_name != "object":
             continue
-        if isinstance(option.value, str) and option.value.lstrip().startswith("{"):
-            if '"iothread"' in option.value:
-                return None  # QEMU's JSON form: it is asked itself, once it runs
+        if is_json(option):
+            if '"iothread"' in str(option.value):
+                return None  # it is asked itself, once it runs
             continue
         properties = list(option.properties())
         if properties[:1] == [("iothread", None)] or ("qom-type", "iothread") in properties:

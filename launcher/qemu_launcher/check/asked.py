@@ -5,27 +5,18 @@ takes each of these in several spellings (text, list, JSON). Pure, and no judge 
 QEMU's business, and is not looked at. Nothing here is refused.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from .. import cmdline
+from .. import cmdline, options
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
 from ..options import is_on, smp_numbers
 
 Settings = Mapping[str, str]
-
-# The name that the first element has where it is written without one: qemu_*_opts.implied_opt_name of QEMU.
-_IMPLIED = {
-    "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
-    "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
-    "smp": "cpus", "netdev": "type", "numa": "type",
-}  # fmt: skip
-_ON = "on"
 
 _PCI = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
 _PROTOCOL = re.compile(r"[^/:]+:")  # path_has_protocol of QEMU's block.c
@@ -77,32 +68,8 @@ class Backend(NamedTuple):
 
 
 def settings(option: QemuOption) -> dict[str, str]:
-    """The properties of one option by name, however it is written; a nested JSON object's as outer.inner."""
-    if isinstance(option.value, str) and option.value.lstrip().startswith("{"):
-        try:
-            return dict(_flat(json.loads(option.value), ""))
-        except (ValueError, RecursionError):  # single quotes, which QEMU takes, or nothing that it would take
-            return {}
-    found: dict[str, str] = {}
-    for position, (name, value) in enumerate(option.properties()):
-        if value is not None:
-            found[name] = value
-        elif position == 0 and option.bare_name in _IMPLIED:
-            found[_IMPLIED[option.bare_name]] = name
-        else:  # `-device x,foo` is foo=on, `nofoo` was foo=off
-            found[name] = _ON
-    return found
-
-
-def _flat(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, member in members:
-        if isinstance(member, dict | list):
-            yield from _flat(member, f"{prefix}{name}.")
-        elif isinstance(member, bool):
-            yield f"{prefix}{name}", _ON if member else "off"
-        elif member is not None:
-            yield f"{prefix}{name}", str(member)
+    """The properties of one option by name, however it is written; none of what cannot be read."""
+    return options.settings(option) or {}
 
 
 def each(definition: VmDefinition, *names: str) -> Iterator[Settings]:

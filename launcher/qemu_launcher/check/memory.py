@@ -13,6 +13,7 @@ from ..definition import VmDefinition
 from ..options import is_on
 from ..plan import MemlockNeed
 from ..procfs import INFINITY
+from ..ram import SIZE_SUFFIXES
 from ..voice import format_size
 from . import asked, nodes
 from .asked import Backend
@@ -374,7 +375,7 @@ def _written(size: int | None) -> str:
     """Bytes, exactly, as a definition may have them."""
     if not size:
         return "..."
-    units = [(shift, unit) for unit, shift in cmdline.SIZE_SUFFIXES.items() if size % (1 << shift) == 0]
+    units = [(shift, unit) for unit, shift in SIZE_SUFFIXES.items() if size % (1 << shift) == 0]
     shift, unit = max(units)
     return f"{size >> shift}{unit if shift else ''}"
 

@@ -1,0 +1,110 @@
+"""The guest's RAM, as QEMU's options say it: how much there is when it starts.
+
+Why it exists: all of it may have to be locked, so the launcher must know its size before QEMU is there. Pure, over
+options alone. None is RAM that the options do not tell in a form we understand: what they mean is QEMU's business, and
+nothing is refused here.
+"""
+
+from collections.abc import Sequence
+from string import hexdigits
+
+from .options import QemuOption, settings
+
+DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
+MOST_RAM = 1 << 63
+SIZE_SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}  # util/cutils.c, qemu_strtosz
+
+
+def guest_ram(options: Sequence[QemuOption]) -> int | None:
+    """The guest's RAM in bytes when it starts.
+
+    The machine's own, and what is plugged in from the start (virtio-mem with all that it may grow to): all of it may
+    have to be locked.
+    """
+    if any(option.bare_name == "readconfig" for option in options):
+        return None  # it may say anything
+    machine, plugged = machine_ram(options), _plugged_ram(options)
+    if machine is None or plugged is None or machine + plugged >= MOST_RAM:
+        return None
+    return machine + plugged
+
+
+def machine_ram(options: Sequence[QemuOption]) -> int | None:
+    """The machine's own, in bytes, without what is plugged in.
+
+    As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
+    """
+    if any(
+        name.startswith("memory.")  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
+        for option in options
+        if option.bare_name in ("machine", "M")
+        for name, _ in option.properties()
+    ):
+        return None
+    sizes = [size for option in options if option.bare_name == "m" for size in _sizes(option)]
+    if sizes:
+        return parse_size(sizes[-1], default_unit="M")
+    backend = _machine_backend(options)
+    return DEFAULT_RAM if backend is None else _backend_size(options, backend)
+
+
+def _machine_backend(options: Sequence[QemuOption]) -> str | None:
+    return _last(options, "machine", "memory-backend") or _last(options, "M", "memory-backend")
+
+
+def _plugged_ram(options: Sequence[QemuOption]) -> int | None:
+    """Bytes of all memory backends that a -device brings into the guest: pc-dimm, nvdimm, virtio-mem, cxl-type3."""
+    backends = set()
+    for option in options:
+        if option.bare_name == "device" and "memdev" in str(option.value):
+            found = settings(option)
+            if found is None:
+                return None
+            backends |= {value for name, value in found.items() if name.endswith("memdev")}
+    sizes = [_backend_size(options, backend) for backend in backends]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _backend_size(options: Sequence[QemuOption], backend: str) -> int | None:
+    for option in options:
+        if option.bare_name == "object":
+            found = settings(option)
+            if found is not None and found.get("id") == backend:
+                return parse_size(found.get("size", ""), default_unit="B")
+    return None
+
+
+def _sizes(option: QemuOption) -> list[str]:
+    found = []
+    for position, (name, value) in enumerate(option.properties()):
+        if value is None and position == 0:
+            found.append(name)
+        elif name == "size" and value is not None:
+            found.append(value)
+    return found
+
+
+def _last(options: Sequence[QemuOption], option_name: str, property_name: str) -> str | None:
+    found = [
+        value
+        for option in options
+        if option.bare_name == option_name
+        for name, value in option.properties()
+        if name == property_name
+    ]
+    return found[-1] if found else None
+
+
+def parse_size(text: str, default_unit: str) -> int | None:
+    """A size as QEMU takes it (`2G`, `1.5g`, `4096`, `0x1000`) in bytes, None when it is none."""
+    if text[:2].lower() == "0x" and len(text) <= 18 and all(digit in hexdigits for digit in text[2:]) and text[2:]:
+        return int(text, 16) << SIZE_SUFFIXES[default_unit]
+    unit = text[-1:].upper()
+    number = text[:-1] if unit in SIZE_SUFFIXES else text
+    shift = SIZE_SUFFIXES[unit if unit in SIZE_SUFFIXES else default_unit]
+    whole, _dot, fraction = number.partition(".")
+    digits = whole + fraction
+    if not whole.isdigit() or not digits.isdigit() or not digits.isascii() or len(digits) > 40:
+        return None
+    size = (int(digits) << shift) // 10 ** len(fraction)
+    return size if size < MOST_RAM else None
