@@ -4,6 +4,7 @@ Only their shape is checked; what an option means is QEMU's business, save for t
 launcher itself must act. Reading only: `cmdline` is the one place that writes QEMU options.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ _IMPLIED = {
     "smp": "cpus", "netdev": "type", "numa": "type",
 }  # fmt: skip
 _ON = "on"
+_VFIO_DRIVER = re.compile(r"""["'](vfio-[a-z-]+)["']""")
+_MEDIATED = re.compile(r"/[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}/*$")  # a UUID is the device's name
 
 
 class Property(NamedTuple):
@@ -116,19 +119,33 @@ def is_on(value: str | None) -> bool:
 
 def has_vfio(options: Iterable[QemuOption]) -> bool:
     """Whether a device is passed through with VFIO, which locks all of the guest's memory."""
-    return any(option.bare_name == "device" and _is_vfio(option) for option in options)
+    return any(True for _ in _vfio_devices(options))
 
 
-def _is_vfio(device: QemuOption) -> bool:
-    if isinstance(device.value, str) and device.value.lstrip().startswith("{"):
-        return '"vfio-' in device.value  # QEMU's JSON form; a driver is the only text in it that begins so
-    first = True
-    for name, value in device.properties():
-        driver = name if first and value is None else value if name == "driver" else None
-        if driver is not None and driver.startswith("vfio-"):
-            return True
-        first = False
-    return False
+def has_vfio_container(options: Iterable[QemuOption]) -> bool:
+    """Whether VFIO adds the guest's RAM to what QEMU has locked itself (mm->locked_vm, vfio_iommu_type1.c of Linux).
+
+    With iommufd= it counts as the user's; for a mediated device, and for s390's, its driver locks only what it needs.
+    """
+    return any(
+        device["driver"].startswith("vfio-pci")
+        and "iommufd" not in device
+        and not _MEDIATED.search(device.get("sysfsdev", ""))
+        for device in _vfio_devices(options)
+    )
+
+
+def _vfio_devices(options: Iterable[QemuOption]) -> Iterator[dict[str, str]]:
+    for option in options:
+        if option.bare_name != "device":
+            continue
+        found = settings(option)
+        if found is None:  # JSON with single quotes: a driver is the only text in it that begins so
+            drivers = _VFIO_DRIVER.findall(str(option.value))
+            found = {"driver": drivers[0] if drivers else ""}
+            found |= {"iommufd": ""} if "iommufd" in str(option.value) else {}
+        if found.get("driver", "").startswith("vfio-"):
+            yield found
 
 
 def has_mem_lock(options: Iterable[QemuOption]) -> bool:
@@ -139,6 +156,12 @@ def has_mem_lock(options: Iterable[QemuOption]) -> bool:
         if option.bare_name == "overcommit"
         for name, value in option.properties()
     )
+
+
+def mem_lock_option(options: Iterable[QemuOption]) -> QemuOption | None:
+    """The last option by which QEMU locks its memory on its own account."""
+    found = [option for option in options if has_mem_lock([option])]
+    return found[-1] if found else None
 
 
 def iothread_ids(options: Sequence[QemuOption]) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ Nothing has been done then.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from . import cmdline
+from . import cmdline, ram
 from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
@@ -29,12 +29,14 @@ class MemlockNeed:
     """How much memory QEMU must be able to lock.
 
     `wanted`: bytes, INFINITY for as much as I may. `least`: bytes; less than that is a refusal.
-    `unaided`: the hard limit allows it already, the child raises its own soft limit.
+    `unaided`: the hard limit allows it already, the child raises its own soft limit. `twice`: the guest's RAM is
+    counted so, for VFIO and for mem-lock.
     """
 
     wanted: int
     least: int
     unaided: bool
+    twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +87,25 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
     kind = definition.memlock.kind
     if kind == "none":
         return None
-    ram = cmdline.guest_ram(definition)
-    if kind == "auto" and ram is None:
+    locked = ram.lockable(definition.options)
+    if kind == "auto" and locked is None:
         mark = definition.memlock.mark
         raise Unfit(
             f"{f'{mark}: ' if mark else ''}rlimit_memlock: auto cannot tell the guest's RAM from its options",
             "write rlimit_memlock: true, or a size such as 16G",
         )
     if kind == "auto":
-        least = (ram or 0) + MEMLOCK_OVERHEAD
+        least = (locked or 0) + MEMLOCK_OVERHEAD
         wanted = max(least, soft_limit)  # it is there to help, and takes nothing from who has more
     elif kind == "size":
         wanted = definition.memlock.bytes or 0
-        least = max(wanted, ram or 0)
+        least = max(wanted, locked or 0)
     else:
-        wanted, least = INFINITY, ram or 0
+        wanted, least = INFINITY, locked or 0
     # `true` asks for all there is; a limit at or above the host's memory is all there is.
     enough = max(memory_total, least) if wanted == INFINITY else wanted
-    need = MemlockNeed(wanted, least, unaided=hard_limit >= enough)
+    twice = ram.is_locked_twice(definition.options)
+    need = MemlockNeed(wanted, least, unaided=hard_limit >= enough, twice=twice)
     if kind == "size":
         check_granted(need, wanted, definition.memlock.mark)
     return need
@@ -113,12 +116,17 @@ def check_granted(need: MemlockNeed, granted: int, mark: Mark | None = None) -> 
     if granted >= need.least:
         return
     if granted >= need.wanted:
-        what = f"rlimit_memlock: {format_size(granted)} is less than the guest's RAM, {format_size(need.least)}"
+        bound = f"{'twice ' if need.twice else ''}the guest's RAM, {format_size(need.least)}"
+        what = f"rlimit_memlock: {format_size(granted)} is less than {bound}"
         place = f"{mark}: " if mark else ""
-        raise Unfit(f"{place}{what}", "write rlimit_memlock: auto, or a larger size")
+        way_out = "leave out mem-lock, as VFIO locks it anyway, or " if need.twice else ""
+        raise Unfit(f"{place}{what}", f"{way_out}write rlimit_memlock: auto, or a larger size")
+    way_out = "give the guest less memory"
+    if need.twice:
+        way_out = "leave out mem-lock: with VFIO the guest's RAM counts twice"
     raise TuningFailed(
         f"QEMU must be able to lock {format_size(need.least)}, but only {format_size(granted)} was granted",
-        "give the guest less memory, or ask the administrator for a higher memlock in /etc/qemu-launcher/helper.toml",
+        f"{way_out}, or ask the administrator for a higher memlock in /etc/qemu-launcher/helper.toml",
     )
 
 
@@ -130,9 +138,11 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
     if granted is None or granted == INFINITY or not cmdline.has_mem_lock(definition.options):
         return None
     more = -(-(granted + 2 * MEMLOCK_OVERHEAD) >> 30)  # GiB, rounded up
+    way_out = "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"
+    if ram.is_locked_twice(definition.options):
+        way_out = "or leave out mem-lock: VFIO locks the guest's RAM anyway, and it counts twice so"
     return (
-        f"if it could not lock its memory: it may lock {format_size(granted)}; write rlimit_memlock: {more}G\n"
-        "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"
+        f"if it could not lock its memory: it may lock {format_size(granted)}; write rlimit_memlock: {more}G\n{way_out}"
     )
 
 

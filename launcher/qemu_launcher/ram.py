@@ -1,17 +1,21 @@
-"""The guest's RAM, as QEMU's options say it: how much there is when it starts.
+"""The guest's RAM, as QEMU's options say it: how much there is when it starts, and how often the kernel counts it.
 
 Why it exists: all of it may have to be locked, so the launcher must know its size before QEMU is there. Pure, over
 options alone. None is RAM that the options do not tell in a form we understand: what they mean is QEMU's business, and
 nothing is refused here.
+
+Which files are huge pages only the host could tell. A file outside /dev/shm is taken for one: nearly nobody has a
+guest's RAM in another, and who has is told by the kernel, as without this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import hexdigits
 
-from .options import QemuOption, settings
+from .options import QemuOption, has_mem_lock, has_vfio_container, is_on, settings
 
 DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
 MOST_RAM = 1 << 63
+_SHM = "/dev/shm/"  # noqa: S108  a file system of ordinary pages, tmpfs(5)
 SIZE_SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}  # util/cutils.c, qemu_strtosz
 
 
@@ -27,6 +31,49 @@ def guest_ram(options: Sequence[QemuOption]) -> int | None:
     if machine is None or plugged is None or machine + plugged >= MOST_RAM:
         return None
     return machine + plugged
+
+
+def lockable(options: Sequence[QemuOption]) -> int | None:
+    """Bytes that the guest's RAM counts against RLIMIT_MEMLOCK of QEMU, if it is locked at all.
+
+    VFIO adds what it pins to what mlockall(2) has locked before (vfio_pin_pages_remote in vfio_iommu_type1.c of Linux),
+    so that ordinary pages count twice. mlockall leaves out huge pages (mlock_fixup in mm/mlock.c), VFIO does not.
+    """
+    whole = guest_ram(options)
+    if whole is None or not (has_mem_lock(options) and has_vfio_container(options)):
+        return whole
+    return whole + max(0, whole - _ram_in_huge_pages(options))
+
+
+def is_locked_twice(options: Sequence[QemuOption]) -> bool:
+    """Whether the machine's own RAM, or some of it, counts twice, whatever its size."""
+    if not (has_mem_lock(options) and has_vfio_container(options)):
+        return False
+    backends = _machine_backends(options)
+    known = [found for backend in backends if (found := _backend(options, backend)) is not None]
+    return not all(map(_is_huge, known)) if backends else not _is_huge(_mem_path(options))
+
+
+def _ram_in_huge_pages(options: Sequence[QemuOption]) -> int:
+    own, plugged = _machine_backends(options), _plugged_backends(options) or set()
+    found = [_backend(options, backend) or {} for backend in own | plugged]
+    sizes = [parse_size(backend.get("size", ""), default_unit="B") or 0 for backend in found if _is_huge(backend)]
+    if not own and _is_huge(_mem_path(options)):
+        sizes.append(machine_ram(options) or 0)
+    return sum(sizes)
+
+
+def _is_huge(backend: Mapping[str, str]) -> bool:
+    """Whether this memory backend is of huge pages."""
+    if backend.get("qom-type") == "memory-backend-memfd":
+        return is_on(backend.get("hugetlb", "off"))
+    return "mem-path" in backend and not f"{backend['mem-path']}/".startswith(_SHM)
+
+
+def _mem_path(options: Sequence[QemuOption]) -> dict[str, str]:
+    """-mem-path as a backend: that of all of the machine's RAM that has no other."""
+    found = [option.value for option in options if option.bare_name == "mem-path" and isinstance(option.value, str)]
+    return {"mem-path": found[-1]} if found else {}
 
 
 def machine_ram(options: Sequence[QemuOption]) -> int | None:
@@ -52,8 +99,26 @@ def _machine_backend(options: Sequence[QemuOption]) -> str | None:
     return _last(options, "machine", "memory-backend") or _last(options, "M", "memory-backend")
 
 
+def _machine_backends(options: Sequence[QemuOption]) -> set[str]:
+    """The ids of all that the machine's own RAM consists of; none where it has no backend by name."""
+    nodes = {found["memdev"] for option in options if option.bare_name == "numa" if "memdev" in (found := _of(option))}
+    backend = _machine_backend(options)
+    return nodes if backend is None else nodes | {backend}
+
+
+def _of(option: QemuOption) -> dict[str, str]:
+    return settings(option) or {}
+
+
 def _plugged_ram(options: Sequence[QemuOption]) -> int | None:
-    """Bytes of all memory backends that a -device brings into the guest: pc-dimm, nvdimm, virtio-mem, cxl-type3."""
+    """Bytes of all memory backends that a -device brings into the guest."""
+    backends = _plugged_backends(options)
+    sizes = None if backends is None else [_backend_size(options, backend) for backend in backends]
+    return None if sizes is None or None in sizes else sum(size or 0 for size in sizes)
+
+
+def _plugged_backends(options: Sequence[QemuOption]) -> set[str] | None:
+    """The ids of those of pc-dimm, nvdimm, virtio-mem, cxl-type3."""
     backends = set()
     for option in options:
         if option.bare_name == "device" and "memdev" in str(option.value):
@@ -61,16 +126,19 @@ def _plugged_ram(options: Sequence[QemuOption]) -> int | None:
             if found is None:
                 return None
             backends |= {value for name, value in found.items() if name.endswith("memdev")}
-    sizes = [_backend_size(options, backend) for backend in backends]
-    return None if None in sizes else sum(size or 0 for size in sizes)
+    return backends
 
 
 def _backend_size(options: Sequence[QemuOption], backend: str) -> int | None:
+    found = _backend(options, backend)
+    return None if found is None else parse_size(found.get("size", ""), default_unit="B")
+
+
+def _backend(options: Sequence[QemuOption], backend: str) -> dict[str, str] | None:
+    """The memory backend, or whatever object, of this id."""
     for option in options:
-        if option.bare_name == "object":
-            found = settings(option)
-            if found is not None and found.get("id") == backend:
-                return parse_size(found.get("size", ""), default_unit="B")
+        if option.bare_name == "object" and (found := _of(option)).get("id") == backend:
+            return found
     return None
 
 

@@ -448,3 +448,27 @@ def test_key_that_stands_a_level_too_high() -> None:
 )
 def test_host_stays_awake_for_a_device_of_its_own(keys: str, qemu: str, wanted: bool) -> None:
     assert launcher(keys, qemu).inhibit_sleep is wanted
+
+
+@pytest.mark.parametrize("word", ["on", "on-fault"])
+def test_memory_that_is_locked_twice_is_a_warning(word: str) -> None:
+    """VFIO locks it anyway, and the kernel adds up the two."""
+    vm = launcher("", f"[device: [vfio-pci, host: '01:00.0'], overcommit: cpu-pm=on, overcommit: mem-lock={word}]")
+    assert vm.warnings == (
+        f"win11.yml:3:68: mem-lock={word} locks the guest's RAM, which VFIO locks anyway, and then it counts twice "
+        "against rlimit_memlock; leave it out",
+    )
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        "overcommit: mem-lock=on",
+        "device: vfio-pci",
+        "device: vfio-pci, overcommit: mem-lock=off",
+        "device: [vfio-pci, iommufd: io], overcommit: mem-lock=on",
+        "device: vfio-pci, overcommit: mem-lock=on, mem-path: /dev/hugepages",
+    ],
+)
+def test_memory_that_is_locked_once_is_none(items: str) -> None:
+    assert launcher("", f"[{items}]").warnings == ()

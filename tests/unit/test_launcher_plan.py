@@ -115,6 +115,29 @@ def test_what_to_try_when_qemu_could_not_lock_its_memory() -> None:
     assert plan.memlock_suspicion(defined(), 25 * GIB) is None
 
 
+BOTH = "- m: 24G\n- overcommit: [mem-lock: on]\n- device: [vfio-pci, host: '01:00.0']"
+
+
+def test_vfio_and_mem_lock_count_the_ram_twice() -> None:
+    """The kernel adds what VFIO pins to what is locked already (vfio_pin_pages_remote of vfio_iommu_type1.c)."""
+    need = plan.memlock_need(defined(qemu=BOTH), 0, 0, HOST)
+    assert need is not None
+    assert need.wanted == need.least == 48 * GIB + MEMLOCK_OVERHEAD
+    with pytest.raises(TuningFailed, match=r"lock 49 GiB, but only 48 GiB was granted") as failed:
+        plan.check_granted(need, 48 * GIB)
+    assert "mem-lock" in (failed.value.hint or "")
+    need = plan.memlock_need(defined("  rlimit_memlock: true\n", BOTH), 0, 0, HOST)
+    assert need is not None
+    assert need.least == 48 * GIB
+    with pytest.raises(Unfit, match="25 GiB is less than twice the guest's RAM, 48 GiB") as refused:
+        plan.memlock_need(defined("  rlimit_memlock: 25G\n", BOTH), 0, 0, HOST)
+    assert (refused.value.hint or "").startswith("leave out mem-lock")
+    assert plan.memlock_suspicion(defined(qemu=BOTH), 49 * GIB) == (
+        "if it could not lock its memory: it may lock 49 GiB; write rlimit_memlock: 51G\n"
+        "or leave out mem-lock: VFIO locks the guest's RAM anyway, and it counts twice so"
+    )
+
+
 # Who does it
 
 

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .. import cmdline
+from .. import cmdline, ram
 from ..cpulist import format_cpulist
 from ..definition import VmDefinition
 from ..options import is_on
 from ..plan import MemlockNeed
 from ..procfs import INFINITY
-from ..ram import SIZE_SUFFIXES
 from ..voice import format_size
 from . import asked, nodes
 from .asked import Backend
@@ -375,7 +374,7 @@ def _written(size: int | None) -> str:
     """Bytes, exactly, as a definition may have them."""
     if not size:
         return "..."
-    units = [(shift, unit) for unit, shift in SIZE_SUFFIXES.items() if size % (1 << shift) == 0]
+    units = [(shift, unit) for unit, shift in ram.SIZE_SUFFIXES.items() if size % (1 << shift) == 0]
     shift, unit = max(units)
     return f"{size >> shift}{unit if shift else ''}"
 
@@ -385,20 +384,19 @@ def _written(size: int | None) -> str:
 
 def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, hard: int) -> Iterator[Finding]:
     """What this user may lock without the helper: RLIMIT_MEMLOCK of this login, in bytes."""
-    ram = cmdline.guest_ram(definition)
+    options = definition.options
+    locked = ram.lockable(options)
     if need is not None and need.unaided:
         yield Finding("ok", "memlock", f"{_lockable(hard)} may be locked in this login, without the helper")
-    elif need is None and ram is not None and soft < ram:
-        locks = (
-            "VFIO"
-            if cmdline.has_vfio(definition.options)
-            else "mem-lock=on"
-            if cmdline.has_mem_lock(definition.options)
-            else ""
-        )
-        if locks:
-            text = f"{locks} locks the guest's RAM, {format_size(ram)}, and QEMU may lock {_lockable(soft)}"
-            yield Finding("error", "memlock", text, "leave out rlimit_memlock, or write rlimit_memlock: auto")
+    elif need is None and locked is not None and soft < locked:
+        if ram.is_locked_twice(options):
+            locks = "VFIO and mem-lock=on each lock the guest's RAM, together"
+        elif cmdline.has_vfio(options) or cmdline.has_mem_lock(options):
+            locks = f"{'VFIO' if cmdline.has_vfio(options) else 'mem-lock=on'} locks the guest's RAM,"
+        else:
+            return
+        text = f"{locks} {format_size(locked)}, and QEMU may lock {_lockable(soft)}"
+        yield Finding("error", "memlock", text, "leave out rlimit_memlock, or write rlimit_memlock: auto")
 
 
 def _lockable(size: int) -> str:

@@ -11,8 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import cmdline, definition, stdout
-from ..definition import VmDefinition
+from .. import cmdline, definition, ram, stdout
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, VM_NAME, vm_name
@@ -196,10 +195,14 @@ def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
     if has_mem_lock(options) and not _uses_kvm(options):
         text = "mem-lock without KVM locks more than the guest's memory: this is as much as you may."
         return [Key("rlimit_memlock", ("true",), (text,))]
-    if cmdline.guest_ram(VmDefinition("", Path(), "", tuple(options))) is None:
-        text = f"{cause} locks the guest's memory, and its size cannot be told from the options. Write a size."
+    twice = ram.is_locked_twice(options)
+    how = "VFIO and mem-lock each lock the guest's memory" if twice else f"{cause} locks the guest's memory"
+    if ram.guest_ram(options) is None:
+        text = f"{how}, and its size cannot be told from the options. Write {'twice its' if twice else 'a'} size."
         return [Key("rlimit_memlock", ("true",), (text,))]
-    return [Key("rlimit_memlock", ("auto",), (f"{cause} locks the guest's memory: its RAM and 1 GiB are allowed.",))]
+    text = f"{how}: its RAM {'twice ' if twice else ''}and 1 GiB are allowed."
+    once = ("Without mem-lock its RAM once is enough.",) if twice else ()
+    return [Key("rlimit_memlock", ("auto",), (text, *once))]
 
 
 def _uses_kvm(options: Sequence[QemuOption]) -> bool:

@@ -1,0 +1,76 @@
+"""How often the kernel counts the guest's RAM against what QEMU may lock."""
+
+import pytest
+
+from qemu_launcher import ram
+from unit.reading import launcher
+
+GIB = 1 << 30
+CARD = "device: [vfio-pci, host: '01:00.0']"
+LOCK = "overcommit: [mem-lock: on]"
+HUGE = "object: [memory-backend-memfd, id: ram, size: 4G, hugetlb: on], machine: [q35, memory-backend: ram]"
+
+
+def lockable(items: str) -> int | None:
+    return ram.lockable(launcher("", f"[m: 4G, {items}]").options)
+
+
+@pytest.mark.parametrize(
+    ("items", "gib"),
+    [
+        (CARD, 4),
+        (LOCK, 4),
+        (f"{CARD}, {LOCK}", 8),
+        (f"{LOCK}, device: [vfio-pci, host: '01:00.0'], {CARD}", 8),
+        (f"{CARD}, overcommit: mem-lock=on-fault", 8),
+        (f"{CARD}, overcommit: mem-lock=off", 4),
+        (f'{LOCK}, device: \'{{"driver": "vfio-pci", "host": "01:00.0"}}\'', 8),
+        (f"{LOCK}, device: \"{{'driver': 'vfio-pci', 'host': '01:00.0'}}\"", 8),
+        # Pinned pages that are not counted as this process's
+        (f"{LOCK}, object: [iommufd, id: io], device: [vfio-pci, host: '01:00.0', iommufd: io]", 4),
+        (f"{LOCK}, device: [vfio-pci, host: '01:00.0', iommufd: io], {CARD}", 8),
+        (f'{LOCK}, device: \'{{"driver": "vfio-pci", "host": "01:00.0", "iommufd": "io"}}\'', 4),
+        (f"{LOCK}, device: \"{{'driver': 'vfio-pci', 'iommufd': 'io'}}\"", 4),
+        # Not pinned as a whole: the driver of a mediated device asks for the pages that it wants
+        (f"{LOCK}, device: [vfio-pci, sysfsdev: /sys/bus/mdev/devices/b1ddf2ae-5b9b-4b5e-ae07-0e8a4f3c8a9b]", 4),
+        (f"{LOCK}, device: [vfio-pci, sysfsdev: /sys/bus/pci/devices/0000:01:00.0]", 8),
+        (f"{LOCK}, device: vfio-ap", 4),
+        # Huge pages, which mlockall(2) leaves out
+        (f"{CARD}, {LOCK}, {HUGE}", 4),
+        (f"{CARD}, {LOCK}, {HUGE.replace('on', 'off', 1)}", 8),
+        (
+            f"{CARD}, {LOCK}, machine: [q35, memory-backend: ram], "
+            'object: \'{"qom-type": "memory-backend-memfd", "id": "ram", "size": 4294967296, "hugetlb": true}\'',
+            4,
+        ),
+        (f"{CARD}, {LOCK}, {HUGE.replace('machine: [q35, memory-backend:', 'device: [ivshmem-plain, memdev:')}", 12),
+        (f"{CARD}, {LOCK}, object: [memory-backend-memfd, id: other, size: 4G, hugetlb: on]", 8),
+        (f"{CARD}, {LOCK}, mem-path: /dev/hugepages", 4),
+        (f"{CARD}, {LOCK}, mem-path: /dev/shm", 8),
+        (f"{CARD}, {LOCK}, mem-path: /dev/shm/vm.ram", 8),
+        (
+            f"{CARD}, {LOCK}, object: [memory-backend-file, id: a, size: 4G, mem-path: /mnt/huge], M: memory-backend=a",
+            4,
+        ),
+        (
+            f"{CARD}, {LOCK}, object: [memory-backend-memfd, id: a, size: 1G, hugetlb: on], numa: [node, memdev: a], "
+            "object: [memory-backend-ram, id: b, size: 3G], numa: [node, memdev: b]",
+            7,
+        ),
+        (f"{CARD}, {LOCK}, {HUGE}, object: [memory-backend-ram, id: b, size: 2G], device: [pc-dimm, memdev: b]", 8),
+        (
+            f"{CARD}, {LOCK}, object: [memory-backend-memfd, id: b, size: 2G, hugetlb: on], "
+            "device: [pc-dimm, memdev: b]",
+            10,
+        ),
+        ("readconfig: file", None),
+        (f"{CARD}, {LOCK}, device: [pc-dimm, memdev: b]", None),
+    ],
+)
+def test_lockable(items: str, gib: int | None) -> None:
+    assert lockable(items) == (gib and gib * GIB)
+
+
+def test_larger_than_the_ram_that_it_is_part_of() -> None:
+    """QEMU would refuse it."""
+    assert lockable(f"{CARD}, {LOCK}, {HUGE.replace('4G', '8G')}") == 4 * GIB
