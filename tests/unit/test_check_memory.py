@@ -7,6 +7,7 @@ import pytest
 from qemu_launcher.check import asked, memory
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import MemlockNeed
+from qemu_launcher.procfs import INFINITY
 from unit.other_host import OtherHost, the_only, told
 from unit.reading import launcher, read
 
@@ -437,3 +438,41 @@ def test_memlock_that_was_forbidden_and_is_needed() -> None:
     both = launcher("rlimit_memlock: false", "[m: 4G, overcommit: mem-lock=on, device: vfio-pci]")
     text = the_only(list(memory.own_memlock(both, None, 5 * GIB, 5 * GIB)))[1]
     assert text == "VFIO and mem-lock=on each lock the guest's RAM, together 8 GiB, and QEMU may lock 5 GiB"
+
+
+OTHERS = [("linux", 70), ("bsd", 71), ("plain", 72), ("gone", 73)]
+
+
+@pytest.fixture
+def beside(host: OtherHost) -> OtherHost:
+    """Two VMs with iommufd, of 8 and 2 GiB, and one that has pinned its memory otherwise."""
+    for pid, options, pinned in ((70, "-object\0iommufd,id=x", 8), (71, "iommufd", 2), (72, "-device\0vfio-pci", 4)):
+        host.write(f"/proc/{pid}/cmdline", f"qemu-system-x86_64\0{options}\0")
+        host.write(f"/proc/{pid}/status", f"Name:\tqemu\nVmLck:\t       0 kB\nVmPin:\t{pinned << 20} kB\n")
+    return host
+
+
+@pytest.mark.parametrize(
+    ("limit", "may"), [(5 * GIB, "5 GiB"), (14 * GIB - 1, "14 GiB"), (None, "what the helper has left")]
+)
+def test_iommufd_counts_what_the_user_s_other_vms_have_pinned(beside: OtherHost, limit: int | None, may: str) -> None:
+    found = memory.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)
+    assert the_only(list(found)) == (
+        "warning",
+        "with iommufd= the kernel counts all VMs of yours together: linux and bsd have pinned 10 GiB, "
+        f"this guest's RAM is 4 GiB, and QEMU may lock {may}",
+        "leave out iommufd=: then each counts for itself\n"
+        "or write rlimit_memlock: 15G, and have the administrator's memlock allow it beside theirs",
+    )
+
+
+def test_iommufd_with_room_for_all(beside: OtherHost) -> None:
+    for limit in (14 * GIB, INFINITY):
+        assert list(memory.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)) == []
+
+
+def test_iommufd_alone(beside: OtherHost) -> None:
+    assert list(memory.pinned_together(beside.tree, 4 * GIB, 5 * GIB, OTHERS[2:])) == []
+    [one] = memory.pinned_together(beside.tree, None, 8 * GIB, [("linux", 70)])
+    assert "linux has pinned 8 GiB, this guest's RAM comes to that, and QEMU may lock 8 GiB" in one.text
+    assert (one.fix or "").endswith("rlimit_memlock: true, and have the administrator's memlock allow it beside theirs")

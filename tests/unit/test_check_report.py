@@ -4,14 +4,16 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qemu_launcher import absence, locate
+from qemu_launcher import absence, locate, procfs, record, runtime
 from qemu_launcher.check import dryrun, finding, installation, report, versions
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import thread_plan
+from qemu_launcher.procfs import INFINITY
 from unit.other_host import OtherHost, the_only, told
 from unit.reading import launcher
 
@@ -294,3 +296,37 @@ def test_definitions_that_are_not_used_break_nothing(tmp_path: Path, monkeypatch
     assert good.text.startswith("1 definition in ")
     monkeypatch.setattr(locate, "located", lambda _: ([], [(folders[2], "Permission denied")]))
     assert told([next(installation.definitions({}))]) == [f"warning: cannot read {tmp_path}/closed: Permission denied"]
+
+
+IOMMUFD = "[m: 4G, device: [vfio-pci, host: '01:00.0', iommufd: io]]"
+
+
+def tuning(host: OtherHost, keys: str, qemu: str, *, runs: bool = False) -> list[Finding]:
+    return [one for one in report._Vm(launcher(keys, qemu), host.tree)._tuning(runs=runs) if one.severity == "warning"]
+
+
+def test_other_vms_with_iommufd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are looked at where the limit is the kernel's to compare, and only then."""
+    host = OtherHost(tmp_path)
+    host.write("/proc/70/cmdline", "qemu\0-object\0iommufd,id=io\0")
+    host.write("/proc/70/status", "VmPin:\t2097152 kB\n")
+    process = procfs.Process.of(os.getpid())
+    assert process is not None
+    others = [
+        runtime.Found(name, record.Record(qemu=replace(process, pid=pid)), None)
+        for name, pid in (("win11", 70), ("linux", 70))
+    ]
+    monkeypatch.setattr(procfs.Process, "is_alive", lambda _: True)
+    monkeypatch.setattr(runtime, "find_all", lambda: others)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(procfs, "own_memlock_limit", lambda: (1 << 23, 40 << 30))
+    [one] = tuning(host, "rlimit_memlock: 5G", IOMMUFD)
+    assert "linux has pinned 2 GiB, this guest's RAM is 4 GiB, and QEMU may lock 5 GiB" in one.text
+    assert "QEMU may lock 8 MiB" in tuning(host, "rlimit_memlock: false", IOMMUFD)[0].text
+    assert tuning(host, "rlimit_memlock: 7G", IOMMUFD) == []
+    assert tuning(host, "rlimit_memlock: 5G", IOMMUFD, runs=True) == []
+    assert tuning(host, "rlimit_memlock: 5G", IOMMUFD.replace("iommufd", "bus")) == []
+    monkeypatch.setattr(procfs, "own_memlock_limit", lambda: (INFINITY, INFINITY))
+    assert tuning(host, "rlimit_memlock: true", IOMMUFD) == []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert tuning(host, "rlimit_memlock: 5G", IOMMUFD) == [], "CAP_IPC_LOCK"

@@ -11,7 +11,7 @@ from .. import cmdline, ram
 from ..cpulist import format_cpulist
 from ..definition import VmDefinition
 from ..options import is_on
-from ..plan import MemlockNeed
+from ..plan import MEMLOCK_OVERHEAD, MemlockNeed
 from ..procfs import INFINITY
 from ..voice import format_size
 from . import asked, nodes
@@ -397,6 +397,42 @@ def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, h
             return
         text = f"{locks} {format_size(locked)}, and QEMU may lock {_lockable(soft)}"
         yield Finding("error", "memlock", text, "leave out rlimit_memlock, or write rlimit_memlock: auto")
+
+
+def pinned_together(
+    tree: Tree, size: int | None, limit: int | None, others: Iterable[tuple[str, int]]
+) -> Iterator[Finding]:
+    """Whether a VM with iommufd= has room beside the user's `others`, which are (name, PID of QEMU).
+
+    The limit is each process's own, and what is compared with it is the user's (incr_user_locked_vm in
+    drivers/iommu/iommufd/pages.c of Linux). Bytes: `size` of the guest's RAM, None if it cannot be told; `limit`, None
+    for what the helper has left.
+    """
+    held = {name: pinned for name, pid in others if (pinned := _pinned_by_iommufd(tree, pid))}
+    total = sum(held.values()) + (size or 0)
+    if not held or limit == INFINITY or (size is not None and limit is not None and total <= limit):
+        return
+    names = " and ".join(held)
+    has = "has" if len(held) == 1 else "have"
+    text = (
+        f"with iommufd= the kernel counts all VMs of yours together: {names} {has} pinned "
+        f"{format_size(sum(held.values()))}, this guest's RAM "
+        f"{'comes to that' if size is None else f'is {format_size(size)}'}, and QEMU may lock "
+        f"{'what the helper has left' if limit is None else format_size(limit)}"
+    )
+    enough = "true" if size is None else f"{-(-(total + MEMLOCK_OVERHEAD) >> 30)}G"
+    fix = (
+        "leave out iommufd=: then each counts for itself\n"
+        f"or write rlimit_memlock: {enough}, and have the administrator's memlock allow it beside theirs"
+    )
+    yield Finding("warning", "memlock", text, fix)
+
+
+def _pinned_by_iommufd(tree: Tree, pid: int) -> int:
+    if "iommufd" not in (tree.text(f"/proc/{pid}/cmdline") or ""):
+        return 0
+    found = re.search(r"^VmPin:\s+([0-9]+) kB", tree.text(f"/proc/{pid}/status") or "", re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
 
 
 def _lockable(size: int) -> str:

@@ -177,6 +177,8 @@ class _Vm:
             soft, hard = procfs.own_memlock_limit()
             if os.geteuid() != 0:  # CAP_IPC_LOCK lifts the limit
                 yield from memory.own_memlock(definition, need, soft, hard)
+        if not runs and os.geteuid() != 0 and any(device.iommufd for device in asked.vfio(definition)):
+            yield from self._pinned_together(need)
         if definition.places_threads:
             yield from self._cpus()
         yield from self._mildly(cpus.realtime(definition, tree, os.uname().release))
@@ -198,6 +200,15 @@ class _Vm:
             return plan.memlock_need(self._definition, *procfs.own_memlock_limit(), total)
         except LauncherError as err:
             return next(self._mildly([Finding("error", "memlock", err.message, err.hint)]))
+
+    def _pinned_together(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
+        soft, hard = procfs.own_memlock_limit()
+        limit = soft if self._definition.memlock.kind == "none" else None
+        if need is not None and (need.unaided or need.wanted != procfs.INFINITY):
+            limit = min(need.wanted, hard) if need.unaided else need.wanted
+        own = self._definition.name
+        others = [(vm.name, qemu.pid) for vm in runtime.find_all() if (qemu := vm.qemu) and vm.name != own]
+        yield from memory.pinned_together(self._tree, cmdline.guest_ram(self._definition), limit, others)
 
     def _cpus(self) -> Iterator[Finding]:
         definition = self._definition
