@@ -6,7 +6,7 @@ The only place that writes QEMU options. Text of the user's enters an option as 
 
 from . import ram
 from .definition import VmDefinition
-from .options import Property, QemuOption, has_mem_lock, has_vfio
+from .options import Property, QemuOption, has_mem_lock
 from .ram import parse_size
 
 __all__ = [
@@ -14,8 +14,6 @@ __all__ = [
     "guest_ram",
     "has_mem_lock",
     "has_option",
-    "has_vfio",
-    "machine_ram",
     "option_argv",
     "parse_size",
     "qemu_argv",
@@ -67,11 +65,6 @@ def terminal_option(definition: VmDefinition) -> QemuOption | None:
 def guest_ram(definition: VmDefinition) -> int | None:
     """The guest's RAM in bytes when it starts, None where the options do not tell in a form we understand."""
     return ram.guest_ram(definition.options)
-
-
-def machine_ram(definition: VmDefinition) -> int | None:
-    """The machine's own, in bytes, without what is plugged in."""
-    return ram.machine_ram(definition.options)
 
 
 def shell_command(definition: VmDefinition, *, wrapped: bool) -> str:

@@ -20,10 +20,12 @@ MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quart
 _IMPLIED = {
     "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
     "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
-    "smp": "cpus", "netdev": "type", "numa": "type",
+    "smp": "cpus", "netdev": "type", "nic": "type", "numa": "type",
 }  # fmt: skip
 _ON = "on"
-_VFIO_DRIVER = re.compile(r"""["'](vfio-[a-z-]+)["']""")
+_JSON_DRIVER = re.compile(r"""["'](?:driver|type)["']\s*:\s*["']([a-z0-9-]+)["']""")
+_VFIO_BLOCK_DRIVERS = ("nvme", "virtio-blk-vfio-pci")
+DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 _MEDIATED = re.compile(r"/[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}/*$")  # a UUID is the device's name
 
 
@@ -118,34 +120,77 @@ def is_on(value: str | None) -> bool:
 
 
 def has_vfio(options: Iterable[QemuOption]) -> bool:
-    """Whether a device is passed through with VFIO, which locks all of the guest's memory."""
-    return any(True for _ in _vfio_devices(options))
+    """Whether a device of the host is passed through with VFIO."""
+    return any(is_vfio(driver) for option in _named(options, "device") for driver in _drivers(option))
 
 
-def has_vfio_container(options: Iterable[QemuOption]) -> bool:
-    """Whether VFIO adds the guest's RAM to what QEMU has locked itself (mm->locked_vm, vfio_iommu_type1.c of Linux).
+def is_vfio(driver: str) -> bool:
+    """Whether a -device of this driver is one of the host's. That of vfio-user-pci is another program's."""
+    return driver.startswith("vfio-") and not driver.startswith("vfio-user-")
 
-    With iommufd= it counts as the user's; for a mediated device, and for s390's, its driver locks only what it needs.
+
+def pinned_by(options: Sequence[QemuOption]) -> str | None:
+    """Who locks all of the guest's RAM to have devices read and write it, as the subject of a sentence."""
+    if has_vfio(options):
+        return "VFIO"
+    if _nvme_drives(options):
+        return "QEMU's NVMe driver"
+    return "vDPA" if vdpa_devices(options) else None
+
+
+def vfio_containers(options: Sequence[QemuOption]) -> int:
+    """How often VFIO adds the guest's RAM to what QEMU has locked itself (mm->locked_vm, vfio_iommu_type1.c of Linux).
+
+    All devices share one container, and each NVMe drive has its own (util/vfio-helpers.c of QEMU). With iommufd= it
+    counts as the user's; for a mediated device, and for s390's, its driver locks only what it needs.
     """
-    return any(
-        device["driver"].startswith("vfio-pci")
-        and "iommufd" not in device
-        and not _MEDIATED.search(device.get("sysfsdev", ""))
-        for device in _vfio_devices(options)
+    return _nvme_drives(options) + any(
+        any(driver.startswith("vfio-pci") for driver in _drivers(device))
+        and not _has_iommufd(device)
+        and not _MEDIATED.search((settings(device) or {}).get("sysfsdev", ""))
+        for device in _named(options, "device")
     )
 
 
-def _vfio_devices(options: Iterable[QemuOption]) -> Iterator[dict[str, str]]:
-    for option in options:
-        if option.bare_name != "device":
-            continue
-        found = settings(option)
-        if found is None:  # JSON with single quotes: a driver is the only text in it that begins so
-            drivers = _VFIO_DRIVER.findall(str(option.value))
-            found = {"driver": drivers[0] if drivers else ""}
-            found |= {"iommufd": ""} if "iommufd" in str(option.value) else {}
-        if found.get("driver", "").startswith("vfio-"):
-            yield found
+def has_iommufd(options: Iterable[QemuOption]) -> bool:
+    """Whether a passed-through device is opened with iommufd=."""
+    return any(has_vfio([device]) and _has_iommufd(device) for device in _named(options, "device"))
+
+
+def vdpa_devices(options: Iterable[QemuOption]) -> int:
+    """How many devices pin the guest's RAM by vDPA, each anew (mm->pinned_vm, drivers/vhost/vdpa.c of Linux)."""
+    return sum(
+        any(driver.startswith("vhost-vdpa") or driver == "virtio-blk-vhost-vdpa" for driver in _drivers(option))
+        for option in _named(options, "netdev", "nic", "device", "blockdev", "drive")
+    )
+
+
+def _nvme_drives(options: Iterable[QemuOption]) -> int:
+    """How many drives are NVMe controllers, or others of PCI's, that QEMU drives itself, by way of VFIO."""
+    return sum(
+        any(driver in _VFIO_BLOCK_DRIVERS for driver in _drivers(option))
+        or any(str(value).startswith("nvme://") for value in (option.value, *(settings(option) or {}).values()))
+        for option in _named(options, "blockdev", "drive", "cdrom", *DRIVE_LETTERS)
+    )
+
+
+def _named(options: Iterable[QemuOption], *names: str) -> Iterator[QemuOption]:
+    return (option for option in options if option.bare_name in names)
+
+
+def _drivers(option: QemuOption) -> list[str]:
+    """The drivers, or types, that the option names, also those of block devices below."""
+    text = str(option.value)
+    found = settings(option)
+    if found is None:  # JSON with single quotes
+        return _JSON_DRIVER.findall(text)
+    below = _JSON_DRIVER.findall(text) if "json:" in text else []  # a file's name can be JSON too
+    return below + [value for name, value in found.items() if name.rpartition(".")[2] in ("driver", "type")]
+
+
+def _has_iommufd(device: QemuOption) -> bool:
+    found = settings(device)
+    return "iommufd" in (str(device.value) if found is None else found)
 
 
 def has_mem_lock(options: Iterable[QemuOption]) -> bool:

@@ -29,13 +29,14 @@ class MemlockNeed:
     """How much memory QEMU must be able to lock.
 
     `wanted`: bytes, INFINITY for as much as I may. `least`: bytes; less than that is a refusal.
-    `unaided`: the hard limit allows it already, the child raises its own soft limit. `twice`: the guest's RAM is
-    counted so, for VFIO and for mem-lock.
+    `unaided`: the hard limit allows it already, the child raises its own soft limit. `several`: the guest's RAM
+    counts more than once; `twice`: for VFIO and for mem-lock.
     """
 
     wanted: int
     least: int
     unaided: bool
+    several: bool = False
     twice: bool = False
 
 
@@ -104,8 +105,13 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
         wanted, least = INFINITY, locked or 0
     # `true` asks for all there is; a limit at or above the host's memory is all there is.
     enough = max(memory_total, least) if wanted == INFINITY else wanted
-    twice = ram.is_locked_twice(definition.options)
-    need = MemlockNeed(wanted, least, unaided=hard_limit >= enough, twice=twice)
+    need = MemlockNeed(
+        wanted,
+        least,
+        unaided=hard_limit >= enough,
+        several=(locked or 0) > (ram.guest_ram(definition.options) or 0),
+        twice=ram.is_locked_twice(definition.options),
+    )
     if kind == "size":
         check_granted(need, wanted, definition.memlock.mark)
     return need
@@ -116,7 +122,7 @@ def check_granted(need: MemlockNeed, granted: int, mark: Mark | None = None) -> 
     if granted >= need.least:
         return
     if granted >= need.wanted:
-        bound = f"{'twice ' if need.twice else ''}the guest's RAM, {format_size(need.least)}"
+        bound = f"{'all locks of ' if need.several else ''}the guest's RAM, {format_size(need.least)}"
         what = f"rlimit_memlock: {format_size(granted)} is less than {bound}"
         place = f"{mark}: " if mark else ""
         way_out = "leave out mem-lock, as VFIO locks it anyway, or " if need.twice else ""

@@ -11,7 +11,7 @@ guest's RAM in another, and who has is told by the kernel, as without this modul
 from collections.abc import Mapping, Sequence
 from string import hexdigits
 
-from .options import QemuOption, has_mem_lock, has_vfio_container, is_on, settings
+from .options import QemuOption, has_iommufd, has_mem_lock, is_on, settings, vdpa_devices, vfio_containers
 
 DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
 MOST_RAM = 1 << 63
@@ -37,17 +37,23 @@ def lockable(options: Sequence[QemuOption]) -> int | None:
     """Bytes that the guest's RAM counts against RLIMIT_MEMLOCK of QEMU, if it is locked at all.
 
     VFIO adds what it pins to what mlockall(2) has locked before (vfio_pin_pages_remote in vfio_iommu_type1.c of Linux),
-    so that ordinary pages count twice. mlockall leaves out huge pages (mlock_fixup in mm/mlock.c), VFIO does not.
+    so that ordinary pages count twice. mlockall leaves out huge pages (mlock_fixup in mm/mlock.c), VFIO does not. vDPA
+    has a sum of its own, to which iommufd adds, too (do_update_pinned in drivers/iommu/iommufd/pages.c).
     """
     whole = guest_ram(options)
-    if whole is None or not (has_mem_lock(options) and has_vfio_container(options)):
-        return whole
-    return whole + max(0, whole - _ram_in_huge_pages(options))
+    if whole is None:
+        return None
+    locked = vfio_containers(options) * whole
+    if has_mem_lock(options):
+        locked += max(0, whole - _ram_in_huge_pages(options))
+    vdpa = vdpa_devices(options)
+    pinned = (vdpa + has_iommufd(options)) * whole if vdpa else 0
+    return max(whole, locked, pinned)
 
 
 def is_locked_twice(options: Sequence[QemuOption]) -> bool:
-    """Whether the machine's own RAM, or some of it, counts twice, whatever its size."""
-    if not (has_mem_lock(options) and has_vfio_container(options)):
+    """Whether the machine's own RAM, or some of it, counts for VFIO and for mem-lock, whatever its size."""
+    if not (has_mem_lock(options) and vfio_containers(options)):
         return False
     backends = _machine_backends(options)
     known = [found for backend in backends if (found := _backend(options, backend)) is not None]

@@ -61,6 +61,7 @@ def test_a_binary_that_begins_with_kvm() -> None:
             VfioDevice(None, "/sys/bus/mdev/devices/4b20d080", iommufd=False),
         ),
         ("[vfio-pci, host: nonsense]", None),
+        ("[vfio-user-pci, host: '01:00.0', socket.path: /x]", None),
         ("[virtio-net-pci, host: '01:00.0']", None),
         ("'{broken'", None),
     ],

@@ -435,6 +435,9 @@ def test_memlock_that_was_forbidden_and_is_needed() -> None:
     locked = launcher("rlimit_memlock: false", "[m: 4G, overcommit: mem-lock=on]")
     assert "mem-lock=on locks" in the_only(list(memory.own_memlock(locked, None, 0, 0)))[1]
     assert list(memory.own_memlock(launcher("", "[m: 4G]"), None, 0, 0)) == []
+    vdpa = launcher("rlimit_memlock: false", "[m: 4G, netdev: vhost-vdpa, netdev: vhost-vdpa]")
+    text = the_only(list(memory.own_memlock(vdpa, None, 5 * GIB, 5 * GIB)))[1]
+    assert text == "vDPA locks the guest's RAM more than once, together 8 GiB, and QEMU may lock 5 GiB"
     both = launcher("rlimit_memlock: false", "[m: 4G, overcommit: mem-lock=on, device: vfio-pci]")
     text = the_only(list(memory.own_memlock(both, None, 5 * GIB, 5 * GIB)))[1]
     assert text == "VFIO and mem-lock=on each lock the guest's RAM, together 8 GiB, and QEMU may lock 5 GiB"

@@ -208,6 +208,12 @@ def test_guest_ram(items: str, expected: int | None) -> None:
         ("-device: vfio-pci", True),
         ('device: \'{"driver": "vfio-pci", "host": "01:00.0"}\'', True),
         ('device: \'{"driver": "e1000"}\'', False),
+        ('device: \'{"driver": "e1000", "id": "vfio-pci"}\'', False),
+        ("device: \"{'driver': 'vfio-pci', 'host': '01:00.0'}\"", True),
+        # A device that another program makes, over a socket (QEMU 10.1): nothing of the host is handed over
+        ("device: 'vfio-user-pci,socket.type=unix,socket.path=/x'", False),
+        ('device: \'{"driver": "vfio-user-pci", "socket": {"type": "unix", "path": "/x"}}\'', False),
+        ("device: \"{'driver': 'vfio-user-pci'}\"", False),
         ("device: [virtio-net-pci, id: vfio-pci]", False),
         ("device: [virtio-net-pci, vfio-pci]", False),
         ("drive: vfio-pci", False),
@@ -215,7 +221,44 @@ def test_guest_ram(items: str, expected: int | None) -> None:
     ],
 )
 def test_has_vfio(items: str, expected: bool) -> None:
-    assert cmdline.has_vfio(vm(items).options) is expected
+    assert options.has_vfio(vm(items).options) is expected
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("", None),
+        ("device: [vfio-pci, host: 01:00.0]", "VFIO"),
+        ("device: 'vfio-user-pci,socket.type=unix,socket.path=/x'", None),
+        ("netdev: 'vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0'", "vDPA"),
+        ("netdev: [type: vhost-vdpa, id: n]", "vDPA"),
+        ('netdev: \'{"type": "vhost-vdpa", "id": "n"}\'', "vDPA"),
+        ("netdev: \"{'type': 'vhost-vdpa', 'id': 'n'}\"", "vDPA"),
+        ("nic: vhost-vdpa", "vDPA"),
+        ("netdev: [user, id: vhost-vdpa]", None),
+        ("device: [vhost-vdpa-device-pci, vhostdev: /dev/vhost-vdpa-0]", "vDPA"),
+        ("blockdev: [virtio-blk-vhost-vdpa, path: /dev/vhost-vdpa-0, node-name: d]", "vDPA"),
+        ("drive: 'file=nvme://0000:44:00.0/1,if=none,id=d'", "QEMU's NVMe driver"),
+        ("drive: [file: nvme://0000:44:00.0/1, if: none]", "QEMU's NVMe driver"),
+        ("drive: [file.driver: nvme, file.device: 0000:44:00.0]", "QEMU's NVMe driver"),
+        ('drive: [file: \'json:{"driver": "nvme", "device": "0000:44:00.0"}\']', "QEMU's NVMe driver"),
+        ("hda: nvme://0000:44:00.0/1", "QEMU's NVMe driver"),
+        ("blockdev: [driver: nvme, node-name: d, device: 0000:44:00.0, namespace: 1]", "QEMU's NVMe driver"),
+        ("blockdev: [nvme, node-name: d]", "QEMU's NVMe driver"),
+        ("blockdev: [raw, file.driver: nvme, node-name: d]", "QEMU's NVMe driver"),
+        ('blockdev: \'{"driver": "raw", "file": {"driver": "nvme", "namespace": 1}}\'', "QEMU's NVMe driver"),
+        ("blockdev: \"{'driver': 'nvme', 'node-name': 'd'}\"", "QEMU's NVMe driver"),
+        # An emulated controller, and a file that is called so
+        ("device: [nvme, serial: x, drive: d]", None),
+        ("drive: [file: nvme.img, id: nvme]", None),
+        ("blockdev: [file, filename: nvme, node-name: nvme]", None),
+        ('blockdev: \'{"driver": "file", "filename": "nvme", "node-name": "nvme"}\'', None),
+        ("drive", None),
+        ("hda", None),
+    ],
+)
+def test_pinned_by(items: str, expected: str | None) -> None:
+    assert options.pinned_by(vm(items).options) == expected
 
 
 @pytest.mark.parametrize(

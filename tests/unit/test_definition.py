@@ -116,6 +116,9 @@ def test_memlock(value: str, memlock: tuple[str, int | None]) -> None:
         ("[overcommit: [mem-lock: on]]", "auto"),
         ("[overcommit: mem-lock=off]", "none"),
         ("[device: virtio-net-pci]", "none"),
+        ("[netdev: [vhost-vdpa, id: n]]", "auto"),
+        ("[drive: [file: nvme://0000:44:00.0/1]]", "auto"),
+        ("[device: vfio-user-pci]", "none"),
     ],
 )
 def test_memlock_default(qemu: str, kind: str) -> None:
@@ -444,6 +447,8 @@ def test_key_that_stands_a_level_too_high() -> None:
         ("", "[{device: [vfio-pci, host: 01:00.0]}]", True),
         ("inhibit_sleep: false", "[{device: [vfio-pci, host: 01:00.0]}]", False),
         ("inhibit_sleep: true", "[]", True),
+        ("", "[netdev: vhost-vdpa]", False),
+        ("", "[device: vfio-user-pci]", False),
     ],
 )
 def test_host_stays_awake_for_a_device_of_its_own(keys: str, qemu: str, wanted: bool) -> None:

@@ -129,13 +129,22 @@ def test_vfio_and_mem_lock_count_the_ram_twice() -> None:
     need = plan.memlock_need(defined("  rlimit_memlock: true\n", BOTH), 0, 0, HOST)
     assert need is not None
     assert need.least == 48 * GIB
-    with pytest.raises(Unfit, match="25 GiB is less than twice the guest's RAM, 48 GiB") as refused:
+    with pytest.raises(Unfit, match="25 GiB is less than all locks of the guest's RAM, 48 GiB") as refused:
         plan.memlock_need(defined("  rlimit_memlock: 25G\n", BOTH), 0, 0, HOST)
     assert (refused.value.hint or "").startswith("leave out mem-lock")
     assert plan.memlock_suspicion(defined(qemu=BOTH), 49 * GIB) == (
         "if it could not lock its memory: it may lock 49 GiB; write rlimit_memlock: 51G\n"
         "or leave out mem-lock: VFIO locks the guest's RAM anyway, and it counts twice so"
     )
+
+
+def test_ram_that_is_pinned_several_times() -> None:
+    vdpa = "- m: 24G\n- netdev: vhost-vdpa,id=a\n- netdev: vhost-vdpa,id=b"
+    need = plan.memlock_need(defined(qemu=vdpa), 0, 0, HOST)
+    assert need == plan.MemlockNeed(49 * GIB, 49 * GIB, unaided=False, several=True)
+    with pytest.raises(Unfit, match="25 GiB is less than all locks of the guest's RAM, 48 GiB") as refused:
+        plan.memlock_need(defined("  rlimit_memlock: 25G\n", vdpa), 0, 0, HOST)
+    assert refused.value.hint == "write rlimit_memlock: auto, or a larger size"
 
 
 # Who does it

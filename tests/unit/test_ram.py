@@ -26,6 +26,19 @@ def lockable(items: str) -> int | None:
         (f"{CARD}, overcommit: mem-lock=off", 4),
         (f'{LOCK}, device: \'{{"driver": "vfio-pci", "host": "01:00.0"}}\'', 8),
         (f"{LOCK}, device: \"{{'driver': 'vfio-pci', 'host': '01:00.0'}}\"", 8),
+        # QEMU's NVMe driver has a container of its own for each drive (util/vfio-helpers.c of QEMU)
+        ("drive: [file: nvme://0000:44:00.0/1]", 4),
+        (f"drive: [file: nvme://0000:44:00.0/1], {CARD}", 8),
+        (f"drive: [file: nvme://0000:44:00.0/1], hda: nvme://0000:45:00.0/1, {CARD}, {HUGE}", 12),
+        (f"drive: [file: nvme://0000:44:00.0/1], {LOCK}", 8),
+        (f"drive: [file: nvme://0000:44:00.0/1], {CARD}, {LOCK}", 12),
+        # Each vDPA device pins anew, and that is compared alone (mm->pinned_vm in drivers/vhost/vdpa.c of Linux)
+        ("netdev: [vhost-vdpa, id: n]", 4),
+        ("netdev: [vhost-vdpa, id: n], netdev: [vhost-vdpa, id: m]", 8),
+        (f"netdev: [vhost-vdpa, id: n], {CARD}", 4),
+        (f"netdev: [vhost-vdpa, id: n], {LOCK}", 4),
+        (f"netdev: [vhost-vdpa, id: n], {CARD}, {LOCK}", 8),
+        ("netdev: [vhost-vdpa, id: n], device: [vfio-pci, host: '01:00.0', iommufd: io]", 8),
         # Pinned pages that are not counted as this process's
         (f"{LOCK}, object: [iommufd, id: io], device: [vfio-pci, host: '01:00.0', iommufd: io]", 4),
         (f"{LOCK}, device: [vfio-pci, host: '01:00.0', iommufd: io], {CARD}", 8),

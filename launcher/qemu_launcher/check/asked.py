@@ -14,13 +14,12 @@ from typing import Literal, NamedTuple
 from .. import cmdline, options
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
-from ..options import is_on, smp_numbers
+from ..options import DRIVE_LETTERS, is_on, is_vfio, smp_numbers
 
 Settings = Mapping[str, str]
 
 _PCI = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
 _PROTOCOL = re.compile(r"[^/:]+:")  # path_has_protocol of QEMU's block.c
-_DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 
 
 class Image(NamedTuple):
@@ -99,7 +98,7 @@ def vfio(definition: VmDefinition) -> list[VfioDevice]:
     """The devices that are passed through, each once."""
     found = []
     for device in each(definition, "device"):
-        if not device.get("driver", "").startswith("vfio-"):
+        if not is_vfio(device.get("driver", "")):
             continue
         host, sysfs = _pci_address(device.get("host", "")), device.get("sysfsdev")
         if host is not None or sysfs is not None:
@@ -181,8 +180,8 @@ def images(definition: VmDefinition) -> list[Image]:
 def _files(option: QemuOption) -> Iterator[tuple[str, bool]]:
     """(path, whether it is written) of the files that one option names."""
     name = option.bare_name
-    if name in (*_DRIVE_LETTERS, "cdrom", "kernel", "initrd", "dtb") and isinstance(option.value, str):
-        yield option.value, name in _DRIVE_LETTERS
+    if name in (*DRIVE_LETTERS, "cdrom", "kernel", "initrd", "dtb") and isinstance(option.value, str):
+        yield option.value, name in DRIVE_LETTERS
     elif name == "drive":
         given = settings(option)
         readonly = any(is_on(given.get(key, "off")) for key in ("readonly", "read-only", "snapshot"))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import cmdline, ram
 from ..cpulist import format_cpulist
 from ..definition import VmDefinition
-from ..options import is_on
+from ..options import has_mem_lock, has_vfio, is_on, pinned_by
 from ..plan import MEMLOCK_OVERHEAD, MemlockNeed
 from ..procfs import INFINITY
 from ..voice import format_size
@@ -315,7 +315,7 @@ def elsewhere(definition: VmDefinition, tree: Tree, wanted: list[Backend]) -> It
     reasons = {
         "prealloc": cmdline.has_option(definition, "mem-prealloc") or any(backend.prealloc for backend in wanted),
         "mem-lock": any(is_on(one.get("mem-lock", "off")) for one in asked.each(definition, "overcommit")),
-        "VFIO": cmdline.has_vfio(definition.options),
+        "VFIO": has_vfio(definition.options),
     }
     if early := [word for word, holds in reasons.items() if holds]:
         how = f"QEMU takes it ({', '.join(early)}) before its threads are pinned, wherever it runs then"
@@ -355,7 +355,7 @@ def _bound_to(definition: VmDefinition, wanted: list[Backend], node: int) -> str
         return f"add {where} to the object{'s' * (len(named) != 1)} {' and '.join(named)}"
     taken = {one.get("id") for one in asked.each(definition, "object")}
     name = next(name for name in (f"ram{number}" for number in range(len(taken) + 1)) if name not in taken)
-    size = f"id: {name}, size: {_written(cmdline.machine_ram(definition))}"
+    size = f"id: {name}, size: {_written(ram.machine_ram(definition.options))}"
     path = next((backend.path for backend in wanted if not backend.id and backend.path is not None), None)
     if path is not None:
         path = path if re.fullmatch(r"[\w/.-]+", path) else "'" + path.replace("'", "''") + "'"
@@ -391,8 +391,9 @@ def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, h
     elif need is None and locked is not None and soft < locked:
         if ram.is_locked_twice(options):
             locks = "VFIO and mem-lock=on each lock the guest's RAM, together"
-        elif cmdline.has_vfio(options) or cmdline.has_mem_lock(options):
-            locks = f"{'VFIO' if cmdline.has_vfio(options) else 'mem-lock=on'} locks the guest's RAM,"
+        elif (who := pinned_by(options)) or has_mem_lock(options):
+            several = " more than once, together" if locked > (ram.guest_ram(options) or 0) else ","
+            locks = f"{who or 'mem-lock=on'} locks the guest's RAM{several}"
         else:
             return
         text = f"{locks} {format_size(locked)}, and QEMU may lock {_lockable(soft)}"

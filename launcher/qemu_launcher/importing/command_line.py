@@ -15,7 +15,7 @@ from .. import cmdline, definition, ram, stdout
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, VM_NAME, vm_name
-from ..options import QemuOption, has_mem_lock, has_vfio, is_name, smp_numbers, vcpu_limit
+from ..options import QemuOption, has_mem_lock, is_name, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
@@ -189,20 +189,24 @@ def suggested_pinning(vcpus: int | None) -> Key:
 
 def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
     """What the definition would mean by default, said so that it can be changed."""
-    if not (has_vfio(options) or has_mem_lock(options)):
+    cause = pinned_by(options)
+    if cause is None and not has_mem_lock(options):
         return []
-    cause = "VFIO" if has_vfio(options) else "mem-lock"
     if has_mem_lock(options) and not _uses_kvm(options):
         text = "mem-lock without KVM locks more than the guest's memory: this is as much as you may."
         return [Key("rlimit_memlock", ("true",), (text,))]
     twice = ram.is_locked_twice(options)
-    how = "VFIO and mem-lock each lock the guest's memory" if twice else f"{cause} locks the guest's memory"
-    if ram.guest_ram(options) is None:
+    how = (
+        "VFIO and mem-lock each lock the guest's memory" if twice else f"{cause or 'mem-lock'} locks the guest's memory"
+    )
+    size = ram.guest_ram(options)
+    if not size:
         text = f"{how}, and its size cannot be told from the options. Write {'twice its' if twice else 'a'} size."
         return [Key("rlimit_memlock", ("true",), (text,))]
-    text = f"{how}: its RAM {'twice ' if twice else ''}and 1 GiB are allowed."
-    once = ("Without mem-lock its RAM once is enough.",) if twice else ()
-    return [Key("rlimit_memlock", ("auto",), (text, *once))]
+    times = (ram.lockable(options) or size) / size
+    often = "" if times == 1 else " twice" if times == 2 else f" {times:.2g} times"
+    once = ("Without mem-lock its RAM once is enough.",) if twice and times == 2 else ()
+    return [Key("rlimit_memlock", ("auto",), (f"{how}: its RAM{often} and 1 GiB are allowed.", *once))]
 
 
 def _uses_kvm(options: Sequence[QemuOption]) -> bool:

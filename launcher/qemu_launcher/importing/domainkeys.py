@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..cpulist import format_cpulist
 from ..keys import REALTIME_POLICIES
-from ..options import QemuOption, has_mem_lock, has_vfio
+from ..options import QemuOption, has_mem_lock, pinned_by
 from .command_line import memlock_key, suggested_pinning
 from .domainxml import Tuning
 from .drafting import Key
@@ -106,7 +106,7 @@ def _schedules(found: Tuning, *, may_be_real_time: bool) -> list[Key]:
 
 
 def memory_keys(found: Tuning, options: Sequence[QemuOption]) -> list[Key]:
-    if not (has_mem_lock(options) or has_vfio(options)):
+    if not (has_mem_lock(options) or pinned_by(options)):
         return []
     if found.memory_limit is not None:
         return [Key("rlimit_memlock", (_size_text(found.memory_limit),), ("libvirt's memtune/hard_limit.",))]
