@@ -19,8 +19,8 @@ from .tree import READ, WRITE, Tree
 PCI = "/sys/bus/pci/devices"
 RULES = "/etc/udev/rules.d/70-qemu-vfio.rules"
 _VFIO = "vfio"  # vfio-pci, and the drivers made from it for one kind of device: mlx5_vfio_pci, nvgrace-gpu-vfio-pci
-# The kernel's name for portdrv is pcieport. shpchp, a bridge's too, is let pass as before Linux 5.19.
-_HARMLESS_DRIVERS = ("pci-stub", "pcieport", "shpchp")
+_HARMLESS_DRIVERS = ("pci-stub", "pcieport")  # the kernel's name for portdrv
+_BRIDGE = "0x0604"  # PCI-to-PCI bridge; the class is six digits, the last two its programming interface
 
 
 def vfio(tree: Tree, devices: list[VfioDevice], user: str) -> Iterator[Finding]:
@@ -64,14 +64,14 @@ def _device(tree: Tree, device: VfioDevice) -> Generator[Finding, None, str | No
     return group
 
 
-def _bind(address: str, driver: str | None) -> str:
+def _bind(address: str, driver: str | None, wanted: str = "vfio-pci") -> str:
     by_hand = [
-        "sudo modprobe vfio-pci",
-        f"echo vfio-pci | sudo tee {PCI}/{address}/driver_override",
+        f"sudo modprobe {wanted}",
+        f"echo {wanted} | sudo tee {PCI}/{address}/driver_override",
         *([f"echo {address} | sudo tee /sys/bus/pci/drivers/{driver}/unbind"] if driver else []),
         f"echo {address} | sudo tee /sys/bus/pci/drivers_probe",
     ]
-    return f"for good: sudo driverctl set-override {address} vfio-pci\nuntil the next boot: {'; '.join(by_hand)}"
+    return f"for good: sudo driverctl set-override {address} {wanted}\nuntil the next boot: {'; '.join(by_hand)}"
 
 
 def _iommu_on(tree: Tree) -> str:
@@ -139,11 +139,13 @@ def _others(tree: Tree, group: str, given: set[str | None]) -> Iterator[Finding]
             held.append((address, driver))
     about = f"vfio group {group}"
     for address, driver in held:
+        is_bridge = (tree.text(f"{folder}/{address}/class") or "").startswith(_BRIDGE)
+        wanted = "pci-stub" if is_bridge else "vfio-pci"  # which takes no bridges
         yield Finding(
             "error",
             about,
             f"{address} ({_what(tree, address)}) is in IOMMU group {group} too, and the host uses it with {driver}",
-            f"{_bind(address, driver)}\nor put the card into another slot, which may have a group of its own",
+            f"{_bind(address, driver, wanted)}\nor put the card into another slot, which may have a group of its own",
         )
     if not held and tree.names(folder):
         yield Finding("ok", about, f"nothing else in IOMMU group {group} is in use by the host")
