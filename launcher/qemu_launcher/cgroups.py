@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from . import absence
+from . import absence, names
 from .cpulist import format_cpulist, parse_cpulist
 from .procfs import PROC, Process
 
@@ -31,14 +31,13 @@ _V1 = "qemu-launcher"
 # with a pool, as user.slice then leaves the CPUs, in one beside it. Without systemd, at the top, or in the user's slice
 # where elogind makes one. Always right below: what else is in there is none of ours, and comes and goes all the time.
 _SLICES = ("user.slice/user-{}.slice", "system.slice", "qemu.slice/qemu-{}.slice", ".")
-_SCOPE = re.compile(r"qemu-launcher-([0-9]+)-([A-Za-z0-9][A-Za-z0-9_-]{0,47})\.scope")
 
 
 def scopes(uid: int) -> Iterator[tuple[str, Path]]:
     """(VM name, directory) of every scope that the helper has made for a VM of this user."""
     for pattern in _SLICES:
-        for directory in _glob(_units(), f"{pattern.format(uid)}/qemu-launcher-{uid}-*.scope"):
-            found = _SCOPE.fullmatch(directory.name)
+        for directory in _glob(_units(), f"{pattern.format(uid)}/{names.scope(uid, '*')}"):
+            found = names.SCOPE.fullmatch(directory.name)
             if found is not None:
                 yield found[2], directory
 
@@ -83,14 +82,14 @@ def end_members(scope: Path) -> None:
 def scope_of(pid: int) -> Path | None:
     """Directory of the VM's scope that `pid` is in, None if it is in none."""
     path = _path(f"{pid}/cgroup")
-    found = _SCOPE.search(path)
+    found = names.SCOPE.search(path)
     return None if found is None else _units() / path[: found.end()].lstrip("/")
 
 
 def shield_of(pid: int, tid: int) -> str | None:
     """State of the shield of ours that it is in, such as `isolated`, or `isolated invalid (why)`; or None."""
     path = start = _path(f"{pid}/task/{tid}/cgroup")
-    while _SCOPE.search(path):
+    while names.SCOPE.search(path):
         state = _read(_units() / path.lstrip("/") / "cpuset.cpus.partition").strip()
         if state not in ("", "member"):
             return state

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 
 from dbus_next import BusType, Message, MessageFlag, MessageType
 
-from . import absence, access, systembus
+from . import absence, access, names, systembus
 from .errors import TuningFailed
 from .limits import Limits
 from .patience import retrieved
@@ -298,8 +298,7 @@ class Helper:
 
 def scope_path(uid: int, vm: str) -> str:
     """Object path of a VM's scope, escaped as sd_bus_path_encode(3) tells."""
-    name = f"qemu-launcher-{uid}-{vm}.scope"
-    label = "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
+    label = "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in names.scope(uid, vm))
     return f"/org/freedesktop/systemd1/unit/{label}"
 
 

@@ -6,14 +6,13 @@ ending), and names without a definition; the message then says which folders wer
 
 import errno
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import DefinitionError, did_you_mean, shortened
+from .names import VM_NAME
 
-VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")  # the helper's rule: it becomes part of a unit's name
 MOST_OF_A_PATH = 200  # characters that a message repeats of a path that is none
 SUFFIX = ".yml"
 SUFFIXES = (SUFFIX, ".yaml")

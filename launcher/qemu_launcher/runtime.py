@@ -29,6 +29,7 @@ from typing import Any
 
 from . import cgroups, places, procfs
 from .errors import AlreadyRunning, LauncherError
+from .names import VM_NAME
 from .procfs import Process
 from .record import RUNNING, STARTING, Record
 
@@ -39,10 +40,9 @@ NEVER_STARTED_GRACE = 2.0  # seconds
 _LOOKS, _PAUSE = 20, 0.025  # seconds
 _LARGEST_RECORD = 1 << 20  # bytes; one of 4096 vCPUs takes 64 KiB
 
-_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,47}"
 _FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
-_LOCK_LINK = re.compile(rf"/{places.DIRECTORY}(?:-[0-9]+)?/({_NAME})\.lock(?: \(deleted\))?\Z")
+_LOCK_LINK = re.compile(rf"/{places.DIRECTORY}(?:-[0-9]+)?/({VM_NAME.pattern})\.lock(?: \(deleted\))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ def _in_directories() -> Iterator[Found]:
             continue
         # pathlib's glob fails when the place goes with its login meanwhile (Python 3.11).
         for lock in sorted(place / name for name in glob.glob("*.lock", root_dir=place)):  # noqa: PTH207
-            if not re.fullmatch(_NAME, lock.stem):
+            if not VM_NAME.fullmatch(lock.stem):
                 continue
             with contextlib.suppress(OSError):
                 # A FIFO would keep us waiting for a writer; what is no file has no record (ESPIPE).

@@ -14,7 +14,8 @@ from pathlib import Path
 from .. import cmdline, definition, ram, stdout
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
-from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, VM_NAME, vm_name
+from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, vm_name
+from ..names import VM_NAME
 from ..options import QemuOption, has_mem_lock, is_name, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
