@@ -115,6 +115,10 @@ class VmDefinition(NamedTuple):
         """Whether any thread has a policy of its own."""
         return self.scheduler is not None or self.emulator_scheduler is not None
 
+    def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
+        """That of QEMU and of the user's commands, where the launcher's own is `ours`."""
+        return {**({} if self.clear_env else ours), **dict(self.env)}
+
 
 def load(path: Path, name: str) -> VmDefinition:
     """Read and check the definition of VM `name` in `path`. Raises DefinitionError."""

@@ -38,10 +38,8 @@ class Hooks:
         self._definition = definition
         self._voice = voice
         self._signals = signals
-        inherited = {} if definition.clear_env else os.environ
         self._env = {
-            **inherited,
-            **dict(definition.env),
+            **definition.environment(os.environ),
             "QEMU_LAUNCHER_VM": definition.name,
             "QEMU_LAUNCHER_RUNTIME_DIR": str(directory),
         }

@@ -358,7 +358,7 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
     hold = ("-S",) if holds_guest else ()
     return Command(
         argv=(binary, *made.arguments, *hold, *options),
-        env=_env(run.definition),
+        env=run.definition.environment(os.environ),
         working_directory=run.definition.working_directory,
         inherited=(run.claim.lock_fd, *made.inherited),
         soft_memlock=run.tuning.soft_memlock,
@@ -366,13 +366,9 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
     )
 
 
-def _env(definition: VmDefinition) -> dict[str, str]:
-    return {**({} if definition.clear_env else os.environ), **dict(definition.env)}
-
-
 def _check_binary(definition: VmDefinition) -> None:
     """A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing."""
-    binary, env = definition.binary, _env(definition)
+    binary, env = definition.binary, definition.environment(os.environ)
     if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
         return
     raise QemuFailed(

@@ -102,7 +102,7 @@ class _Vm:
         self._tree = tree
         self._user = access.user_name()
         self._folder = _where_we_are() / (definition.working_directory or "")
-        self._env = {**({} if definition.clear_env else os.environ), **dict(definition.env)}
+        self._env = definition.environment(os.environ)
         self._path: str | None = None  # of the QEMU program
         self._mechanism: str | None = None
 
