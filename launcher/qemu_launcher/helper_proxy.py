@@ -30,7 +30,7 @@ from . import absence, access, names, systembus
 from .errors import TuningFailed
 from .limits import Limits
 from .patience import retrieved
-from .procfs import INFINITY
+from .sizes import INFINITY
 from .systembus import Bus
 
 BUS_NAME = "org.qemulauncher.Helper1"

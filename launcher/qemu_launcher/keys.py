@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from . import pinning, yamlnode
+from . import pinning, sizes, yamlnode
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
 from .pinning import MAX_UINT32
 from .yamlnode import List, Map, Node, Scalar, describe, fail
@@ -24,7 +24,6 @@ POLICIES = ("other", "batch", "idle", *REALTIME_POLICIES)
 MIN_PRIORITY, MAX_PRIORITY = 1, 99  # of the real-time policies: sched(7)
 Isolation = Literal["shield", "cpuset", "affinity"]
 ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
-SIZE_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 MEMLOCK_HINT = "write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
 
 
@@ -188,9 +187,9 @@ def _memlock(node: Node, what: str) -> Memlock:
     if node.kind == "str" and node.text == "auto":
         return Memlock("auto", None, node.mark)
     digits, unit = (node.text[:-1], node.text[-1:].upper()) if node.text[-1:].isalpha() else (node.text, "")
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 20 or unit not in ("", *SIZE_UNITS):
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 20 or unit not in ("", *sizes.UNITS):
         fail(node, f"{what} cannot be {describe(node)}", MEMLOCK_HINT)
-    size = int(digits) << SIZE_UNITS.get(unit, 0)
+    size = int(digits) << sizes.UNITS.get(unit, 0)
     if not LEAST_MEMLOCK <= size <= MAX_MEMLOCK:
         hint = f"did you mean {digits}G?" if not unit and size else MEMLOCK_HINT
         fail(node, f"{what}: {node.text} is out of range (1M-8388607T); a number alone is in bytes", hint)

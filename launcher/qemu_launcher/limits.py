@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cpulist import format_cpulist, parse_cpulist
-from .procfs import INFINITY
-from .voice import format_size
+from .sizes import INFINITY, UNITS, format_limit
 
 # The keys of an entry, as qemu-launcher-helper.toml(5) has them, and as they are on the wire.
 KEYS = ("cpus", "max_cpus", "max_vms", "memlock", "policies", "max_priority", "realtime", "deadline")
@@ -98,7 +97,7 @@ class Limits:
             "cpus": format_cpulist(self.cpus) or "none",
             "max_cpus": str(self.max_cpus),
             "max_vms": str(self.max_vms),
-            "memlock": "unlimited" if self.memlock == INFINITY else format_size(self.memlock),
+            "memlock": format_limit(self.memlock),
             "policies": ", ".join(self.policies) or "none",
             "max_priority": str(self.max_priority),
             "realtime": _REALTIME.get(self.realtime, self.realtime),
@@ -185,7 +184,7 @@ def _agrees(key: str, value: Any, limits: Limits) -> bool:
             case "cpus":
                 return bool(parse_cpulist(value) == told)
             case "memlock":
-                size = INFINITY if value == "infinity" else int(value[:-1]) << 10 * ("KMGT".index(value[-1]) + 1)
+                size = INFINITY if value == "infinity" else int(value[:-1]) << UNITS[value[-1]]
                 return bool(size == told)
             case "policies":
                 return set(value) == set(told)

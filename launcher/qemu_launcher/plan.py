@@ -16,9 +16,8 @@ from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
 from .pinning import spelled
-from .procfs import INFINITY
+from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
-from .voice import format_size
 
 # Guest RAM is not all that VFIO and mem-lock=on lock: QEMU's own heap, video memory, firmware, device queues.
 MEMLOCK_OVERHEAD = 1 << 30  # bytes

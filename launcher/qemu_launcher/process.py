@@ -28,9 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from . import patience, procfs, unexpanded
+from . import patience, unexpanded
 from .errors import QemuFailed
 from .procfs import Process
+from .sizes import INFINITY
 
 # A QEMU that was told to quit still writes its images back. Ten seconds is what systemd's own
 # TimeoutStopSec= gives to far smaller services; after it, only a hung disk or a stopped process is left.
@@ -227,5 +228,5 @@ def _child(command: Command, gate: int, report: int, mask: set[int | signal.Sign
 
 def _raise_soft_memlock(wanted: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    soft = hard if wanted == procfs.INFINITY else wanted
+    soft = hard if wanted == INFINITY else wanted
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cpulist import parse_cpulist
+from .sizes import INFINITY
 
 PROC = Path("/proc")
 
@@ -29,7 +30,6 @@ POLICY_NAMES = {
     os.SCHED_IDLE: "idle",
     6: "deadline",
 }
-INFINITY = 2**64 - 1  # RLIM_INFINITY of prlimit(2), and "unlimited" on our wire
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from . import procfs
 from .cpulist import format_cpulist
 from .definition import Scheduling
 from .plan import ThreadPlan
-from .voice import format_size
+from .sizes import format_limit
 
 
 def thread_differences(pid: int, plan: ThreadPlan) -> list[str]:
@@ -33,7 +33,8 @@ def memlock_differences(pid: int, granted: int, *, exactly: bool) -> list[str]:
     soft, hard = limits
     if (soft, hard) == (granted, granted) if exactly else soft >= granted:
         return []
-    return [f"QEMU (PID {pid}) may lock {_limit(soft)} (hard limit {_limit(hard)}), not {_limit(granted)}"]
+    has = f"{format_limit(soft)} (hard limit {format_limit(hard)})"
+    return [f"QEMU (PID {pid}) may lock {has}, not {format_limit(granted)}"]
 
 
 def _pin_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
@@ -90,7 +91,3 @@ def _policy_difference(who: str, found: procfs.Scheduling, wanted: Scheduling) -
     resets = wanted.priority > 0
     if (found.policy, found.priority) != wanted or (resets and not found.reset_on_fork):
         yield f"{who} is scheduled {found}, not {procfs.Scheduling(*wanted, reset_on_fork=resets)}"
-
-
-def _limit(size: int) -> str:
-    return "unlimited" if size == procfs.INFINITY else format_size(size)

@@ -34,10 +34,11 @@ from .record import RUNNING, UNHELD
 from .relay import Relay
 from .runtime import Claim
 from .shutdown import Shutdown, Signals, quit_qemu
+from .sizes import format_size
 from .starter import Starter
 from .threads import Threads
 from .tune import Spelled, Tuning
-from .voice import Voice, format_size
+from .voice import Voice
 
 # The original tool made its cpusets as its caller said here. The helper does not let itself be told where.
 _OF_THE_ORIGINAL = ("QEMU_LAUNCHER_CPUSET_MOUNT_PATH", "QEMU_LAUNCHER_CPUSET_PREFIX")

@@ -20,7 +20,7 @@ from .procfs import Scheduling
 from .qmp import run_state
 from .record import Record
 from .runtime import Found
-from .voice import format_size
+from .sizes import format_limit, format_size
 
 COLUMNS = ("vCPU", "TID", "host CPUs", "shielded", "policy", "priority")
 
@@ -62,15 +62,15 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of QEMU, in bytes. `lockable` is its soft limit, procfs.INFINITY for none."""
+    """Of QEMU, in bytes. `lockable` is its soft limit, sizes.INFINITY for none."""
 
     used: int
     locked: int
     lockable: int
 
     def __str__(self) -> str:
-        lockable = "unlimited" if self.lockable == procfs.INFINITY else format_size(self.lockable)
-        return f"{format_size(self.used)} used, {format_size(self.locked)} locked, {lockable} lockable"
+        used, locked, lockable = format_size(self.used), format_size(self.locked), format_limit(self.lockable)
+        return f"{used} used, {locked} locked, {lockable} lockable"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from .definition import Scheduling, VmDefinition
 from .errors import TuningFailed
 from .plan import MemlockNeed, ThreadPlan
 from .process import Qemu
+from .sizes import format_limit
 from .threads import Threads
-from .voice import Voice, format_size
+from .voice import Voice
 
 _EMULATOR_ATTEMPTS = 3
 
@@ -184,8 +185,7 @@ class Tuning:
         if self._plan is not None:
             words += _summary_of_others(self._plan)
         if self._granted is not None:
-            unlimited = self._granted == procfs.INFINITY
-            words.append("all memory lockable" if unlimited else f"{format_size(self._granted)} lockable")
+            words.append(f"{format_limit(self._granted, 'all memory')} lockable")
         return ", ".join(words) or "untuned"
 
     # What a failure means
@@ -223,8 +223,8 @@ class Tuning:
         self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, memory_total)
         if self._memlock is not None:
             how = "QEMU raises its own soft limit" if self._memlock.unaided else "the helper is asked for it"
-            limits = f"{_limit(self._memlock.wanted)} wanted, hard limit {_limit(hard_limit)}"
-            self._voice.step(f"memory lock: {limits}: {how}")
+            wanted, hard = (format_limit(size, "as much as there is") for size in (self._memlock.wanted, hard_limit))
+            self._voice.step(f"memory lock: {wanted} wanted, hard limit {hard}: {how}")
         if self._memlock is not None and self._memlock.unaided:
             self._granted = min(self._memlock.wanted, hard_limit)
 
@@ -309,10 +309,6 @@ def with_way_out(hint: str | None, spelled: Spelled) -> str:
     """`hint`, and how to start it all the same."""
     without = f"start it without tuning: qemu-launcher {spelled.command} --untuned {spelled.vm}"
     return f"{hint}\n{without}" if hint else without
-
-
-def _limit(size: int) -> str:
-    return "as much as there is" if size == procfs.INFINITY else format_size(size)
 
 
 def _what_it_got(wanted: ThreadPlan, tid: int) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from . import stderr
 from .errors import one_line, printable
 
-_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
-
 
 class Voice:
     """Speaks for one VM. Quiet (`-q`) leaves out what is merely good to know; `explains` (`--debug`): tells it all.
@@ -52,11 +50,3 @@ class Voice:
         lines = printable(f"{text}\n")
         stderr.write(lines.encode(errors="backslashreplace"))
         self._hear(lines)
-
-
-def format_size(size: int) -> str:
-    """Bytes in the largest fitting unit, with one decimal where it is not whole: `25 GiB`, `1.5 MiB`."""
-    for factor, unit in _UNITS:
-        if size >= factor:
-            return f"{round(size / factor, 1):g} {unit}"
-    return f"{size} bytes"

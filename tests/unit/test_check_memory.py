@@ -7,7 +7,7 @@ import pytest
 from qemu_launcher.check import asked, memory
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import MemlockNeed
-from qemu_launcher.procfs import INFINITY
+from qemu_launcher.sizes import INFINITY
 from unit.other_host import OtherHost, the_only, told
 from unit.reading import launcher, read
 

@@ -13,7 +13,7 @@ from qemu_launcher import absence, locate, procfs, record, runtime
 from qemu_launcher.check import dryrun, finding, installation, report, versions
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import thread_plan
-from qemu_launcher.procfs import INFINITY
+from qemu_launcher.sizes import INFINITY
 from unit.other_host import OtherHost, the_only, told
 from unit.reading import launcher
 

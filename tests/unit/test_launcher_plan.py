@@ -11,7 +11,7 @@ from qemu_launcher import definition as definitions, plan
 from qemu_launcher.definition import Scheduling, VmDefinition
 from qemu_launcher.errors import TuningFailed, Unfit
 from qemu_launcher.plan import MEMLOCK_OVERHEAD
-from qemu_launcher.procfs import INFINITY
+from qemu_launcher.sizes import INFINITY
 from qemu_launcher.threads import Ids, Iothread, Threads, Vcpu
 
 GIB = 1 << 30

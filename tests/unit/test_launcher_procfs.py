@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from qemu_launcher import procfs
 from qemu_launcher.cpulist import MAX_CPU, format_cpulist, parse_cpulist
 from qemu_launcher.procfs import Process, Scheduling
-from qemu_launcher.voice import format_size
+from qemu_launcher.sizes import INFINITY, format_size
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def test_own_facts() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    expected = tuple(procfs.INFINITY if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    expected = tuple(INFINITY if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
     assert procfs.memlock_limit(os.getpid()) == expected
     assert procfs.owner(os.getpid()) == os.getuid()
     assert (procfs.resident(os.getpid()) or 0) > 1 << 20

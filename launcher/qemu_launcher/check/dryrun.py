@@ -19,9 +19,8 @@ from ..errors import TuningFailed
 from ..helper_proxy import Helper
 from ..limits import Limits
 from ..plan import MemlockNeed
-from ..procfs import INFINITY
+from ..sizes import format_limit
 from ..threads import Ids, Iothread, Threads, Vcpu
-from ..voice import format_size
 from . import asked
 from .finding import Finding, Severity
 
@@ -67,8 +66,7 @@ class Asker:
         except TuningFailed as err:
             self._add(self._severity, "memlock", err.message, err.hint)
             return
-        lockable = "all memory" if answer == INFINITY else format_size(answer)
-        self._add("ok", "memlock", f"the helper would let QEMU lock {lockable}")
+        self._add("ok", "memlock", f"the helper would let QEMU lock {format_limit(answer, 'all memory')}")
 
     async def pins(self, vm: str, pins: Pins, others: frozenset[int]) -> None:
         """PinThreads."""

@@ -18,7 +18,7 @@ from ..definition import VmDefinition
 from ..host import CPU_FOLDER
 from ..options import smp_numbers, vcpu_limit
 from ..pinning import Pinning
-from ..voice import format_size
+from ..sizes import format_size
 from . import asked
 from .finding import Finding
 from .nodes import nodes

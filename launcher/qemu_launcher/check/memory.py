@@ -12,8 +12,7 @@ from ..cpulist import format_cpulist
 from ..definition import VmDefinition
 from ..options import has_mem_lock, has_vfio, is_on, pinned_by
 from ..plan import MEMLOCK_OVERHEAD, MemlockNeed
-from ..procfs import INFINITY
-from ..voice import format_size
+from ..sizes import INFINITY, format_limit, format_size
 from . import asked, nodes
 from .asked import Backend
 from .devices import udev_line
@@ -387,7 +386,8 @@ def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, h
     options = definition.options
     locked = ram.lockable(options)
     if need is not None and need.unaided:
-        yield Finding("ok", "memlock", f"{_lockable(hard)} may be locked in this login, without the helper")
+        text = f"{format_limit(hard, 'all memory')} may be locked in this login, without the helper"
+        yield Finding("ok", "memlock", text)
     elif need is None and locked is not None and soft < locked:
         if ram.is_locked_twice(options):
             locks = "VFIO and mem-lock=on each lock the guest's RAM, together"
@@ -396,7 +396,7 @@ def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, h
             locks = f"{who or 'mem-lock=on'} locks the guest's RAM{several}"
         else:
             return
-        text = f"{locks} {format_size(locked)}, and QEMU may lock {_lockable(soft)}"
+        text = f"{locks} {format_size(locked)}, and QEMU may lock {format_limit(soft, 'all memory')}"
         yield Finding("error", "memlock", text, "leave out rlimit_memlock, or write rlimit_memlock: auto")
 
 
@@ -434,7 +434,3 @@ def _pinned_by_iommufd(tree: Tree, pid: int) -> int:
         return 0
     found = re.search(r"^VmPin:\s+([0-9]+) kB", tree.text(f"/proc/{pid}/status") or "", re.MULTILINE)
     return int(found[1]) << 10 if found else 0
-
-
-def _lockable(size: int) -> str:
-    return "all memory" if size == INFINITY else format_size(size)

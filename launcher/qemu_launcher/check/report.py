@@ -32,6 +32,7 @@ from .. import (
 from ..definition import VmDefinition, validate_tunable
 from ..errors import DefinitionError, LauncherError, TuningFailed, printable
 from ..patience import patiently
+from ..sizes import INFINITY
 from ..voice import Voice
 from . import apparmor, asked, cpus, cpusets, devices, environment, files, finding, layout, memory, versions, vfio
 from .finding import Finding
@@ -204,7 +205,7 @@ class _Vm:
     def _pinned_together(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
         soft, hard = procfs.own_memlock_limit()
         limit = soft if self._definition.memlock.kind == "none" else None
-        if need is not None and (need.unaided or need.wanted != procfs.INFINITY):
+        if need is not None and (need.unaided or need.wanted != INFINITY):
             limit = min(need.wanted, hard) if need.unaided else need.wanted
         own = self._definition.name
         others = [(vm.name, qemu.pid) for vm in runtime.find_all() if (qemu := vm.qemu) and vm.name != own]

@@ -6,6 +6,7 @@ what cannot be had together with a shield is written as a suggestion, in a comme
 
 from collections.abc import Sequence
 
+from .. import sizes
 from ..cpulist import format_cpulist
 from ..keys import REALTIME_POLICIES
 from ..options import QemuOption, has_mem_lock, pinned_by
@@ -114,7 +115,7 @@ def memory_keys(found: Tuning, options: Sequence[QemuOption]) -> list[Key]:
 
 
 def _size_text(size: int) -> str:
-    for unit, shift in (("T", 40), ("G", 30), ("M", 20), ("K", 10)):
+    for unit, shift in reversed(sizes.UNITS.items()):
         if size % (1 << shift) == 0:
             return f"{size >> shift}{unit}"
     return str(size)
