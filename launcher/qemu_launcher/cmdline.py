@@ -1,24 +1,12 @@
 """A definition -> QEMU's command line, and what it says that matters to the run. Pure: no files, no host.
 
-The only place that writes QEMU options. Text of the user's enters an option as a property's value only through
-`double_commas`; what he wrote as whole option text goes to QEMU as it stands.
+The only place that writes the user's options; those of the launcher's own are in `monitors` and `session`. Text of the
+user's enters an option as a property's value only through `double_commas`; what he wrote as whole option text goes to
+QEMU as it stands.
 """
 
-from . import ram
 from .definition import VmDefinition
-from .options import Property, QemuOption, has_mem_lock
-from .ram import parse_size
-
-__all__ = [
-    "double_commas",
-    "guest_ram",
-    "has_mem_lock",
-    "has_option",
-    "option_argv",
-    "parse_size",
-    "qemu_argv",
-    "terminal_option",
-]
+from .options import Property, QemuOption
 
 CHARACTER_DEVICES = ("serial", "monitor", "qmp", "qmp-pretty", "parallel", "debugcon", "chardev")  # that may be stdio
 
@@ -60,11 +48,6 @@ def terminal_option(definition: VmDefinition) -> QemuOption | None:
         if option.bare_name in CHARACTER_DEVICES and backend == "stdio":
             return option
     return None
-
-
-def guest_ram(definition: VmDefinition) -> int | None:
-    """The guest's RAM in bytes when it starts, None where the options do not tell in a form we understand."""
-    return ram.guest_ram(definition.options)
 
 
 def shell_command(definition: VmDefinition, *, wrapped: bool) -> str:

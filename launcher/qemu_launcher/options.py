@@ -1,7 +1,7 @@
 """The options of the `qemu` section as values, and the questions the launcher asks about them.
 
 Only their shape is checked; what an option means is QEMU's business, save for the few that change how the
-launcher itself must act. Reading only: `cmdline` is the one place that writes QEMU options.
+launcher itself must act. Reading only: `cmdline` is the one place that writes them.
 """
 
 import re

@@ -11,10 +11,11 @@ Nothing has been done then.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from . import cmdline, ram
+from . import ram
 from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
+from .options import has_mem_lock
 from .pinning import spelled
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
@@ -140,7 +141,7 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
 
     The guest's RAM and 1 GiB do not hold everything: TCG's code buffer alone takes up to 1 GiB (tcg/region.c of QEMU).
     """
-    if granted is None or granted == INFINITY or not cmdline.has_mem_lock(definition.options):
+    if granted is None or granted == INFINITY or not has_mem_lock(definition.options):
         return None
     more = -(-(granted + 2 * MEMLOCK_OVERHEAD) >> 30)  # GiB, rounded up
     way_out = "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"

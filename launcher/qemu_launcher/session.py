@@ -30,6 +30,7 @@ from .notify import Manager
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
 from .qmp import ConnectionLost, Qmp, QmpRefused
+from .ram import guest_ram
 from .record import RUNNING, UNHELD
 from .relay import Relay
 from .runtime import Claim
@@ -285,7 +286,7 @@ class _Start:
         return found
 
     def _tell_progress(self) -> None:
-        ram, used = cmdline.guest_ram(self._definition), procfs.resident(self.qemu.pid)
+        ram, used = guest_ram(self._definition.options), procfs.resident(self.qemu.pid)
         if ram is not None and used is not None and self.holds_guest:
             progress = f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}"
         else:

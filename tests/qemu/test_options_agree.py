@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import cmdline, options, threads
+from qemu_launcher import cmdline, options, ram, threads
 from qemu_launcher.check import asked, memory
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.pinning import smp_for
@@ -55,7 +55,7 @@ def definition(items: str) -> str:
     ],
 )
 def test_guest_ram(items: str) -> None:
-    assert cmdline.guest_ram(read(definition(items))) == ask(items, "query-memory-size-summary")["base-memory"]
+    assert ram.guest_ram(read(definition(items)).options) == ask(items, "query-memory-size-summary")["base-memory"]
 
 
 DIMM = "device: [pc-dimm, memdev: mem]"
@@ -70,7 +70,7 @@ JSON_DIMM = """device: '{"driver": "pc-dimm", "memdev": "mem"}'"""
 def test_guest_ram_that_is_plugged_in(items: str) -> None:
     items = f"m: [256M, slots: 2, maxmem: 4G], {items}"
     summary = ask(items, "query-memory-size-summary")
-    assert cmdline.guest_ram(read(definition(items))) == summary["base-memory"] + summary["plugged-memory"]
+    assert ram.guest_ram(read(definition(items)).options) == summary["base-memory"] + summary["plugged-memory"]
 
 
 needs_nodes = pytest.mark.skipif(

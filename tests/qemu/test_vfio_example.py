@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from qemu.launched import ROOT, Home, wait_gone
-from qemu_launcher import cmdline, definition, host
+from qemu_launcher import cmdline, definition, host, ram
 from unit.reading import read
 
 EXAMPLE = ROOT / "launcher/examples/vfio.yml"
@@ -49,9 +49,9 @@ def test_it_fits_the_host_that_it_is_for() -> None:
     vcpus = [cpu for one in found.pinning.sets for cpu in one.cpus]
     assert len(vcpus) == len(set(vcpus)) == 12
     assert not found.emulator_pinning.cpus & set(vcpus)
-    ram = cmdline.guest_ram(found)
-    assert ram == 24 * GIB + (64 << 20), "Looking Glass's file is mapped for the card too"
-    assert ram + GIB < 31 * GIB - 31 * GIB // 10, "auto, under the helper's default on a host with 32 GB"
+    whole = ram.guest_ram(found.options)
+    assert whole == 24 * GIB + (64 << 20), "Looking Glass's file is mapped for the card too"
+    assert whole + GIB < 31 * GIB - 31 * GIB // 10, "auto, under the helper's default on a host with 32 GB"
     for place, pinned in found.pinning.topology.items():
         core, thread = dict(place)["core"], dict(place)["thread"]
         assert pinned.cpus == {2 + core + 8 * thread}, "the guest's siblings are the host's"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu_launcher import cmdline, options
+from qemu_launcher import cmdline, options, ram
 from qemu_launcher.definition import VmDefinition
 from unit.reading import argv, launcher, read, refusal
 
@@ -194,7 +194,7 @@ def test_has_not_option(items: str) -> None:
     ],
 )
 def test_guest_ram(items: str, expected: int | None) -> None:
-    assert cmdline.guest_ram(vm(items)) == expected
+    assert ram.guest_ram(vm(items).options) == expected
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_pinned_by(items: str, expected: str | None) -> None:
     ],
 )
 def test_has_mem_lock(items: str, expected: bool) -> None:
-    assert cmdline.has_mem_lock(vm(items).options) is expected
+    assert options.has_mem_lock(vm(items).options) is expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from qemu_launcher import cmdline, definition, keys, yamlnode
+from qemu_launcher import cmdline, definition, keys, ram, yamlnode
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, Mark, printable, render
 from qemu_launcher.options import Property, QemuOption, is_name
@@ -117,7 +117,7 @@ def outcome(data: bytes) -> VmDefinition | None:
         check_refusal(err)
         return None
     assert all("\0" not in word for word in cmdline.qemu_argv(vm))
-    cmdline.guest_ram(vm)
+    ram.guest_ram(vm.options)
     return vm
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from math import prod
 from typing import Literal, NamedTuple
 
-from .. import cmdline, options
+from .. import cmdline, options, ram
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
 from ..options import DRIVE_LETTERS, is_on, is_vfio, smp_numbers
@@ -132,8 +132,8 @@ def backends(definition: VmDefinition) -> list[Backend]:
     paths = [option.value for option in definition.options if option.bare_name == "mem-path"]
     if paths and isinstance(paths[-1], str):
         prealloc = cmdline.has_option(definition, "mem-prealloc")
-        ram = cmdline.guest_ram(definition)
-        found.append(Backend("memory-backend-file", "", ram, paths[-1], False, None, False, prealloc))
+        whole = ram.guest_ram(definition.options)
+        found.append(Backend("memory-backend-file", "", whole, paths[-1], False, None, False, prealloc))
     return found
 
 
@@ -141,10 +141,10 @@ def _backend(found: Settings, option: QemuOption) -> Backend:
     return Backend(
         kind=found["qom-type"],
         id=found.get("id", ""),
-        size=cmdline.parse_size(found.get("size", ""), default_unit="B"),
+        size=ram.parse_size(found.get("size", ""), default_unit="B"),
         path=found.get("mem-path"),
         hugetlb=found["qom-type"] == "memory-backend-memfd" and is_on(found.get("hugetlb", "off")),
-        huge_page=cmdline.parse_size(found.get("hugetlbsize", ""), default_unit="B"),
+        huge_page=ram.parse_size(found.get("hugetlbsize", ""), default_unit="B"),
         readonly=is_on(found.get("readonly", "off")),
         prealloc=is_on(found.get("prealloc", "off")),
         nodes=_nodes(found, option),

@@ -24,6 +24,7 @@ from .. import (
     identity,
     plan,
     procfs,
+    ram,
     runtime,
     stdout,
     table,
@@ -162,8 +163,8 @@ class _Vm:
         yield from memory.shared_files(tree, backends, self._user)
         if not runs:
             yield from memory.huge_pages(tree, backends)
-            ram = cmdline.guest_ram(self._definition)
-            yield from memory.enough(tree, ram, memory.in_huge_pages(tree, backends))
+            whole = ram.guest_ram(self._definition.options)
+            yield from memory.enough(tree, whole, memory.in_huge_pages(tree, backends))
 
     def _tuning(self, *, runs: bool) -> Iterator[Finding]:
         """What a failure does to the start is on_tuning_failure's to say, but for CPUs that are not there."""
@@ -209,7 +210,7 @@ class _Vm:
             limit = min(need.wanted, hard) if need.unaided else need.wanted
         own = self._definition.name
         others = [(vm.name, qemu.pid) for vm in runtime.find_all() if (qemu := vm.qemu) and vm.name != own]
-        yield from memory.pinned_together(self._tree, cmdline.guest_ram(self._definition), limit, others)
+        yield from memory.pinned_together(self._tree, ram.guest_ram(self._definition.options), limit, others)
 
     def _cpus(self) -> Iterator[Finding]:
         definition = self._definition
