@@ -226,6 +226,5 @@ def vcpus(definition: VmDefinition) -> int | None:
 
 
 def threads_per_core(definition: VmDefinition) -> int:
-    """The guest's own SMT, as -smp says it."""
-    found = [one["threads"] for one in each(definition, "smp") if one.get("threads", "").isdigit()]
-    return int(found[-1][:4]) or 1 if found else 1
+    """The guest's own SMT, as -smp says it; 1 where the options do not tell."""
+    return (smp_numbers(definition.options) or {}).get("threads", 1)
