@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except LauncherError as err:
-        stdout.tell(render(err))
+        stdout.say_on_stderr(render(err))
         return err.exit_status
     except BrokenPipeError:
         stdout.abandon(sys.stdout)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return SIGNAL_BASE + SIGINT
     except OSError as err:
-        stdout.tell(render(_named(err)))
+        stdout.say_on_stderr(render(_named(err)))
         stdout.abandon(sys.stdout)
         return 1
     return status

@@ -265,7 +265,7 @@ class _Talk:
                 message = json.loads(line)
                 if "say" in message:
                     said.append(message["say"])
-                    stdout.tell(message["say"])
+                    stdout.say_on_stderr(message["say"])
                 elif "running" in message:
                     return None
                 else:

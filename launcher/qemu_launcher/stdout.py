@@ -47,7 +47,7 @@ def confirm(text: str) -> None:
         abandon(sys.stdout)
 
 
-def tell(text: str) -> None:
+def say_on_stderr(text: str) -> None:
     """Write to stderr, whether anybody reads it or not."""
     if sys.stderr is None:
         return

@@ -37,7 +37,7 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     for option in draft.options:
         if option.left_out:
             told = option.comments[0][0].lower() + option.comments[0][1:]
-            stdout.tell(f"{PROGRAM}: {printable(told)}\n")
+            stdout.say_on_stderr(f"{PROGRAM}: {printable(told)}\n")
     deliver(text, output)
     return 0
 
