@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
         if isinstance(arguments, cli.Run | cli.Start | cli.Check | cli.Import):
-            _hear_of_children()
+            _reset_sigchld()
         status = _act(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -77,7 +77,7 @@ def _act(arguments: cli.Arguments) -> int:
     return 0
 
 
-def _hear_of_children() -> None:
+def _reset_sigchld() -> None:
     """Whoever started us may have ignored SIGCHLD, as `trap '' CHLD` does: nobody would hear how a child has ended."""
     import signal  # noqa: PLC0415
 
