@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, places, runtime, starter, stdout, unseen
+from . import access, cmdline, control, definition, locate, rundir, runtime, starter, stdout, unseen
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .voice import Voice
@@ -119,7 +119,7 @@ def _user_manager(environ: Mapping[str, str]) -> Path | None:
 
 def _as_service(child: _Child, place: Path, voice: Voice) -> int:
     unit = f"qemu-launcher-{child.name}.service"
-    with places.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
+    with rundir.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
         manager, talk = _ask_manager(child, unit, place, path), None
         patience = round(_LATE_END / _PAUSE)
         while (talk := _accepted(listener, manager)) is None and patience and _is_ending(unit, place):
@@ -220,7 +220,7 @@ def _detached(child: _Child, voice: Voice) -> int:
 
 
 def _log_file(child: _Child) -> Path:
-    folder = locate.base_directory(child.environ, "XDG_STATE_HOME", "~/.local/state") / places.DIRECTORY
+    folder = locate.base_directory(child.environ, "XDG_STATE_HOME", "~/.local/state") / rundir.DIRECTORY
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{child.name}.log"
 

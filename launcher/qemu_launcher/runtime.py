@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import cgroups, places, procfs
+from . import cgroups, procfs, rundir
 from .errors import AlreadyRunning, LauncherError
 from .names import VM_NAME
 from .procfs import Process
@@ -42,7 +42,7 @@ _LARGEST_RECORD = 1 << 20  # bytes; one of 4096 vCPUs takes 64 KiB
 
 _FLOCK = re.compile(r"^lock:\s.*\bFLOCK\b.*\bWRITE\s+([0-9]+)", re.MULTILINE)  # /proc/PID/fdinfo/FD of proc(5)
 # The kernel adds " (deleted)" once the file is gone, and leaves out the mount point once that is detached.
-_LOCK_LINK = re.compile(rf"/{places.DIRECTORY}(?:-[0-9]+)?/({VM_NAME.pattern})\.lock(?: \(deleted\))?\Z")
+_LOCK_LINK = re.compile(rf"/{rundir.DIRECTORY}(?:-[0-9]+)?/({VM_NAME.pattern})\.lock(?: \(deleted\))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,12 @@ class Claim:
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.unlink(missing_ok=True)  # ours to remove: we hold the lock
-            with places.short_path(self._socket) as path:
+            with rundir.short_path(self._socket) as path:
                 control.bind(path)
             control.listen(1)
         except OSError as err:
             control.close()
-            raise places.not_made("control socket", self._socket, err.strerror, wanted=stat.S_IFSOCK) from err
+            raise rundir.not_made("control socket", self._socket, err.strerror, wanted=stat.S_IFSOCK) from err
         return control
 
     def clear(self) -> None:
@@ -141,8 +141,8 @@ def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None
     A QEMU that its dead launcher never let run is ended first, and handed back for the user to be told.
     When the context ends and QEMU is gone the record is cleared; a QEMU that lives on keeps lock and record.
     """
-    place = places.made(places.candidates())
-    fd = places.opened_lock(place / f"{name}.lock")
+    place = rundir.made(rundir.candidates())
+    fd = rundir.opened_lock(place / f"{name}.lock")
     try:
         discarded = _lock(fd, name) or _refuse_lost(name)
         record = Record(
@@ -178,7 +178,7 @@ def connected(path: Path) -> Iterator[socket.socket]:
     """A client of the control socket. OSError if nobody listens; BlockingIOError if the queue before us is full."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)  # with a full queue connect would wait for the client before us, for ever
-    with client, places.short_path(path) as short:
+    with client, rundir.short_path(path) as short:
         client.connect(short)
         yield client
 
@@ -284,8 +284,8 @@ def _being_started(name: str, launcher: int) -> AlreadyRunning:
 
 
 def _in_directories() -> Iterator[Found]:
-    for place in places.candidates():
-        if not places.is_ours_alone(place):
+    for place in rundir.candidates():
+        if not rundir.is_ours_alone(place):
             continue
         # pathlib's glob fails when the place goes with its login meanwhile (Python 3.11).
         for lock in sorted(place / name for name in glob.glob("*.lock", root_dir=place)):  # noqa: PTH207
@@ -322,7 +322,7 @@ def _in_processes() -> Iterator[Found]:
 def _is_there(fd: int, path: Path) -> bool:
     """Whether the open file is (still, and for us) the one at `path`, in a directory that is ours alone."""
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat()) and places.is_ours_alone(path.parent)
+        return os.path.samestat(os.fstat(fd), path.lstat()) and rundir.is_ours_alone(path.parent)
     except OSError:  # "NAME.lock (deleted)", or a path without its mount point, or one of another mount namespace
         return False
 

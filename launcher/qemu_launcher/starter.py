@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from . import places
+from . import rundir
 from .errors import LauncherError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Starter:
                 connection.set_inheritable(False)
             else:
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                with places.short_path(Path(where)) as path:
+                with rundir.short_path(Path(where)) as path:
                     connection.connect(path)
             connection.settimeout(_GREETING_TIMEOUT)
             directory = _adopt(json.loads(_line(connection)), environ)

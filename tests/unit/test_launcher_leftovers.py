@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import places, procfs, runtime
+from qemu_launcher import procfs, rundir, runtime
 from qemu_launcher.errors import LauncherError
 from qemu_launcher.procfs import Process
 from qemu_launcher.record import RUNNING, STARTING, Record
@@ -170,7 +170,7 @@ def test_socket_that_a_killed_start_has_left_makes_room(place: Path) -> None:
     name = f"{NAME}.4711.start"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(place / name))
-    with places.listening(name) as (listener, path), socket.socket(socket.AF_UNIX) as client:
+    with rundir.listening(name) as (listener, path), socket.socket(socket.AF_UNIX) as client:
         assert path == place / name
         client.connect(str(path))
         listener.accept()[0].close()
@@ -182,6 +182,6 @@ def test_what_is_no_socket_in_its_place_is_named(place: Path) -> None:
     (place / name).mkdir()
     with (
         pytest.raises(LauncherError, match=rf"/{re.escape(name)}: a directory is in its place"),
-        places.listening(name),
+        rundir.listening(name),
     ):
         pass

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import places, starter
+from qemu_launcher import rundir, starter
 from qemu_launcher.errors import LauncherError
 from qemu_launcher.starter import VARIABLE, Starter
 
@@ -119,7 +119,7 @@ def test_last_word_is_not_waited_for_without_end(
 def connected(place: Path, directory: str) -> tuple[Starter, socket.socket]:
     """As by a user manager: the launcher is told a path, and greeted when it has come."""
     with socket.socket(socket.AF_UNIX) as listener:
-        with places.short_path(place) as short:
+        with rundir.short_path(place) as short:
             listener.bind(short)
         listener.listen(1)
         met: list[socket.socket] = []
