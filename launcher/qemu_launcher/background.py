@@ -65,7 +65,7 @@ def start(vm: str, options: Sequence[str], commands: Sequence[str], *, quiet: bo
         raise control.with_stillness(refusal, name)
     voice = Voice(name, quiet=quiet)
     _mention_terminal(defined, voice, vm)
-    spelled = locate.spelled(name, path, os.environ)
+    spelled = locate.shell_word(name, path, os.environ)
     child = _Child(name, spelled, [*_ourselves(), "run", *options, "--", vm], os.environ, _here())
     place = None if _becomes_somebody_else(defined) else _user_manager(os.environ)
     if place is None:

@@ -148,7 +148,7 @@ def _meant(path: str, name: str, where: Sequence[Path]) -> str | None:
     return hint and f"{hint} with a slash or {SUFFIX} it is the path of a file"
 
 
-def spelled(name: str, path: Path, environ: Mapping[str, str]) -> str:
+def shell_word(name: str, path: Path, environ: Mapping[str, str]) -> str:
     """How to tell a shell the definition `path` of the VM `name`: by its name if that finds this very file."""
     from shlex import quote  # noqa: PLC0415  only for messages, and `command` is to be quick
 

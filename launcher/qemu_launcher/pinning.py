@@ -120,7 +120,7 @@ def iothread_pinning(node: Node, what: str) -> Mapping[str, CpuSet] | None:
     return found or None
 
 
-def spelled(place: Place) -> str:
+def describe_place(place: Place) -> str:
     """`socket 0, die 1, core 0, thread 0`."""
     return ", ".join(f"{level} {number}" for level, number in place)
 
@@ -138,7 +138,7 @@ def out_of_range(place: Place, smp: Mapping[str, int]) -> str | None:
     for position, (level, number) in enumerate(place):
         limit = limits[level]
         if limit is not None and number >= limit:
-            where = spelled(place[:position]) or "the guest"
+            where = describe_place(place[:position]) or "the guest"
             return f"{level} {number}, but -smp gives {where} only {level} {format_cpulist(range(limit))}"
     return None
 
@@ -147,7 +147,9 @@ def beside_the_first(pinning: Pinning) -> tuple[str, Mark] | None:
     """A vCPU that a guest of a single one does not have, and where it was pinned; None if only that one is."""
     if pinning.topology is None:
         return ("vCPU 1", pinning.sets[1].mark) if len(pinning.sets) > 1 else None
-    others = ((spelled(place), cpus.mark) for place, cpus in pinning.topology.items() if any(n for _, n in place))
+    others = (
+        (describe_place(place), cpus.mark) for place, cpus in pinning.topology.items() if any(n for _, n in place)
+    )
     return next(others, None)
 
 
@@ -168,20 +170,20 @@ def _by_topology(
 ) -> Iterator[tuple[Place, CpuSet]]:
     """All vCPUs in the map `node`, which is at `place`. `left`: how many entries all maps together may still have."""
     if place and place[-1][0] == "thread":
-        yield place, _cpus(node, f"the host CPU of vCPU ({spelled(place)})", budget)
+        yield place, _cpus(node, f"the host CPU of vCPU ({describe_place(place)})", budget)
         return
     seen: dict[int, str] = {}
-    for key, value in yamlnode.entries(node, spelled(place) or what):
+    for key, value in yamlnode.entries(node, describe_place(place) or what):
         level, number = _level(key, place, what)
         if seen and level not in seen.values():
             other = next(iter(seen.values()))
             fail(
                 key,
-                f"{spelled(place) or what} has a {level} beside a {other}",
+                f"{describe_place(place) or what} has a {level} beside a {other}",
                 "name the same level in all of its keys",
             )
         if number in seen:
-            fail(key, f"{level} {number} is given twice in {spelled(place) or what}", "remove one of them")
+            fail(key, f"{level} {number} is given twice in {describe_place(place) or what}", "remove one of them")
         seen[number] = level
         left[0] -= 1  # empty ones too: aliases can make a billion of them out of a small file
         if left[0] < 0:
@@ -193,7 +195,7 @@ def _level(key: Scalar, place: Place, what: str) -> tuple[str, int]:
     """The level and number of a key below `place`: `0`, or `die 0`."""
     depth = LEVELS.index(place[-1][0]) + 1 if place else 0
     plain = next(level for level in _REQUIRED if LEVELS.index(level) >= depth)
-    where = f"in {spelled(place) or what}"
+    where = f"in {describe_place(place) or what}"
     named = _LEVEL_KEY.fullmatch(key.text) if key.kind == "str" else None
     if named is None:
         if key.kind == "int":

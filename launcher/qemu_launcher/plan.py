@@ -16,7 +16,7 @@ from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
 from .options import has_mem_lock
-from .pinning import spelled
+from .pinning import describe_place
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
 
@@ -215,12 +215,12 @@ def _assigned(definition: VmDefinition, threads: Threads) -> list[tuple[Vcpu, fr
             found = threads.at(place)
             if len(found) > 1:
                 raise Unfit(
-                    f"{cpus.mark}: {found[0]} and {found[1]} are both at {spelled(place)}: this machine does not tell "
-                    "them apart so",
+                    f"{cpus.mark}: {found[0]} and {found[1]} are both at {describe_place(place)}: this machine does "
+                    "not tell them apart so",
                     "use the short form, vcpu_pinning: [CPU of vCPU 0, CPU of vCPU 1, ...]",
                 )
             if not found and not threads.can_be_at(place):
-                raise _unknown(spelled(place), cpus.mark, threads.vcpus)
+                raise _unknown(describe_place(place), cpus.mark, threads.vcpus)
             pairs += [(vcpu, cpus.cpus) for vcpu in found]
         return pairs
     by_index = {vcpu.index: vcpu for vcpu in threads.vcpus}

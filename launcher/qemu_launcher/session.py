@@ -63,7 +63,7 @@ def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: boo
     voice = Voice(definition.name, quiet=quiet, explains=debug or definition.debug, hear=starter.say)
     voice.step(f"definition {definition.path}{', untuned' * untuned}")
     # As long as the environment is the user's who reads it.
-    named = locate.spelled(definition.name, definition.path, os.environ)
+    named = locate.shell_word(definition.name, definition.path, os.environ)
     spelled = Spelled(named, "start" if starter.is_there else "run")
     if not untuned:
         _validate_tuning(definition, spelled, voice)

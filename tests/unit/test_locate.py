@@ -161,21 +161,21 @@ def test_a_folder_is_no_path_of_a_definition() -> None:
         locate.find("vm/", {})
 
 
-def test_spelled_by_name_only_where_the_name_finds_this_file(home: Path, tmp_path: Path) -> None:
+def test_told_to_a_shell_by_name_only_where_the_name_finds_this_file(home: Path, tmp_path: Path) -> None:
     own, shadowed, elsewhere = home / "vm.yml", tmp_path / "etc" / "vm.yml", tmp_path / "a b" / "vm.yml"
     elsewhere.parent.mkdir()
     for path in (own, shadowed, elsewhere, home / "other.yaml"):
         path.touch()
     environ = environment(home)
-    assert locate.spelled("vm", own, environ) == "vm"
-    assert locate.spelled("vm", shadowed, environ) == str(shadowed)
-    assert locate.spelled("vm", elsewhere, environ) == f"'{elsewhere}'"
-    assert locate.spelled("other", home / "other.yaml", environ) == str(home / "other.yaml")
-    assert locate.spelled("vm", Path("vm.yml"), environ) == "vm.yml"
-    assert locate.spelled("vm", Path("-x/vm.yml"), environ) == "./-x/vm.yml"
+    assert locate.shell_word("vm", own, environ) == "vm"
+    assert locate.shell_word("vm", shadowed, environ) == str(shadowed)
+    assert locate.shell_word("vm", elsewhere, environ) == f"'{elsewhere}'"
+    assert locate.shell_word("other", home / "other.yaml", environ) == str(home / "other.yaml")
+    assert locate.shell_word("vm", Path("vm.yml"), environ) == "vm.yml"
+    assert locate.shell_word("vm", Path("-x/vm.yml"), environ) == "./-x/vm.yml"
     own.unlink()
-    assert locate.spelled("vm", shadowed, environ) == "vm"
-    assert locate.spelled("vm", home / ".." / ".." / "etc" / "vm.yml", environ) == "vm"
+    assert locate.shell_word("vm", shadowed, environ) == "vm"
+    assert locate.shell_word("vm", home / ".." / ".." / "etc" / "vm.yml", environ) == "vm"
 
 
 def test_list_of_names(home: Path, tmp_path: Path) -> None:

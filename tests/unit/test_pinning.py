@@ -3,7 +3,7 @@
 import pytest
 
 from qemu_launcher.definition import MOST_SHARED, Scheduling
-from qemu_launcher.pinning import LEVELS, MAX_NAMED, spelled
+from qemu_launcher.pinning import LEVELS, MAX_NAMED, describe_place
 from unit.reading import launcher, launcher_refusal, read, refusal
 
 HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
@@ -176,7 +176,7 @@ def places_of(value: str) -> dict[str, set[int]]:
     vm = launcher(f"vcpu_pinning: {value}")
     assert vm.pinning is not None
     assert vm.pinning.topology is not None
-    return {spelled(place): set(cpus.cpus) for place, cpus in vm.pinning.topology.items()}
+    return {describe_place(place): set(cpus.cpus) for place, cpus in vm.pinning.topology.items()}
 
 
 def test_levels_by_name_and_by_order() -> None:

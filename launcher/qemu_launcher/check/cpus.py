@@ -15,7 +15,7 @@ from ..errors import DefinitionError
 from ..host import Host
 from ..keys import REALTIME_POLICIES
 from ..options import smp_numbers
-from ..pinning import beside_the_first, smp_for, spelled
+from ..pinning import beside_the_first, describe_place, smp_for
 from . import asked
 from .finding import Finding
 from .tree import Tree, cpus_in
@@ -139,7 +139,7 @@ def _guest_cores(definition: VmDefinition) -> dict[str, list[int]]:
         return found
     if pinning.topology is not None:
         for place, one in pinning.topology.items():
-            found.setdefault(spelled(place[:-1]), []).extend(one.cpus)  # the last level is the thread
+            found.setdefault(describe_place(place[:-1]), []).extend(one.cpus)  # the last level is the thread
     else:
         threads = asked.threads_per_core(definition)
         for index, one in enumerate(pinning.by_index or ()):
