@@ -18,7 +18,7 @@ from .process import QUIT_GRACE
 from .procfs import Process
 from .qmp import QmpRefused
 from .runtime import Found
-from .shutdown import GONE, NOT_STARTED, STANDING, stillness
+from .shutdown import DEAF, NOT_STARTED, STANDING, stillness
 
 # Of RunState, qapi/run-state.json: the guest executes instructions, or will at the next key stroke.
 _MOVES = ("running", "suspended")
@@ -92,7 +92,7 @@ async def _power_down(vm: Found) -> str:
     """The state in which the request met the guest."""
     async with control.linked(vm) as qmp, asyncio.timeout(control.ANSWER_TIMEOUT):
         state = await control.state_behind(qmp)
-        if state in (*NOT_STARTED, *GONE):
+        if state in DEAF:
             why = "has not been started yet" if state in NOT_STARTED else "does not run any more"
             raise LauncherError(
                 f"the guest of {vm.name} {why} ({state}), so it cannot hear its power button",

@@ -33,6 +33,7 @@ _LONGEST_END = 90.0  # seconds
 # that has gone, by itself or to another host.
 NOT_STARTED = ("prelaunch", "inmigrate", "preconfig")
 GONE = ("shutdown", "postmigrate", "guest-panicked", "internal-error")
+DEAF = (*NOT_STARTED, *GONE)
 # It stands still, and hears it when it goes on.
 STANDING = ("paused", "io-error", "watchdog", "debug")
 
@@ -165,7 +166,7 @@ class Shutdown:
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 state = run_state(await self._qmp.execute("query-status"))
-                hears = state not in (*NOT_STARTED, *GONE)
+                hears = state not in DEAF
                 if hears:
                     await self._qmp.execute("system_powerdown")
         except (QmpError, TimeoutError) as err:
