@@ -20,6 +20,7 @@ from qemu_launcher.procfs import Process, Scheduling
 from qemu_launcher.record import Record
 
 FEW, MANY = 64, 1020
+TID, OTHERS = 5_000_000, 9_000_000  # the first of the vCPUs' and of others; no process has such a number, nor have we
 # Twice as many vCPUs are twice the work and a little more: numbers get longer, tables are made larger.
 SLACK = 1.15
 
@@ -59,7 +60,7 @@ def text(count: int, *, by_place: bool, isolation: str = "cpuset") -> bytes:
 def answers(count: int) -> tuple[list[Any], list[Any]]:
     """QEMU's: of the vCPUs that are there, and of those that may be."""
     props = [{"socket-id": 0, "core-id": index // 2, "thread-id": index % 2} for index in range(count)]
-    there = [{"cpu-index": index, "thread-id": 5000 + index, "props": one} for index, one in enumerate(props)]
+    there = [{"cpu-index": index, "thread-id": TID + index, "props": one} for index, one in enumerate(props)]
     return there, [{"props": one, "vcpus-count": 1, "qom-path": "/x"} for one in props]
 
 
@@ -112,7 +113,7 @@ def test_the_look_at_the_kernel(isolation: str, monkeypatch: pytest.MonkeyPatch)
     def work(count: int) -> Callable[[], object]:
         wanted = planned(count, isolation=isolation)
         where = {pin.tid: pin.cpus for pin in wanted.pins}
-        everybody = (*where, *range(9000, 9000 + count))
+        everybody = (*where, *range(OTHERS, OTHERS + count))
         monkeypatch.setattr(procfs, "tids", lambda _: everybody)
         monkeypatch.setattr(procfs, "allowed_cpus", lambda _, tid: where.get(tid, frozenset({4000})))
         monkeypatch.setattr(procfs, "scheduling", lambda _: Scheduling("fifo", 1, reset_on_fork=True))
@@ -128,7 +129,7 @@ def test_the_look_at_the_kernel(isolation: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_record() -> None:
     def work(count: int) -> Callable[[], object]:
         cpus = frozenset(range(count))
-        record = Record(Process(1, 1), Process(2, 2), vcpus={i: 5000 + i for i in range(count)}, cpus=cpus)
+        record = Record(Process(1, 1), Process(2, 2), vcpus={i: TID + i for i in range(count)}, cpus=cpus)
 
         def there_and_back() -> None:
             assert Record.decode(record.encode()) == record
@@ -141,7 +142,7 @@ def test_the_record() -> None:
 def test_the_picture() -> None:
     def work(count: int) -> Callable[[], object]:
         scheduling = Scheduling("fifo", 1, reset_on_fork=True)
-        vcpus = [status.Vcpu(i, 5000 + i, frozenset({i}), True, "isolated", scheduling) for i in range(count)]
+        vcpus = [status.Vcpu(i, TID + i, frozenset({i}), True, "isolated", scheduling) for i in range(count)]
         picture = status.Picture("a", State("running"), pid=2, vcpus=tuple(vcpus))
         record = Record(vcpus={}, isolation="shield", cpus=frozenset(range(count)))
 
