@@ -123,15 +123,15 @@ unit: setup ## the tests that take seconds and touch nothing
 attacks: setup deb ## every attack on the helper that was thought of (tests/attacks/README.md)
 	$(PYTEST) -m attack tests/unit tests/contract tests/fuzz tests/bus tests/qemu tests/system
 
-# Three labs at once, each of which keeps one CPU busy: system tests go on in two while the others run.
+# Three labs at once, each of which keeps one CPU busy: system tests go on in two while the others run, and then in three.
 TESTS := tests/lint tests/unit tests/contract tests/attacks tests/fuzz tests/package tests/lab tests/bus tests/qemu tests/system
 
 test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and the system tests in the lab
 	QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) --durations=15 $(TESTS)
 
-# `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1 and without
-# systemd. tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
-test-all: setup deb ## the same, with each system test on every host that it is meant for, with dbus-broker among them; takes a third longer
+# `make test` runs the system tests on Debian 13, their core on Debian 12, and what is different with cgroup v1, with
+# dbus-broker and without systemd. tests/lab/hosts.py has the list of hosts; QEMU_LAUNCHER_HOSTS=bookworm chooses one.
+test-all: setup deb ## the same, with each system test on every host that it is meant for; takes two thirds longer
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
 # `make test` tries, with partitions, all deaths of the helper, and of each other kind some points, the same ones each time;

@@ -71,5 +71,5 @@ def collected(choice: str) -> set[str]:
 
 def test_one_item_for_each_host() -> None:
     ways = ("bursts", "large", "fields", "shapes")
-    assert collected("") == {f"trixie-{way}]" for way in ways}
+    assert collected("") == {f"{host}-{way}]" for host in ("trixie", "broker") for way in ways}
     assert collected("bookworm,broker") == {f"{host}-{way}]" for host in ("bookworm", "broker") for way in ways}
