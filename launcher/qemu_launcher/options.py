@@ -24,6 +24,7 @@ _IMPLIED = {
 }  # fmt: skip
 _ON = "on"
 _JSON_DRIVER = re.compile(r"""["'](?:driver|type)["']\s*:\s*["']([a-z0-9-]+)["']""")
+_IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu", "arm-smmuv3")
 _VFIO_BLOCK_DRIVERS = ("nvme", "virtio-blk-vfio-pci")
 DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 _MEDIATED = re.compile(r"/[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}/*$")  # a UUID is the device's name
@@ -141,15 +142,24 @@ def pinned_by(options: Sequence[QemuOption]) -> str | None:
 def vfio_containers(options: Sequence[QemuOption]) -> int:
     """How often VFIO adds the guest's RAM to what QEMU has locked itself (mm->locked_vm, vfio_iommu_type1.c of Linux).
 
-    All devices share one container, and each NVMe drive has its own (util/vfio-helpers.c of QEMU). With iommufd= it
-    counts as the user's; for a mediated device, and for s390's, its driver locks only what it needs.
+    All devices share one container, unless the guest has an IOMMU and so each has a view of its own of the RAM; each
+    NVMe drive has its own (util/vfio-helpers.c of QEMU). With iommufd= it counts as the user's; for a mediated device,
+    and for s390's, its driver locks only what it needs.
     """
-    return _nvme_drives(options) + any(
+    devices = sum(
         any(driver.startswith("vfio-pci") for driver in _drivers(device))
         and not _has_iommufd(device)
         and not _MEDIATED.search((settings(device) or {}).get("sysfsdev", ""))
         for device in _named(options, "device")
     )
+    return _nvme_drives(options) + (devices if _has_iommu(options) else min(devices, 1))
+
+
+def _has_iommu(options: Sequence[QemuOption]) -> bool:
+    """Whether the guest has one: a device on its own, or a property of Arm's machines."""
+    devices = (driver for option in _named(options, "device") for driver in _drivers(option))
+    machines = (name for option in _named(options, "machine", "M") for name in settings(option) or {})
+    return any(driver.startswith(_IOMMUS) for driver in devices) or "iommu" in machines
 
 
 def has_iommufd(options: Iterable[QemuOption]) -> bool:

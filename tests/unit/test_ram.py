@@ -26,6 +26,12 @@ def lockable(items: str) -> int | None:
         (f"{CARD}, overcommit: mem-lock=off", 4),
         (f'{LOCK}, device: \'{{"driver": "vfio-pci", "host": "01:00.0"}}\'', 8),
         (f"{LOCK}, device: \"{{'driver': 'vfio-pci', 'host': '01:00.0'}}\"", 8),
+        # With an IOMMU of the guest's, each device has a container of its own
+        (f"{CARD}, device: [vfio-pci, host: '01:00.1']", 4),
+        (f"device: intel-iommu, {CARD}, device: [vfio-pci, host: '02:00.0']", 8),
+        (f"device: virtio-iommu-pci, {CARD}, device: [vfio-pci, host: '02:00.0'], {LOCK}", 12),
+        (f"machine: [virt, iommu: smmuv3], {CARD}, device: [vfio-pci, host: '02:00.0']", 8),
+        (f"device: intel-iommu, {CARD}", 4),
         # QEMU's NVMe driver has a container of its own for each drive (util/vfio-helpers.c of QEMU)
         ("drive: [file: nvme://0000:44:00.0/1]", 4),
         (f"drive: [file: nvme://0000:44:00.0/1], {CARD}", 8),
