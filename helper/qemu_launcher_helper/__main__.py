@@ -33,7 +33,7 @@ class Journal(logging.handlers.DatagramHandler):
     to stderr, which is the bus's.
     """
 
-    def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802  what the library has one override
+    def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802  the library's name
         """Return the datagram."""
         if self.address == "/dev/log":
             return f"<{3 * 8 + 8 - record.levelno // 10}>qemu-launcher-helper: {record.getMessage()}".encode()
@@ -42,9 +42,9 @@ class Journal(logging.handlers.DatagramHandler):
         return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
 
 
-async def serve(socket: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
+async def serve(path: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
-    connection = await bus.SystemBus.connect(socket)
+    connection = await bus.SystemBus.connect(path)
     serving = service.Service(connection, acting(connection), idle)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.idle.set)
     reconcile()

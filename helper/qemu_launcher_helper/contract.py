@@ -20,7 +20,7 @@ as a body can be empty whatever its signature.
     `-- CallFailed              a D-Bus call of ours failed; never goes on the wire as it is
 
 Texts of refusals are complete sentences for the user without the full stop, made of fixed words, numbers and
-validated names; never of anything a client sent unchecked.
+validated names. Those that others have chosen, of processes and cpusets, go through ascii(); nothing else is theirs.
 """
 
 import re

@@ -4,7 +4,7 @@ The file is read afresh for every call. Refuses a file that somebody other than 
 in it that it does not understand to the last key: then all but Release is refused (Failed), because a limit that was
 meant and not kept is worse than no service. The path is a constant; only tests pass another.
 
-The rest is pure arithmetic over the host's topology and memory, the live records and one user's limits.
+The rest is arithmetic over the host's topology and memory, which it reads itself, live records and one user's limits.
 Guarantees, whatever the sequence of claims: live shields are disjoint, consist of whole SMT cores, leave at least
 one whole core to the host, and CPUs, VMs and lockable memory stay within the limits of each uid. Refuses with Conflict
 or LimitExceeded, naming who holds what and what is free instead.

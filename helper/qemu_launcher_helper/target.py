@@ -92,7 +92,7 @@ class Target(ExitStack):
         return times
 
     def verify(self, caller: Caller, vm: str, services: Collection[str] = (), comm: Iterable[str] = ("*",)) -> str:
-        """Check every fact of step 11 in helper(8); return the cgroup path of the unit that the process lives in.
+        """Check every fact of step 11 in qemu-launcher-helper(8); return the cgroup path of the unit it lives in.
 
         That is a session or user service of the caller's, one of the system `services`, or the scope of his VM `vm`,
         where an earlier call may have put it. `comm`: patterns of names, to catch the mistake of naming something that

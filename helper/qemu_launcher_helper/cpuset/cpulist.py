@@ -8,7 +8,6 @@ from collections.abc import Iterable
 def parse_cpulist(text: str) -> frozenset[int]:
     """Return the CPUs that `text` names; an empty or blank text is the empty set."""
     ranges = [(int(first), int(last or first)) for first, last in re.findall(r"([0-9]+)-?([0-9]*)", text)]
-    # "List format" in cpuset(7): "0-3,8".
     if not re.fullmatch(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?", text.strip()) or any(a > b for a, b in ranges):
         raise ValueError(f"not a cpulist: {text!r}")
     return frozenset(cpu for first, last in ranges for cpu in range(first, last + 1))

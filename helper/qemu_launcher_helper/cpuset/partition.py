@@ -45,7 +45,7 @@ class Partition:
     slices: tuple[str, ...] = ("user.slice/user-*.slice", "system.slice")
     # Whether the helper has to stay while there are VMs, as nobody starts it when one ends.
     resident = False
-    # What the file of CPUs of a group says that is to be on all that are left: nothing, and the kernel does it.
+    # What to write into cpuset.cpus for no restriction: nothing, and the group gets its parent's CPUs.
     everything: frozenset[int] = frozenset()
 
     def __init__(self, root: Path = CGROUP) -> None:
@@ -155,7 +155,7 @@ class Partition:
                 raise Failed(f"Thread {pin.tid} got CPUs {cpulist(effective)}, not {cpulist(pin.cpus)}")
         effective = read(emulator / "cpuset.cpus.effective")
         if others and effective != others:
-            raise Failed(f"The emulator threads got CPUs {cpulist(effective)}")
+            raise Failed(f"The emulator threads got CPUs {cpulist(effective)}, not {cpulist(others)}")
 
     def withdraw(self, scope: str, end: float) -> None:
         """Give the scope's CPUs back; its threads then run wherever the host's other tasks do. Idempotent.
