@@ -3,7 +3,6 @@
 A real process and a real pidfd, with /proc's words changed one at a time.
 """
 
-import os
 import resource
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from qemu_launcher_helper import privileges, target
 from qemu_launcher_helper.contract import Caller, TargetRefused
 from qemu_launcher_helper.target import Target
+from unit.alone import alone, descriptors
 from unit.proc_facts import Facts
 
 VM = "win11"
@@ -256,13 +256,16 @@ def test_a_recorded_process_is_found_by_number_and_start_time(child: "subprocess
 
 
 def test_descriptors_are_closed(child: "subprocess.Popen[bytes]") -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        with Target(child.pid):
-            pass
-        with pytest.raises(TargetRefused):
-            Target(child.pid, 1)
-    assert len(os.listdir("/proc/self/fd")) == before
+    def act() -> None:
+        before = descriptors()
+        for _ in range(10):
+            with Target(child.pid):
+                pass
+            with pytest.raises(TargetRefused):
+                Target(child.pid, 1)
+        assert descriptors() == before
+
+    alone(act)
 
 
 def test_facts_cannot_be_swapped_under_an_open_target(facts: Facts, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 import errno
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from qemu_launcher.errors import QemuFailed
 from qemu_launcher.process import Command, forked
+from unit.alone import alone, descriptors
 
 QEMU = Command(argv=("qemu",), env={}, working_directory=None, inherited=(), soft_memlock=None)
 
@@ -18,13 +18,16 @@ def test_no_more_processes(monkeypatch: pytest.MonkeyPatch, number: int, helps: 
     def refuse() -> int:
         raise OSError(number, os.strerror(number))
 
-    def held() -> tuple[int, set[signal.Signals | int]]:
-        return len(list(Path("/proc/self/fd").iterdir())), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    def held() -> tuple[set[str], set[signal.Signals | int]]:
+        return descriptors(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
-    monkeypatch.setattr(os, "fork", refuse)
-    before = held()
-    with pytest.raises(QemuFailed) as caught:
-        forked(QEMU)
-    assert held() == before
-    assert caught.value.message == f"cannot make a process for QEMU: {os.strerror(number)}"
-    assert ("ulimit -u, or TasksMax=" in (caught.value.hint or "")) == helps
+    def act() -> None:
+        monkeypatch.setattr(os, "fork", refuse)
+        before = held()
+        with pytest.raises(QemuFailed) as caught:
+            forked(QEMU)
+        assert held() == before
+        assert caught.value.message == f"cannot make a process for QEMU: {os.strerror(number)}"
+        assert ("ulimit -u, or TasksMax=" in (caught.value.hint or "")) == helps
+
+    alone(act)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher import stderr
+from unit.alone import alone, descriptors
 from unit.reading import ROOT
 
 # Each far more than a pipe, a terminal or a socket takes; what is said first is to be read whole.
@@ -67,10 +68,14 @@ def test_all_is_written_where_there_is_room(ends: tuple[int, int], monkeypatch: 
     reading, writing = ends
     if os.isatty(writing):
         termios.tcflow(writing, termios.TCOON)
-    open_before = len(os.listdir("/proc/self/fd"))
-    written(monkeypatch, writing, b"one line\n")
+
+    def act() -> None:
+        before = descriptors()
+        written(monkeypatch, writing, b"one line\n")
+        assert descriptors() == before
+
+    alone(act)
     assert os.read(reading, 100).replace(b"\r", b"") == b"one line\n"
-    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_file_takes_all_of_it_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
