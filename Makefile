@@ -139,7 +139,7 @@ test-all: setup deb ## the same, with each system test on every host that it is 
 # are days.
 test-exhaustive: setup deb ## let each step of helper and launcher fail, and kill who may die there; large VMs, crowds; takes days
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \
-		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_scale.py tests/system/test_crowd.py
+		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_crash_launcher.py tests/system/test_scale.py tests/system/test_crowd.py
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.

@@ -78,8 +78,8 @@ def helper_refused(options: Sequence[QemuOption], name: str | None, *, is_own: b
         return None, None
     renaming = [option for option in options if option.bare_name == "name" and "process" in dict(option.properties())]
     remedy = "remove process= there" if renaming else "use a binary of such a name, and no process= with -name"
-    allowed = "processes called qemu-system-* or qemu-kvm are tuned, unless comm in qemu-launcher-helper.toml(5) says"
-    return renaming[-1].mark if renaming else None, f"{allowed} otherwise: {remedy}"
+    allowed = "processes called qemu-system-*, qemu-kvm or kvm are tuned, unless comm in qemu-launcher-helper.toml(5)"
+    return renaming[-1].mark if renaming else None, f"{allowed} says otherwise: {remedy}"
 
 
 def _changes_user(option: QemuOption) -> bool:
