@@ -10,6 +10,7 @@ them (Linux before 6.11) it is what all other groups of the host may not use: th
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -88,7 +89,7 @@ def mechanism() -> str:
     """
     if legacy.is_legacy():
         return "cpuset-v1"
-    linux = [int(number) for number in (PROC / "sys/kernel/osrelease").read_text().split(".")[:2]]
+    linux = [int(number) for number in re.findall("[0-9]+", (PROC / "sys/kernel/osrelease").read_text())[:2]]
     return "partition" if linux >= [6, 11] else "pool"
 
 

@@ -183,7 +183,10 @@ def test_a_number_that_becomes_anothers_keeps_no_policy_of_ours(monkeypatch: pyt
         ("6.1.0-41-amd64", False),
         ("6.8.0-45-generic", False),  # Ubuntu 24.04: exclusive CPUs are a part of cpuset.cpus
         ("6.10.11+bpo-amd64", False),
+        ("6.10-amd64", False),  # Debian's experimental ones
         ("6.11.0-rc1", True),
+        ("6.12-rc6-amd64", True),
+        ("6.17+deb14-amd64", True),
         ("6.12.57+deb13-amd64", True),
         ("7.0.3-arch1-1", True),
         ("10.2.0", True),
@@ -196,3 +199,10 @@ def test_kernels_that_have_the_files_and_not_what_is_needed(
     monkeypatch.setattr(partition, "OSRELEASE", tmp_path / "osrelease")
     (tmp_path / "cpuset.cpus.isolated").write_text("\n")
     assert (Partition(tmp_path).lacks() == "") is usable
+
+
+def test_a_host_that_does_not_say_which_linux_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is chosen when the helper is imported, which must not end there."""
+    monkeypatch.setattr(partition, "OSRELEASE", tmp_path / "missing")
+    (tmp_path / "cpuset.cpus.isolated").write_text("\n")
+    assert Partition(tmp_path).lacks().endswith("Linux 6.11 or newer")

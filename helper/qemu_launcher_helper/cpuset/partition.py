@@ -15,6 +15,7 @@ version. A distribution's kernel that is newer than it says gets pool.py, which 
 
 import errno
 import glob
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -49,7 +50,7 @@ class Partition:
     everything: frozenset[int] = frozenset()
 
     def __init__(self, root: Path = CGROUP) -> None:
-        self.root, self.linux = root, [*map(int, OSRELEASE.read_text().split(".")[:2])]
+        self.root, self.linux = root, [*map(int, re.findall("[0-9]+", text(OSRELEASE) or "")[:2])]
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""

@@ -58,10 +58,9 @@ class V1(Partition):
         units = [path for path in units if (path / self.units).exists()]
         super().__init__([*units[::-1], CGROUP][0])
         self._memory, self._online, self.everything = memory, online, read(online)
-        self._tree = [*cpusets, CGROUP / "cpuset"][0]
-        self._prefix, self._pool = self._tree / PREFIX, self._tree / PREFIX / "pool"
         # How long to wait, again and again, for tasks that are ending, until the next `settle`.
-        self._looks = list[float]()
+        self._tree, self._looks = [*cpusets, CGROUP / "cpuset"][0], list[float]()
+        self._prefix, self._pool = self._tree / PREFIX, self._tree / PREFIX / "pool"
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
