@@ -18,7 +18,7 @@ from ..options import smp_numbers
 from ..pinning import beside_the_first, describe_place, smp_for
 from . import asked
 from .finding import Finding
-from .tree import Tree, cpus_in
+from .tree import Tree, cpus_in, linux
 
 Cpus = frozenset[int]
 
@@ -278,15 +278,13 @@ def realtime(definition: VmDefinition, tree: Tree, release: str) -> Iterator[Fin
     policies = [definition.scheduler, definition.emulator_scheduler.policy if definition.emulator_scheduler else None]
     if not set(policies) & set(REALTIME_POLICIES):
         return
-    found = re.match(r"([0-9]+)\.([0-9]+)", release)
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
     runtime, period = (tree.number(f"/proc/sys/kernel/sched_rt_{name}_us") for name in ("runtime", "period"))
     if runtime == -1:
         fix = "sudo sysctl kernel.sched_rt_runtime_us=950000; see /etc/sysctl.d for who has changed it"
         yield Finding(
             "error", "real time", "kernel.sched_rt_runtime_us is -1: nothing would stop a real-time thread", fix
         )
-    elif version >= FAIR_SERVER:
+    elif linux(release) >= FAIR_SERVER:
         yield Finding("ok", "real time", "the kernel's fair server keeps real-time threads from starving others")
     else:
         share = f"{100 * (1 - runtime / period):.0f} %" if runtime and period else "a little"

@@ -151,7 +151,8 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
     elif limits.mechanism in ("pool", "cpuset-v1"):
         text = f"CPUs are shielded without partitions: {limits.reason}"
-        fix = "man qemu-launcher-helper, SHIELDS, has the differences; Linux 6.11 or later has none of them"
+        other = "cgroup v2 and Linux 6.11" if limits.mechanism == "cpuset-v1" else "Linux 6.11"
+        fix = f"man qemu-launcher-helper, SHIELDS, has the differences; with {other} or later there are none"
         yield Finding("note", "shielding", text, fix)
     if limits.mechanism != "none" and not limits.free_cpus:
         yield Finding("note", "limits", "no CPUs are free for a new VM now", "qemu-launcher status --all-users")

@@ -126,7 +126,7 @@ class _Vm:
         found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
         found += environment.variables(definition, self._env, os.environ)
         found += devices.evdev(tree, asked.evdev(definition), self._user)
-        found += vfio.vfio(tree, asked.vfio(definition), self._user)
+        found += vfio.vfio(tree, asked.vfio(definition), self._user, os.uname().release)
         found += self._memory(runs=runs is not None)
         found += self._tuning(runs=runs is not None)
         return found
@@ -172,6 +172,7 @@ class _Vm:
         if not definition.wants_tuning:
             yield Finding("note", "tuning", "the definition asks for no tuning: it needs no helper")
         need = self._memlock_need()
+        refused = isinstance(need, Finding)
         if isinstance(need, Finding):
             yield need
             need = None
@@ -179,7 +180,7 @@ class _Vm:
             soft, hard = procfs.own_memlock_limit()
             if os.geteuid() != 0:  # CAP_IPC_LOCK lifts the limit
                 yield from memory.own_memlock(definition, need, soft, hard)
-        if not runs and os.geteuid() != 0 and any(device.iommufd for device in asked.vfio(definition)):
+        if not (runs or refused) and os.geteuid() != 0 and any(device.iommufd for device in asked.vfio(definition)):
             yield from self._pinned_together(need)
         if definition.places_threads:
             yield from self._cpus()

@@ -9,6 +9,7 @@ access(2), which knows ACLs, capabilities and read-only mounts. No method raises
 
 import grp
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -129,3 +130,9 @@ def cpus_in(text: str | None) -> frozenset[int]:
         return parse_cpulist(text or "")
     except ValueError:
         return frozenset()
+
+
+def linux(release: str) -> tuple[int, int]:
+    """The first two numbers of uname(2)'s `release`; 0 and 0 where they are not numbers."""
+    found = re.match(r"([0-9]+)\.([0-9]+)", release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

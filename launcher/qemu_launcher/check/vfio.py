@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from .asked import VfioDevice
 from .devices import udev_line
 from .finding import Finding
-from .tree import READ, WRITE, Tree
+from .tree import READ, WRITE, Tree, linux
 
 PCI = "/sys/bus/pci/devices"
 RULES = "/etc/udev/rules.d/70-qemu-vfio.rules"
@@ -23,8 +23,9 @@ _HARMLESS_DRIVERS = ("pci-stub", "pcieport")  # the kernel's name for portdrv
 _BRIDGE = "0x0604"  # PCI-to-PCI bridge; the class is six digits, the last two its programming interface
 
 
-def vfio(tree: Tree, devices: list[VfioDevice], user: str) -> Iterator[Finding]:
-    """All that stands between `user` and these devices."""
+def vfio(tree: Tree, devices: list[VfioDevice], user: str, release: str) -> Iterator[Finding]:
+    """All that stands between `user` and these devices. `release`: of the kernel."""
+    bridges_matter = linux(release) >= (5, 19)
     told: set[str] = set()  # groups
     given = {device.address for device in devices}
     for device in devices:
@@ -37,7 +38,7 @@ def vfio(tree: Tree, devices: list[VfioDevice], user: str) -> Iterator[Finding]:
             told.add(group)
             if not device.iommufd:
                 yield from _node(tree, group, user)
-            yield from _others(tree, group, given)
+            yield from _others(tree, group, given, bridges_matter=bridges_matter)
 
 
 def _device(tree: Tree, device: VfioDevice) -> Generator[Finding, None, str | None]:
@@ -127,7 +128,7 @@ def _cdev(tree: Tree, device: VfioDevice, user: str) -> Iterator[Finding]:
             yield Finding("ok", about, f"{node} is yours to use")
 
 
-def _others(tree: Tree, group: str, given: set[str | None]) -> Iterator[Finding]:
+def _others(tree: Tree, group: str, given: set[str | None], *, bridges_matter: bool) -> Iterator[Finding]:
     """What else is in the group: each device of it that the host still uses keeps the guest from having any."""
     folder = f"/sys/kernel/iommu_groups/{group}/devices"
     held = []
@@ -135,12 +136,12 @@ def _others(tree: Tree, group: str, given: set[str | None]) -> Iterator[Finding]
         if address in given:
             continue
         driver = tree.link(f"{folder}/{address}/driver")
-        if driver is not None and driver not in _HARMLESS_DRIVERS and _VFIO not in driver:
-            held.append((address, driver))
-    about = f"vfio group {group}"
-    for address, driver in held:
         is_bridge = (tree.text(f"{folder}/{address}/class") or "").startswith(_BRIDGE)
-        wanted = "pci-stub" if is_bridge else "vfio-pci"  # which takes no bridges
+        is_harmless = driver is None or driver in _HARMLESS_DRIVERS or _VFIO in driver
+        if driver is not None and not is_harmless and (bridges_matter or not is_bridge):
+            held.append((address, driver, "pci-stub" if is_bridge else "vfio-pci"))  # which takes no bridges
+    about = f"vfio group {group}"
+    for address, driver, wanted in held:
         yield Finding(
             "error",
             about,
