@@ -23,11 +23,13 @@ _IMPLIED = {
     "smp": "cpus", "netdev": "type", "nic": "type", "numa": "type",
 }  # fmt: skip
 _ON = "on"
+_LONGEST_NAME = 256  # characters, of one that has others in it. QEMU has none of 100; each is a part of all within it
 _JSON_DRIVER = re.compile(r"""["'](?:driver|type)["']\s*:\s*["']([a-z0-9-]+)["']""")
 _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu", "arm-smmuv3")
 _VFIO_BLOCK_DRIVERS = ("nvme", "virtio-blk-vfio-pci")
 DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
-_MEDIATED = re.compile(r"/[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}/*$")  # a UUID is the device's name
+# A UUID is the device's name. The quotation mark is one of JSON that we cannot read.
+_MEDIATED = re.compile(r"/[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}/*(['\"]|$)")
 
 
 class Property(NamedTuple):
@@ -106,7 +108,7 @@ def is_json(option: QemuOption) -> bool:
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, member in members:
+    for name, member in members if len(prefix) <= _LONGEST_NAME else ():
         if isinstance(member, dict | list):
             yield from _flat(member, f"{prefix}{name}.")
         elif isinstance(member, bool):
@@ -142,24 +144,34 @@ def pinned_by(options: Sequence[QemuOption]) -> str | None:
 def vfio_containers(options: Sequence[QemuOption]) -> int:
     """How often VFIO adds the guest's RAM to what QEMU has locked itself (mm->locked_vm, vfio_iommu_type1.c of Linux).
 
-    All devices share one container, unless the guest has an IOMMU and so each has a view of its own of the RAM; each
-    NVMe drive has its own (util/vfio-helpers.c of QEMU). With iommufd= it counts as the user's; for a mediated device,
-    and for s390's, its driver locks only what it needs.
+    All devices share one container, and each NVMe drive has its own (util/vfio-helpers.c of QEMU). With iommufd= it
+    counts as the user's; for a mediated device, and for s390's, its driver locks only what it needs.
     """
-    devices = sum(
-        any(driver.startswith("vfio-pci") for driver in _drivers(device))
-        and not _has_iommufd(device)
-        and not _MEDIATED.search((settings(device) or {}).get("sysfsdev", ""))
-        for device in _named(options, "device")
-    )
-    return _nvme_drives(options) + (devices if _has_iommu(options) else min(devices, 1))
+    return _nvme_drives(options) + any(True for _ in _whole_devices(options))
 
 
-def _has_iommu(options: Sequence[QemuOption]) -> bool:
-    """Whether the guest has one: a device on its own, or a property of Arm's machines."""
+def vfio_more_containers(options: Sequence[QemuOption]) -> int:
+    """How many more there may be: with an IOMMU of the guest's, devices have a view of the RAM, and a container, each.
+
+    Functions of one card are taken for one IOMMU group, which has one container in any case.
+    """
     devices = (driver for option in _named(options, "device") for driver in _drivers(option))
-    machines = (name for option in _named(options, "machine", "M") for name in settings(option) or {})
-    return any(driver.startswith(_IOMMUS) for driver in devices) or "iommu" in machines
+    machines = ((settings(option) or {}).get("iommu", "none") for option in _named(options, "machine", "M"))
+    if not any(driver.startswith(_IOMMUS) for driver in devices) and all(kind == "none" for kind in machines):
+        return 0
+    found = (settings(device) or {} for device in _whole_devices(options))
+    cards = {(one.get("host") or one.get("sysfsdev", "")).rpartition(".")[0] for one in found}
+    return max(0, len(cards) - 1)
+
+
+def _whole_devices(options: Sequence[QemuOption]) -> Iterator[QemuOption]:
+    """Those for which VFIO pins all of the guest's RAM, as this process's."""
+    for device in _named(options, "device"):
+        found = settings(device)
+        is_mediated = _MEDIATED.search(str(device.value) if found is None else found.get("sysfsdev", ""))
+        is_pci = any(driver.startswith("vfio-pci") for driver in _drivers(device))
+        if is_pci and not is_mediated and not _has_iommufd(device):
+            yield device
 
 
 def has_iommufd(options: Iterable[QemuOption]) -> bool:

@@ -15,7 +15,7 @@ from . import ram
 from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
-from .options import has_mem_lock
+from .options import has_mem_lock, vfio_more_containers
 from .pinning import describe_place
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
@@ -97,7 +97,9 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
         )
     if kind == "auto":
         least = (locked or 0) + MEMLOCK_OVERHEAD
-        wanted = max(least, soft_limit)  # it is there to help, and takes nothing from who has more
+        more = vfio_more_containers(definition.options) * (ram.guest_ram(definition.options) or 0)
+        more = more if least + more < ram.MOST_RAM else 0
+        wanted = max(least + more, soft_limit)  # it is there to help, and takes nothing from who has more
     elif kind == "size":
         wanted = definition.memlock.bytes or 0
         least = max(wanted, locked or 0)

@@ -48,7 +48,8 @@ def lockable(options: Sequence[QemuOption]) -> int | None:
         locked += max(0, whole - _ram_in_huge_pages(options))
     vdpa = vdpa_devices(options)
     pinned = (vdpa + has_iommufd(options)) * whole if vdpa else 0
-    return max(whole, locked, pinned)
+    most = max(whole, locked, pinned)
+    return most if most < MOST_RAM else None
 
 
 def is_locked_twice(options: Sequence[QemuOption]) -> bool:

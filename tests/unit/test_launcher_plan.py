@@ -147,6 +147,30 @@ def test_ram_that_is_pinned_several_times() -> None:
     assert refused.value.hint == "write rlimit_memlock: auto, or a larger size"
 
 
+def test_with_an_iommu_in_the_guest_auto_asks_for_more_and_is_content_with_less() -> None:
+    """Each card may have a container of its own, or share its with others: QEMU's business, and the guest's."""
+    cards = "- m: 8G\n- device: [vfio-pci, host: '01:00.0']\n- device: [vfio-pci, host: '0{}']\n- device: intel-iommu"
+    need = plan.memlock_need(defined(qemu=cards.format("2:00.0")), 0, 0, HOST)
+    assert need == plan.MemlockNeed(17 * GIB, 9 * GIB, unaided=False)
+    need = plan.memlock_need(defined(qemu=cards.format("1:00.1")), 0, 0, HOST)
+    assert need == plan.MemlockNeed(9 * GIB, 9 * GIB, unaided=False)
+    assert plan.memlock_need(defined("  rlimit_memlock: 9G\n", cards.format("2:00.0")), 0, 0, HOST)
+    arm = cards.format("2:00.0").replace("device: intel-iommu", "machine: [virt, iommu: {}]")
+    needs = [plan.memlock_need(defined(qemu=arm.format(kind)), 0, 0, HOST) for kind in ("none", "smmuv3")]
+    assert [need.wanted >> 30 for need in needs if need] == [9, 17]
+
+
+def test_ram_that_no_limit_can_be_as_large_as() -> None:
+    """The wire has 64 bits for it."""
+    most = "- m: {}\n- device: virtio-iommu-pci\n- drive: 'nvme://0000:44:00.0/1'\n- drive: 'nvme://0000:45:00.0/1'"
+    with pytest.raises(Unfit, match="auto cannot tell the guest's RAM"):
+        plan.memlock_need(defined(qemu=most.format("6E")), 0, 0, HOST)
+    cards = "".join(f"\n- device: [vfio-pci, host: '0{number}:00.0']" for number in range(1, 4))
+    need = plan.memlock_need(defined(qemu=f"- m: 6E\n- device: virtio-iommu-pci{cards}"), 0, 0, HOST)
+    assert need is not None
+    assert need.wanted < INFINITY
+
+
 # Who does it
 
 
