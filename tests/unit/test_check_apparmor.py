@@ -1,5 +1,6 @@
 """swtpm under Ubuntu's AppArmor profile: paths that it may use, and others."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,11 @@ def ubuntu(tmp_path: Path) -> OtherHost:
     return host
 
 
-def found(host: OtherHost, keys: str, place: str | None = "/usr/bin") -> list[Finding]:
+def found(host: OtherHost, keys: str, place: str | None = "/usr/bin", home: str = "/srv/people/alice") -> list[Finding]:
     def where(program: str) -> str | None:
         return place and f"{place}/{program.rpartition('/')[2]}"
 
-    return list(apparmor.swtpm(host.tree, launcher(keys), where, FOLDER, "/srv/people/alice"))
+    return list(apparmor.swtpm(host.tree, launcher(keys), where, FOLDER, home))
 
 
 def state(path: str) -> str:
@@ -87,10 +88,70 @@ def test_what_the_administrator_has_added(ubuntu: OtherHost, line: str) -> None:
     assert found(ubuntu, WIN11) == []
 
 
-@pytest.mark.parametrize("line", ["owner /var/lib/vms/** r,", "owner /var/lib/vms/* rwk,", "#/var/lib/vms/** rwk,"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "owner /var/lib/vms/** r,",
+        "owner /var/lib/vms/* rwk,",
+        "#/var/lib/vms/** rwk,",
+        "deny /var/lib/vms/** rwk,",
+        "r /var/lib/vms/**,",
+        "/var/lib/vms/[^w]*/** rwk,",
+        "/var/lib/vms/[0-9]*/** rwk,",
+        "/var/lib/vms/[z-a]*/** rwk,",
+        "/var/lib/@{vm}/*.pid rwk,",
+        '"/var/lib/vms/\\*/**" rwk,',
+        "@{run}/vms/** rwk,",
+    ],
+)
 def test_what_does_not_help(ubuntu: OtherHost, line: str) -> None:
     ubuntu.write("/etc/apparmor.d/local/usr.bin.swtpm", f"{line}\n")
     assert len(found(ubuntu, WIN11)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        ("/run/user/[0-9]*/qemu/** rwk,", "/run/user/1000/qemu/tpm"),
+        ("/run/user/[^a-z]*/qemu/** rwk,", "/run/user/1000/qemu/tpm"),
+        ("/data/[a\\]&&[]/** rwk,", "/data/]/tpm"),
+        ("owner @{run}/user/@{uid}/qemu/** rwk,", "/run/user/1000/qemu/tpm"),
+        ("rwk /data/tpm/**,", "/data/tpm"),
+        ("owner file rwk /data/{t,u}pm/** ,", "/data/tpm"),
+        ('owner "/srv/My VMs/**" rwk,', "/srv/My VMs/tpm"),
+        ('rwk "/srv/My VMs/**",', "/srv/My VMs/tpm"),
+        (r"/srv/My\ VMs/** rwk,", "/srv/My VMs/tpm"),
+        ("/data/a.b+c/** rwk,", "/data/a.b+c"),
+    ],
+)
+def test_rules_as_apparmor_takes_them(ubuntu: OtherHost, line: str, path: str) -> None:
+    assert len(found(ubuntu, state(path))) == 1
+    ubuntu.write("/etc/apparmor.d/local/usr.bin.swtpm", f"{line}\n")
+    assert found(ubuntu, state(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("/srv/My VMs/tpm", 'owner "/srv/My VMs/tpm/**" rwk,'),
+        ("/srv/it's/tpm", 'owner "/srv/it\'s/tpm/**" rwk,'),
+        ("/srv/[1]{b}*?/tpm", r'owner "/srv/\[1\]\{b\}\*\?/tpm/**" rwk,'),
+        ('/srv/"@{run}"/tpm', r'owner "/srv/\"@\{run\}\"/tpm/**" rwk,'),
+        ("/srv/vm-1.d/tpm_é", "owner /srv/vm-1.d/tpm_é/** rwk,"),
+    ],
+)
+def test_a_path_that_is_to_be_quoted(ubuntu: OtherHost, path: str, rule: str) -> None:
+    """apparmor_parser 3.0 reads these as the path itself; with the line it is well."""
+    keys = state(path.replace("'", "''"))
+    first = the_only(found(ubuntu, keys))[2].splitlines()[0]
+    assert shlex.split(first) == ["echo", rule, "|", "sudo", "tee", "-a", "/etc/apparmor.d/local/usr.bin.swtpm"]
+    ubuntu.write("/etc/apparmor.d/local/usr.bin.swtpm", f"{rule}\n")
+    assert found(ubuntu, keys) == []
+
+
+@pytest.mark.parametrize("home", ["/srv/people/alice/", "//srv/people/alice"])
+def test_a_home_that_is_written_otherwise(ubuntu: OtherHost, home: str) -> None:
+    assert found(ubuntu, state("/srv/people/alice/tpm"), home=home) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 
 from ..definition import HookCommand, VmDefinition
 from .finding import Finding
@@ -23,7 +24,11 @@ _UNUSED = ("disable", "force-complain")  # a link of its name in one of these: a
 _ENABLED = "/sys/module/apparmor/parameters/enabled"
 _CONFINED = "/usr/bin/swtpm"  # a copy elsewhere is not
 _TEMPORARY = ("/tmp/**", "/var/tmp/**")  # noqa: S108  abstractions/user-tmp
-_RULE = re.compile(r'(?:(?:allow|audit|file|owner)\s+)*"?((?:/|@\{)[^\s"]*)"?\s+[a-zA-Z]*w[a-zA-Z]*\s*,')
+# As parser_lex.l of AppArmor has them. Without quotes a blank may be behind a backslash, and a comma is not the last.
+_PATH = r'"(?:/|@\{)(?:\\.|[^"\\])*"|(?:/|@\{)(?:\\.|[^\s"!,\\]|,(?=[^\s"!,]))*'
+_WRITE = "[rwalkmxpciuPCIU]*w[rwalkmxpciuPCIU]*"
+_RULE = re.compile(rf"(?:(?:allow|audit|file|owner)\s+)*(?:({_PATH})\s+{_WRITE}|{_WRITE}\s+({_PATH}))\s*,")
+_PART = re.compile(r"\\.|@\{\w+\}|\*\*|\[(?:\\.|[^\]\\])+\]|.")
 _WILD = {"**": ".*", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
 
 
@@ -50,14 +55,21 @@ def swtpm(
 
 def _finding(command: HookCommand, folders: list[str]) -> Finding:
     text = f"{command.mark}: AppArmor keeps swtpm out of {' and '.join(folders)} ({_PROFILE}): "
-    lines = [f"echo 'owner {folder.rstrip('/')}/** rwk,' | sudo tee -a {_LOCAL}" for folder in folders]
+    lines = [f"echo {quote(_rule(folder))} | sudo tee -a {_LOCAL}" for folder in folders]
     fix = "\n".join([*lines, f"sudo apparmor_parser -r {_PROFILE}"])
     return Finding("warning", "AppArmor", f"{text}it ends with Permission denied", fix)
 
 
+def _rule(folder: str) -> str:
+    """One that lets it write what is in there."""
+    path = re.sub(r'[][{}*?"\\]', r"\\\g<0>", folder.rstrip("/")) + "/**"
+    return f"owner {path} rwk," if re.fullmatch(r"[\w/.-]+", folder) else f'owner "{path}" rwk,'
+
+
 def _rules(text: str, home: str) -> list[re.Pattern[str]]:
     """Which paths may be written, a pattern for each rule."""
-    paths = [found[1] for line in text.splitlines() if (found := _RULE.match(line.strip()))]
+    found = [rule[1] or rule[2] for line in text.splitlines() if (rule := _RULE.match(line.strip()))]
+    paths = [path[1:-1] if path.startswith('"') else path for path in found]
     if re.search(r"^\s*#?include\s+<abstractions/user-tmp>", text, re.MULTILINE):
         paths += _TEMPORARY
     patterns = []
@@ -70,15 +82,28 @@ def _rules(text: str, home: str) -> list[re.Pattern[str]]:
 
 
 def _regex(path: str, home: str) -> str:
-    """AppArmor's globs; of its variables those that such rules begin with."""
-    homes = "|".join(["/home/[^/]+", "/root", *([re.escape(home)] if home.strip("/") else [])])
-    variables = {"@{HOME}": f"(?:{homes})", "@{run}": "(?:/run|/var/run)"}
+    """AppArmor's globs. What its variables stand for is known of two; of others it is taken for one folder's name."""
+    own = [re.escape(f"/{home.strip('/')}")] if home.strip("/") else []
+    variables = {"@{HOME}": f"(?:{'|'.join(['/home/[^/]+', '/root', *own])})", "@{run}": "(?:/run|/var/run)"}
     found, depth = "", 0
-    for part in re.findall(r"@\{\w+\}|\*\*|.", path):
+    for part in _PART.findall(path):
         depth += (part == "{") - (part == "}")
-        wild = "|" if part == "," and depth else _WILD.get(part)
-        found += variables.get(part) or wild or re.escape(part)
+        if part.startswith("@{"):
+            found += variables.get(part, "[^/]*")
+        elif part.startswith("[") and len(part) > 1:
+            found += _class(part[1:-1])
+        elif part == "," and depth:
+            found += "|"
+        else:
+            found += _WILD.get(part) or re.escape(part[-1])
     return found
+
+
+def _class(characters: str) -> str:
+    """[a-z], or [^a-z]."""
+    negated = characters.startswith("^")
+    parts = re.findall(r"\\.|.", characters[negated:])
+    return f"[{'^' * negated}{''.join(part if part == '-' else re.escape(part[-1]) for part in parts)}]"
 
 
 def _files(tree: Tree, command: HookCommand, folder: Path) -> Iterator[tuple[str, str]]:
