@@ -122,6 +122,7 @@ def test_what_does_not_help(ubuntu: OtherHost, line: str) -> None:
         ('rwk "/srv/My VMs/**",', "/srv/My VMs/tpm"),
         (r"/srv/My\ VMs/** rwk,", "/srv/My VMs/tpm"),
         ("/data/a.b+c/** rwk,", "/data/a.b+c"),
+        ("/* rwk,", "/"),
     ],
 )
 def test_rules_as_apparmor_takes_them(ubuntu: OtherHost, line: str, path: str) -> None:
@@ -152,6 +153,15 @@ def test_a_path_that_is_to_be_quoted(ubuntu: OtherHost, path: str, rule: str) ->
 @pytest.mark.parametrize("home", ["/srv/people/alice/", "//srv/people/alice"])
 def test_a_home_that_is_written_otherwise(ubuntu: OtherHost, home: str) -> None:
     assert found(ubuntu, state("/srv/people/alice/tpm"), home=home) == []
+
+
+@pytest.mark.parametrize("path", ["//data/tpm", "//home/../data/tpm"])
+def test_a_path_with_two_slashes(ubuntu: OtherHost, path: str) -> None:
+    [one] = found(ubuntu, state(path))
+    assert "out of /data/tpm " in one.text
+    ubuntu.folder("/data")
+    [one] = found(ubuntu, state(path))
+    assert "out of /data/tpm " in one.text
 
 
 @pytest.mark.parametrize(

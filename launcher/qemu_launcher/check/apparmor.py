@@ -111,14 +111,15 @@ def _files(tree: Tree, command: HookCommand, folder: Path) -> Iterator[tuple[str
     for word in command.argv[1:]:
         for kind, path in re.findall(r"(?:^|,)(dir|file|path)=([^,]+)", word):
             real = _real(tree, os.path.normpath(folder / path))
-            yield (real, f"{real}/x") if kind == "dir" else (str(Path(real).parent), real)
+            yield (real, f"{real.rstrip('/')}/x") if kind == "dir" else (str(Path(real).parent), real)
 
 
 def _real(tree: Tree, path: str) -> str:
-    """Where it is, or would be made: AppArmor sees no symbolic links."""
+    """Where it is, or would be made: AppArmor sees no symbolic links, and one slash in front."""
+    path = f"/{path.lstrip('/')}"  # normpath leaves two there, as POSIX allows
     for parent in (path, *map(str, Path(path).parents)):
         if tree.exists(parent):
-            return os.path.normpath(f"{tree.target(parent)}/{path[len(parent) :]}")
+            return os.path.normpath(f"/{tree.target(parent).lstrip('/')}/{path[len(parent) :]}")
     return path
 
 
