@@ -191,6 +191,7 @@ def test_a_size_that_no_node_has(nodes: OtherHost) -> None:
 # Which node the guest's RAM is from
 
 EARLY = "overcommit: mem-lock=on"
+USED = "machine: [memory-backend: ram0]"
 
 
 def elsewhere(host: OtherHost, *options: str, pinning: str = "[8, 9]") -> list[Finding]:
@@ -204,8 +205,7 @@ def elsewhere(host: OtherHost, *options: str, pinning: str = "[8, 9]") -> list[F
         (("mem-prealloc",), "QEMU takes it (prealloc) before its threads are pinned, wherever it runs then"),
         ((EARLY,), "QEMU takes it (mem-lock) before its threads are pinned, wherever it runs then"),
         (("device: 'vfio-pci,host=1:0.0'", "mem-prealloc"), "QEMU takes it (prealloc, VFIO) before"),
-        (("object: [memory-backend-ram, id: ram, size: 2G, prealloc: on]",), "QEMU takes it (prealloc) before"),
-        ((f"object: {MEMFD}",), "huge pages come from any node that has them"),
+        ((EARLY, "mem-prealloc"), "QEMU takes it (prealloc, mem-lock) before"),
     ],
 )
 def test_memory_that_may_be_of_the_other_node(nodes: OtherHost, options: tuple[str, ...], why: str) -> None:
@@ -217,6 +217,54 @@ def test_memory_that_may_be_of_the_other_node(nodes: OtherHost, options: tuple[s
         "- object: [memory-backend-ram, id: ram0, size: 16G, host-nodes: 1, policy: bind]\n"
         "- machine: [memory-backend: ram0]"
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        ("memory-backend-ram,id=ram,size=2G,prealloc=on", "QEMU takes it (prealloc) before"),
+        (MEMFD, "huge pages come from any node that has them"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use", ["machine: 'q35,memory-backend=ram'", "numa: 'node,memdev=ram'", "device: 'pc-dimm,memdev=ram'"]
+)
+def test_a_backend_of_which_ram_consists(nodes: OtherHost, backend: str, why: str, use: str) -> None:
+    _, text, fix = the_only(elsewhere(nodes, "m: 2G", f"object: '{backend}'", use))
+    assert why in text
+    assert fix == "add host-nodes: 1, policy: bind to the object ram"
+    assert elsewhere(nodes, "m: 2G", f"object: '{backend}'") == [], "it is not the guest's RAM"
+
+
+IVSHMEM = "object: 'memory-backend-file,id=shm,size=32M,mem-path=/dev/shm/x,share=on{}'"
+
+
+def test_a_backend_that_is_no_ram(nodes: OtherHost) -> None:
+    """Looking Glass's, of any node."""
+    device = "device: [ivshmem-plain, memdev: shm]"
+    for more in (",host-nodes=0,policy=bind", ",host-nodes=1,policy=preferred"):
+        [one] = elsewhere(nodes, "m: 1G", EARLY, IVSHMEM.format(more), device)
+        assert "id: ram0, size: 1G, host-nodes: 1" in (one.fix or "")
+    assert elsewhere(nodes, "m: 1G", IVSHMEM.format(",prealloc=on"), device) == []
+
+
+def test_one_part_of_ram_that_is_bound(nodes: OtherHost) -> None:
+    own = "object: 'memory-backend-ram,id=own,size=1G{}'"
+    more = "object: 'memory-backend-ram,id=more,size=1G{}'"
+    use = ("m: 1G", EARLY, "machine: [memory-backend: own]", "device: [virtio-mem-pci, memdev: more]")
+    where = ",host-nodes=1,policy=bind"
+    _, text, fix = the_only(elsewhere(nodes, *use, own.format(where), more.format("")))
+    assert "nothing keeps all of the guest's memory there" in text
+    assert fix == "add host-nodes: 1, policy: bind to the object more"
+    assert the_only(elsewhere(nodes, *use, own.format(""), more.format(where)))[2].endswith("to the object own")
+    assert the_only(elsewhere(nodes, *use, own.format(""), more.format("")))[2].endswith("to the objects own and more")
+    assert elsewhere(nodes, *use, own.format(where), more.format(where)) == []
+
+
+def test_mem_path_beside_a_backend(nodes: OtherHost) -> None:
+    """It is of what has no other, and here is nothing left."""
+    own = "object: 'memory-backend-ram,id=own,size=1G,host-nodes=1,policy=bind'"
+    assert elsewhere(nodes, EARLY, own, "numa: 'node,memdev=own'", "mem-path: /dev/hugepages") == []
 
 
 @pytest.mark.parametrize(
@@ -236,7 +284,8 @@ def test_memory_that_may_be_of_the_other_node(nodes: OtherHost, options: tuple[s
         (
             ("m: 1G", "object: 'memory-backend-ram,id=d,size=2G'", "device: [pc-dimm, memdev: d]"),
             "- object: [memory-backend-ram, id: ram0, size: 1G, host-nodes: 1, policy: bind]\n"
-            "- machine: [memory-backend: ram0]",
+            "- machine: [memory-backend: ram0]\n"
+            "and add host-nodes: 1, policy: bind to the object d",
         ),
         (
             ("m: much",),
@@ -284,8 +333,8 @@ def test_memory_that_has_an_object_already(nodes: OtherHost, options: tuple[str,
     [
         (),  # the guest takes it itself, on its own vCPUs
         ("overcommit: mem-lock=on-fault",),
-        (EARLY, "object: [memory-backend-ram, id: ram0, size: 1G, host-nodes: 0, policy: preferred]"),
-        (EARLY, "object: 'memory-backend-ram,id=ram0,size=1G,policy=interleave'"),
+        (EARLY, USED, "object: [memory-backend-ram, id: ram0, size: 1G, host-nodes: 0, policy: preferred]"),
+        (EARLY, USED, "object: 'memory-backend-ram,id=ram0,size=1G,policy=interleave'"),
         (EARLY, "readconfig: x"),
     ],
 )

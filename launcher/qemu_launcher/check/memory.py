@@ -308,22 +308,45 @@ def elsewhere(definition: VmDefinition, tree: Tree, wanted: list[Backend]) -> It
     node = _node_of_vcpus(definition, tree)
     if node is None or cmdline.has_option(definition, "readconfig"):
         return
-    if any(backend.nodes or backend.policy != "default" for backend in wanted) or _is_kept(tree, node):
+    parts = _ram(definition, wanted)
+    loose = [part for part in parts if not part.nodes and part.policy == "default"]
+    if not loose or _is_kept(tree, node):
         return
-    all_mounts = mounts(tree)
-    reasons = {
-        "prealloc": cmdline.has_option(definition, "mem-prealloc") or any(backend.prealloc for backend in wanted),
+    reasons = {  # for all of it
+        "prealloc": cmdline.has_option(definition, "mem-prealloc"),
         "mem-lock": any(is_on(one.get("mem-lock", "off")) for one in asked.each(definition, "overcommit")),
         "VFIO": has_vfio(definition.options),
     }
+    if not any(reasons.values()):
+        all_mounts = mounts(tree)
+        loose = [part for part in loose if part.prealloc or huge_page_of(tree, part, all_mounts)]
+    reasons["prealloc"] |= any(part.prealloc for part in loose)
     if early := [word for word, holds in reasons.items() if holds]:
         how = f"QEMU takes it ({', '.join(early)}) before its threads are pinned, wherever it runs then"
-    elif any(huge_page_of(tree, backend, all_mounts) for backend in wanted):
+    elif loose:
         how = "huge pages come from any node that has them"
     else:
         return
-    text = f"all vCPUs are on NUMA node {node}, and nothing keeps the guest's memory there: {how}"
-    yield Finding("warning", "memory", text, _bound_to(definition, wanted, node))
+    what = "the guest's memory" if len(loose) == len(parts) else "all of the guest's memory"
+    text = f"all vCPUs are on NUMA node {node}, and nothing keeps {what} there: {how}"
+    yield Finding("warning", "memory", text, _bound_to(definition, loose, node))
+
+
+def _ram(definition: VmDefinition, wanted: list[Backend]) -> list[Backend]:
+    """What the guest's RAM consists of: the machine's own, and what is plugged. Without an id: that of no object.
+
+    ivshmem has a memdev as well, which is no RAM.
+    """
+    machine = [one["memory-backend"] for one in asked.each(definition, "machine", "M") if "memory-backend" in one]
+    own = {*machine[-1:], *(one["memdev"] for one in asked.each(definition, "numa") if "memdev" in one)}
+    devices = [one for one in asked.each(definition, "device") if not one.get("driver", "").startswith("ivshmem")]
+    plugged = {value for one in devices for name, value in one.items() if name.endswith("memdev")}
+    found = [backend for backend in wanted if backend.id in own | plugged]
+    if own:
+        return found
+    size = ram.machine_ram(definition.options)
+    plain = Backend("memory-backend-ram", "", size, None, hugetlb=False, huge_page=None, readonly=False, prealloc=False)
+    return [next((one for one in wanted if not one.id and one.path is not None), plain), *found]
 
 
 def _node_of_vcpus(definition: VmDefinition, tree: Tree) -> int | None:
@@ -344,29 +367,29 @@ def _is_kept(tree: Tree, node: int) -> bool:
     return policy not in ([], ["default"]) or len(memory) == 1 or (bool(cpus) and cpus <= nodes.nodes(tree)[node])
 
 
-def _bound_to(definition: VmDefinition, wanted: list[Backend], node: int) -> str:
-    """What to write. RAM has a backend already, or two, or gets one."""
+def _bound_to(definition: VmDefinition, parts: list[Backend], node: int) -> str:
+    """What to write. Such a part of RAM has an object already, or gets one."""
     where = f"host-nodes: {node}, policy: bind"
-    machine = list(asked.each(definition, "machine", "M"))
-    named = [one["memory-backend"] for one in machine if "memory-backend" in one][-1:]
-    named += [one["memdev"] for one in asked.each(definition, "numa") if "memdev" in one]
-    if named:
-        return f"add {where} to the object{'s' * (len(named) != 1)} {' and '.join(named)}"
+    named = [part.id for part in parts if part.id]
+    add = f"add {where} to the object{'s' * (len(named) != 1)} {' and '.join(named)}"
+    own = next((part for part in parts if not part.id), None)
+    if own is None:
+        return add
     taken = {one.get("id") for one in asked.each(definition, "object")}
     name = next(name for name in (f"ram{number}" for number in range(len(taken) + 1)) if name not in taken)
     size = f"id: {name}, size: {_written(ram.machine_ram(definition.options))}"
-    path = next((backend.path for backend in wanted if not backend.id and backend.path is not None), None)
-    if path is not None:
-        path = path if re.fullmatch(r"[\w/.-]+", path) else "'" + path.replace("'", "''") + "'"
+    if own.path is not None:
+        path = own.path if re.fullmatch(r"[\w/.-]+", own.path) else "'" + own.path.replace("'", "''") + "'"
         first, kind, size = "write in place of mem-path", "file", f"{size}, mem-path: {path}"
     else:
         first, kind = "add to the section qemu", "ram"
-    kinds = [one["type"] for one in machine if "type" in one][-1:]
-    return (
+    kinds = [one["type"] for one in asked.each(definition, "machine", "M") if "type" in one][-1:]
+    lines = (
         f"{first}, where the lines of machine are taken together:\n"
         f"- object: [memory-backend-{kind}, {size}, {where}]\n"
         f"- machine: [{', '.join([*kinds, f'memory-backend: {name}'])}]"
     )
+    return f"{lines}\nand {add}" if named else lines
 
 
 def _written(size: int | None) -> str:
