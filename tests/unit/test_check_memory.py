@@ -206,6 +206,9 @@ def elsewhere(host: OtherHost, *options: str, pinning: str = "[8, 9]") -> list[F
         ((EARLY,), "QEMU takes it (mem-lock) before its threads are pinned, wherever it runs then"),
         (("device: 'vfio-pci,host=1:0.0'", "mem-prealloc"), "QEMU takes it (prealloc, VFIO) before"),
         ((EARLY, "mem-prealloc"), "QEMU takes it (prealloc, mem-lock) before"),
+        (("drive: 'file=nvme://0000:01:00.0/1'",), "QEMU takes it (VFIO) before"),
+        (("device: 'vfio-pci,host=1:0.0,iommufd=fd0'",), "QEMU takes it (VFIO) before"),
+        (("device: 'vfio-pci,sysfsdev=/sys/bus/pci/devices/0000:01:00.0,iommufd=fd0'",), "QEMU takes it (VFIO) before"),
     ],
 )
 def test_memory_that_may_be_of_the_other_node(nodes: OtherHost, options: tuple[str, ...], why: str) -> None:
@@ -265,6 +268,13 @@ def test_mem_path_beside_a_backend(nodes: OtherHost) -> None:
     """It is of what has no other, and here is nothing left."""
     own = "object: 'memory-backend-ram,id=own,size=1G,host-nodes=1,policy=bind'"
     assert elsewhere(nodes, EARLY, own, "numa: 'node,memdev=own'", "mem-path: /dev/hugepages") == []
+
+
+@pytest.mark.parametrize("more", ["", ", iommufd: fd0"])
+def test_a_mediated_device(nodes: OtherHost, more: str) -> None:
+    """Its driver pins what it needs, when the guest says so."""
+    device = f"device: [vfio-pci, sysfsdev: /sys/bus/mdev/devices/83b8f4f2-509f-382f-3c1e-e6bfe0fa1001{more}]"
+    assert elsewhere(nodes, "m: 1G", device) == []
 
 
 @pytest.mark.parametrize(

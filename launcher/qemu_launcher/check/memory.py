@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import cmdline, ram
 from ..cpulist import format_cpulist
 from ..definition import VmDefinition
-from ..options import has_mem_lock, has_vfio, is_on, pinned_by
+from ..options import has_mem_lock, is_on, pinned_by, vfio_containers
 from ..plan import MEMLOCK_OVERHEAD, MemlockNeed
 from ..sizes import INFINITY, format_limit, format_size
 from . import asked, nodes
@@ -23,6 +23,7 @@ POOLS = "/sys/kernel/mm/hugepages"
 _SHM = "/dev/shm"  # noqa: S108  where QEMU's documentation, and everybody, puts ivshmem files
 _KVMFR = "/dev/kvmfr"
 _READ_AGAIN = "then read it again: the kernel gives as many as it finds unbroken memory for"
+_PCI_FOLDER = re.compile(r":[0-9a-fA-F]{2}\.[0-7]/*$")  # a mediated device's ends in a UUID
 _AT_BOOT = "surest from boot on, with the kernel arguments"
 
 Nodes = frozenset[int]
@@ -315,7 +316,7 @@ def elsewhere(definition: VmDefinition, tree: Tree, wanted: list[Backend]) -> It
     reasons = {  # for all of it
         "prealloc": cmdline.has_option(definition, "mem-prealloc"),
         "mem-lock": any(is_on(one.get("mem-lock", "off")) for one in asked.each(definition, "overcommit")),
-        "VFIO": has_vfio(definition.options),
+        "VFIO": _vfio_pins_ram(definition),
     }
     if not any(reasons.values()):
         all_mounts = mounts(tree)
@@ -347,6 +348,12 @@ def _ram(definition: VmDefinition, wanted: list[Backend]) -> list[Backend]:
     size = ram.machine_ram(definition.options)
     plain = Backend("memory-backend-ram", "", size, None, hugetlb=False, huge_page=None, readonly=False, prealloc=False)
     return [next((one for one in wanted if not one.id and one.path is not None), plain), *found]
+
+
+def _vfio_pins_ram(definition: VmDefinition) -> bool:
+    """Whether it does from the start, all of it; by iommufd= too, which only counts it elsewhere."""
+    by_iommufd = (device.folder for device in asked.vfio(definition) if device.iommufd)
+    return vfio_containers(definition.options) > 0 or any(map(_PCI_FOLDER.search, by_iommufd))
 
 
 def _node_of_vcpus(definition: VmDefinition, tree: Tree) -> int | None:
