@@ -62,7 +62,8 @@ def _finding(command: HookCommand, folders: list[str]) -> Finding:
 
 def _rule(folder: str) -> str:
     """One that lets it write what is in there."""
-    path = re.sub(r'[][{}*?"\\]', r"\\\g<0>", folder.rstrip("/")) + "/**"
+    # A ? stays, for any character: apparmor_parser 3.0 makes a quantifier of \?, and takes it for a glob in [?].
+    path = re.sub(r'[][{}*"\\]', r"\\\g<0>", folder.rstrip("/")) + "/**"
     return f"owner {path} rwk," if re.fullmatch(r"[\w/.-]+", folder) else f'owner "{path}" rwk,'
 
 
