@@ -208,13 +208,17 @@ class Launch:
         return host.GRANTS / f"{self.user.uid}-{self.name}"
 
     @property
+    def offers_monitor(self) -> bool:
+        """Whether QEMU does, that of the tests."""
+        return _listens(witness_path(self.user, self.name))
+
+    @property
     def witness(self) -> Witness:
         """The tests' own monitor, once QEMU offers it."""
         if self._witness is None:
-            path = witness_path(self.user, self.name)
-            host.wait_for(f"QEMU of {self.name} offers a monitor", lambda: _listens(path) or not self.is_alive)
-            assert _listens(path), f"the launcher ended: {self.said}"
-            self._witness = Witness(path)
+            host.wait_for(f"QEMU of {self.name} offers a monitor", lambda: self.offers_monitor or not self.is_alive)
+            assert self.offers_monitor, f"the launcher ended: {self.said}"
+            self._witness = Witness(witness_path(self.user, self.name))
         return self._witness
 
     @property
