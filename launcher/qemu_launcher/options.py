@@ -101,6 +101,11 @@ def settings(option: QemuOption) -> dict[str, str] | None:
     return found
 
 
+def known_settings(option: QemuOption) -> dict[str, str]:
+    """The same; none of what we cannot read."""
+    return settings(option) or {}
+
+
 def is_json(option: QemuOption) -> bool:
     """Whether it is written in QEMU's JSON form."""
     return isinstance(option.value, str) and option.value.lstrip().startswith("{")
@@ -156,10 +161,10 @@ def vfio_more_containers(options: Sequence[QemuOption]) -> int:
     Functions of one card are taken for one IOMMU group, which has one container in any case.
     """
     devices = (driver for option in _named(options, "device") for driver in _drivers(option))
-    machines = ((settings(option) or {}).get("iommu", "none") for option in _named(options, "machine", "M"))
+    machines = (known_settings(option).get("iommu", "none") for option in _named(options, "machine", "M"))
     if not any(driver.startswith(_IOMMUS) for driver in devices) and all(kind == "none" for kind in machines):
         return 0
-    found = (settings(device) or {} for device in _whole_devices(options))
+    found = (known_settings(device) for device in _whole_devices(options))
     cards = {(one.get("host") or one.get("sysfsdev", "")).rpartition(".")[0] for one in found}
     return max(0, len(cards) - 1)
 
@@ -191,7 +196,7 @@ def _nvme_drives(options: Iterable[QemuOption]) -> int:
     """How many drives are NVMe controllers, or others of PCI's, that QEMU drives itself, by way of VFIO."""
     return sum(
         any(driver in _VFIO_BLOCK_DRIVERS for driver in _drivers(option))
-        or any(str(value).startswith("nvme://") for value in (option.value, *(settings(option) or {}).values()))
+        or any(str(value).startswith("nvme://") for value in (option.value, *known_settings(option).values()))
         for option in _named(options, "blockdev", "drive", "cdrom", *DRIVE_LETTERS)
     )
 

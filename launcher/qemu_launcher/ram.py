@@ -11,7 +11,16 @@ guest's RAM in another, and who has is told by the kernel, as without this modul
 from collections.abc import Mapping, Sequence
 from string import hexdigits
 
-from .options import QemuOption, has_iommufd, has_mem_lock, is_on, settings, vdpa_devices, vfio_containers
+from .options import (
+    QemuOption,
+    has_iommufd,
+    has_mem_lock,
+    is_on,
+    known_settings,
+    settings,
+    vdpa_devices,
+    vfio_containers,
+)
 
 DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
 MOST_RAM = 1 << 63
@@ -108,13 +117,14 @@ def _machine_backend(options: Sequence[QemuOption]) -> str | None:
 
 def _machine_backends(options: Sequence[QemuOption]) -> set[str]:
     """The ids of all that the machine's own RAM consists of; none where it has no backend by name."""
-    nodes = {found["memdev"] for option in options if option.bare_name == "numa" if "memdev" in (found := _of(option))}
+    nodes = {
+        found["memdev"]
+        for option in options
+        if option.bare_name == "numa"
+        if "memdev" in (found := known_settings(option))
+    }
     backend = _machine_backend(options)
     return nodes if backend is None else nodes | {backend}
-
-
-def _of(option: QemuOption) -> dict[str, str]:
-    return settings(option) or {}
 
 
 def _plugged_ram(options: Sequence[QemuOption]) -> int | None:
@@ -125,7 +135,7 @@ def _plugged_ram(options: Sequence[QemuOption]) -> int | None:
 
 
 def _plugged_backends(options: Sequence[QemuOption]) -> set[str] | None:
-    """The ids of those of pc-dimm, nvdimm, virtio-mem, cxl-type3."""
+    """The ids of those, None where one cannot be told. ivshmem's, which is locked as RAM is, among them."""
     backends = set()
     for option in options:
         if option.bare_name == "device" and "memdev" in str(option.value):
@@ -144,7 +154,7 @@ def _backend_size(options: Sequence[QemuOption], backend: str) -> int | None:
 def _backend(options: Sequence[QemuOption], backend: str) -> dict[str, str] | None:
     """The memory backend, or whatever object, of this id."""
     for option in options:
-        if option.bare_name == "object" and (found := _of(option)).get("id") == backend:
+        if option.bare_name == "object" and (found := known_settings(option)).get("id") == backend:
             return found
     return None
 

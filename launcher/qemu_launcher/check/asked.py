@@ -11,10 +11,10 @@ from contextlib import suppress
 from math import prod
 from typing import Literal, NamedTuple
 
-from .. import cmdline, options, ram
+from .. import cmdline, ram
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
-from ..options import DRIVE_LETTERS, is_on, is_vfio, smp_numbers
+from ..options import DRIVE_LETTERS, is_on, is_vfio, known_settings, smp_numbers
 
 Settings = Mapping[str, str]
 
@@ -66,16 +66,11 @@ class Backend(NamedTuple):
         return self.nodes if self.policy == "bind" else frozenset()
 
 
-def settings(option: QemuOption) -> dict[str, str]:
-    """The properties of one option by name, however it is written; none of what cannot be read."""
-    return options.settings(option) or {}
-
-
 def each(definition: VmDefinition, *names: str) -> Iterator[Settings]:
     """The settings of every option with one of these names, in their order."""
     for option in definition.options:
         if option.bare_name in names:
-            yield settings(option)
+            yield known_settings(option)
 
 
 def kvm(definition: VmDefinition) -> Literal["needed", "preferred"] | None:
@@ -127,7 +122,8 @@ def backends(definition: VmDefinition) -> list[Backend]:
     found = [
         _backend(one, option)
         for option in definition.options
-        if option.bare_name == "object" and (one := settings(option)).get("qom-type", "").startswith("memory-backend-")
+        if option.bare_name == "object"
+        and (one := known_settings(option)).get("qom-type", "").startswith("memory-backend-")
     ]
     paths = [option.value for option in definition.options if option.bare_name == "mem-path"]
     if paths and isinstance(paths[-1], str):
@@ -183,13 +179,13 @@ def _files(option: QemuOption) -> Iterator[tuple[str, bool]]:
     if name in (*DRIVE_LETTERS, "cdrom", "kernel", "initrd", "dtb") and isinstance(option.value, str):
         yield option.value, name in DRIVE_LETTERS
     elif name == "drive":
-        given = settings(option)
+        given = known_settings(option)
         readonly = any(is_on(given.get(key, "off")) for key in ("readonly", "read-only", "snapshot"))
         for key in ("file", "file.filename"):
             if key in given and given.get("format") != "vvfat":
                 yield given[key], not readonly and given.get("media") != "cdrom"
     elif name == "blockdev":
-        given = settings(option)
+        given = known_settings(option)
         for key in ("filename", "file.filename"):
             if key in given:
                 yield given[key], not is_on(given.get("read-only", "off"))

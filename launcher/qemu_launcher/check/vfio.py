@@ -137,9 +137,9 @@ def _others(tree: Tree, group: str, given: set[str | None], *, bridges_matter: b
             continue
         driver = tree.link(f"{folder}/{address}/driver")
         is_bridge = (tree.text(f"{folder}/{address}/class") or "").startswith(_BRIDGE)
-        is_harmless = driver is None or driver in _HARMLESS_DRIVERS or _VFIO in driver
-        if driver is not None and not is_harmless and (bridges_matter or not is_bridge):
-            held.append((address, driver, "pci-stub" if is_bridge else "vfio-pci"))  # which takes no bridges
+        if driver is None or driver in _HARMLESS_DRIVERS or _VFIO in driver or (is_bridge and not bridges_matter):
+            continue
+        held.append((address, driver, "pci-stub" if is_bridge else "vfio-pci"))  # which takes no bridges
     about = f"vfio group {group}"
     for address, driver, wanted in held:
         yield Finding(
