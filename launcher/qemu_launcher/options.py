@@ -20,7 +20,7 @@ MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quart
 _IMPLIED = {
     "device": "driver", "object": "qom-type", "machine": "type", "M": "type", "accel": "accel", "display": "type",
     "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
-    "smp": "cpus", "netdev": "type", "nic": "type", "numa": "type",
+    "smp": "cpus", "netdev": "type", "nic": "type", "numa": "type", "m": "size",
 }  # fmt: skip
 _ON = "on"
 _LONGEST_NAME = 256  # characters, of one that has others in it. QEMU has none of 100; each is a part of all within it

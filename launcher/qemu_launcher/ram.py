@@ -8,7 +8,7 @@ Which files are huge pages only the host could tell. A file outside /dev/shm is 
 guest's RAM in another, and who has is told by the kernel, as without this module.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import hexdigits
 
 from .options import (
@@ -65,13 +65,13 @@ def is_locked_twice(options: Sequence[QemuOption]) -> bool:
     """Whether the machine's own RAM, or some of it, counts for VFIO and for mem-lock, whatever its size."""
     if not (has_mem_lock(options) and vfio_containers(options)):
         return False
-    backends = _machine_backends(options)
+    backends = machine_backends(options)
     known = [found for backend in backends if (found := _backend(options, backend)) is not None]
     return not all(map(_is_huge, known)) if backends else not _is_huge(_mem_path(options))
 
 
 def _ram_in_huge_pages(options: Sequence[QemuOption]) -> int:
-    own, plugged = _machine_backends(options), _plugged_backends(options) or set()
+    own, plugged = machine_backends(options), _plugged_backends(options) or set()
     found = [_backend(options, backend) or {} for backend in own | plugged]
     sizes = [parse_size(backend.get("size", ""), default_unit="B") or 0 for backend in found if _is_huge(backend)]
     if not own and _is_huge(_mem_path(options)):
@@ -97,14 +97,9 @@ def machine_ram(options: Sequence[QemuOption]) -> int | None:
 
     As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
     """
-    if any(
-        name.startswith("memory.")  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
-        for option in options
-        if option.bare_name in ("machine", "M")
-        for name, _ in option.properties()
-    ):
-        return None
-    sizes = [size for option in options if option.bare_name == "m" for size in _sizes(option)]
+    if any(name.startswith("memory.") for found in _each(options, "machine", "M") for name in found):
+        return None  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
+    sizes = [found["size"] for found in _each(options, "m") if "size" in found]
     if sizes:
         return parse_size(sizes[-1], default_unit="M")
     backend = _machine_backend(options)
@@ -112,17 +107,19 @@ def machine_ram(options: Sequence[QemuOption]) -> int | None:
 
 
 def _machine_backend(options: Sequence[QemuOption]) -> str | None:
-    return _last(options, "machine", "memory-backend") or _last(options, "M", "memory-backend")
+    """The id of the memory backend that -machine names for the machine's own RAM; -M is the same option."""
+    found = [found["memory-backend"] for found in _each(options, "machine", "M") if "memory-backend" in found]
+    return found[-1] if found else None
 
 
-def _machine_backends(options: Sequence[QemuOption]) -> set[str]:
+def _each(options: Sequence[QemuOption], *names: str) -> Iterator[dict[str, str]]:
+    """The settings of every option with one of these names, in their order."""
+    return (known_settings(option) for option in options if option.bare_name in names)
+
+
+def machine_backends(options: Sequence[QemuOption]) -> set[str]:
     """The ids of all that the machine's own RAM consists of; none where it has no backend by name."""
-    nodes = {
-        found["memdev"]
-        for option in options
-        if option.bare_name == "numa"
-        if "memdev" in (found := known_settings(option))
-    }
+    nodes = {found["memdev"] for found in _each(options, "numa") if "memdev" in found}
     backend = _machine_backend(options)
     return nodes if backend is None else nodes | {backend}
 
@@ -153,31 +150,7 @@ def _backend_size(options: Sequence[QemuOption], backend: str) -> int | None:
 
 def _backend(options: Sequence[QemuOption], backend: str) -> dict[str, str] | None:
     """The memory backend, or whatever object, of this id."""
-    for option in options:
-        if option.bare_name == "object" and (found := known_settings(option)).get("id") == backend:
-            return found
-    return None
-
-
-def _sizes(option: QemuOption) -> list[str]:
-    found = []
-    for position, (name, value) in enumerate(option.properties()):
-        if value is None and position == 0:
-            found.append(name)
-        elif name == "size" and value is not None:
-            found.append(value)
-    return found
-
-
-def _last(options: Sequence[QemuOption], option_name: str, property_name: str) -> str | None:
-    found = [
-        value
-        for option in options
-        if option.bare_name == option_name
-        for name, value in option.properties()
-        if name == property_name
-    ]
-    return found[-1] if found else None
+    return next((found for found in _each(options, "object") if found.get("id") == backend), None)
 
 
 def parse_size(text: str, default_unit: str) -> int | None:

@@ -98,3 +98,22 @@ def test_options_cost_no_more_than_they_are_long() -> None:
     option = launcher("", f"""[device: '{{"driver": "x", "{"k" * 60000}": {{{inner}}}}}']""").options[0]
     found = options.settings(option)
     assert found == {"driver": "x"}
+
+
+@pytest.mark.parametrize(
+    ("items", "gib"),
+    [
+        ("machine: [q35, memory-backend: large], M: [memory-backend: small]", 1),  # they are one, and the last one wins
+        ("M: [memory-backend: small], machine: [q35, memory-backend: large]", 2),
+        ("M: [memory-backend: small], machine: q35", 1),
+        ("machine: [q35, memory-backend: small], m: [slots: 2, size: 3G]", 3),
+        ("machine: [q35, memory-backend: small], m: [3G, slots: 2], m: [maxmem: 9G]", 3),
+        ("machine: [q35, memory-backend: small], m: [slots: 2]", 1),
+        ("M: [q35, memory.size: 3G], m: 1G", None),  # which of the two wins is not told
+        ("machine: [q35, memory-backend: none]", None),
+    ],
+)
+def test_the_machine_s_own_ram(items: str, gib: int | None) -> None:
+    objects = "object: [memory-backend-ram, id: small, size: 1G], object: [memory-backend-ram, id: large, size: 2G]"
+    wanted = launcher("", f"[{objects}, {items}]").options
+    assert ram.machine_ram(wanted) == (None if gib is None else gib * GIB)

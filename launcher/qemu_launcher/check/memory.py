@@ -338,8 +338,7 @@ def _ram(definition: VmDefinition, wanted: list[Backend]) -> list[Backend]:
 
     ivshmem has a memdev as well, which is no RAM.
     """
-    machine = [one["memory-backend"] for one in asked.each(definition, "machine", "M") if "memory-backend" in one]
-    own = {*machine[-1:], *(one["memdev"] for one in asked.each(definition, "numa") if "memdev" in one)}
+    own = ram.machine_backends(definition.options)
     devices = [one for one in asked.each(definition, "device") if not one.get("driver", "").startswith("ivshmem")]
     plugged = {value for one in devices for name, value in one.items() if name.endswith("memdev")}
     found = [backend for backend in wanted if backend.id in own | plugged]
