@@ -21,6 +21,7 @@ from lab.outside import (
     RESERVED_KEY,
     SLOW,
     SYSTEM,
+    WORTH_A_LAB,
     SystemRun,
     _results,
     release_reserved,
@@ -194,9 +195,15 @@ def test_what_files_take_is_known_or_guessed() -> None:
 
 
 def test_files_are_shared_out_evenly() -> None:
-    numbers = {Path(name): number for name, number in {"a": 1, "b": 5, "c": 4, "d": 3}.items()}
+    numbers = {Path(name): number * WORTH_A_LAB for name, number in {"a": 1, "b": 5, "c": 4, "d": 3}.items()}
     shares = shared_out(numbers, 2)
-    assert sorted(sum(numbers[path] for path in share) for share in shares) == [6, 7]
+    assert sorted(sum(numbers[path] for path in share) / WORTH_A_LAB for share in shares) == [6, 7]
     assert set().union(*shares) == numbers.keys()
     assert shared_out(numbers, 1) == [numbers.keys()]
     assert len(shared_out(numbers, 9)) == 4
+
+
+def test_no_lab_is_booted_for_little() -> None:
+    files = {Path(name): 0.3 * WORTH_A_LAB for name in "abcde"}
+    assert shared_out(files, 2) == [files.keys()]
+    assert len(shared_out({**files, Path("f"): 0.6 * WORTH_A_LAB}, 2)) == 2

@@ -15,10 +15,10 @@ import signal
 
 from system import host
 from system.claims import copied
-from system.faults import ROUNDS, SEED, say
+from system.faults import ROUNDS, SEED, SHARE, SHARES, say
 from system.fixtures import call_helper
 from system.people import User, folder_of
-from system.vms import Launch, define, running
+from system.vms import Launch, define
 
 NAME = "stepped"
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
@@ -66,29 +66,54 @@ def expect_held_or_tuned(launch: Launch, qemu: int) -> None:
         assert launch.witness.heard("RESUME") == []
         assert not launch.guest_ran
         return
+    expect_tuned(launch, qemu)
+
+
+def expect_tuned(launch: Launch, qemu: int) -> None:
+    """Its vCPUs have all that was wanted for them."""
     assert [host.cpus_of(qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
     assert [host.scheduling(tid) for tid in launch.vcpu_tids] == [("fifo", 1, True)] * 2
     assert host.isolated() == {4, 5}
 
 
+def expect_next_start(stepped: Stepped, launch: Launch, qemu: int | None) -> None:
+    """It works, and ends a QEMU that is left; unless that one has everything, and its user may let its guest go on."""
+    again = Launch(stepped.user, NAME)
+    try:
+        host.wait_for("the next start runs, or ends", lambda: "running" in again.said or not again.is_alive)
+        if qemu is None or f"is already running (PID {qemu}), and waits to be started" not in again.said:
+            again.until_running()
+            assert host.isolated() == {4, 5}
+            assert again.quit() == 0
+            return
+    finally:
+        again.close()
+    expect_tuned(launch, qemu)
+    assert stepped.user.command("resume", NAME).status == 0
+    assert launch.witness.state() == "running"
+    expect_tuned(launch, qemu)
+    assert stepped.user.command("kill", NAME).status == 0
+    host.wait_for("its QEMU is gone", lambda: not host.is_alive(qemu))
+    expect_next_start(stepped, launch, None)
+
+
 def try_step(stepped: Stepped, step: str, who: str) -> bool:
     """End a start there, look at what is left, and start again; whether the step was reached."""
     launch = stepped.start(step, who)
+    qemu: int | None = None
     try:
         host.wait_for("a step, or the end", lambda: stepped.reached or not launch.is_alive or launch.guest_ran)
         if not stepped.reached:
             return False
         if who == "launcher":
             host.wait_for("the launcher is gone", lambda: not launch.is_alive)
-            qemus = host.processes("qemu-system-x86_64")
-            if qemus:
-                expect_held_or_tuned(launch, qemus[0])
+            qemu = next(iter(host.processes("qemu-system-x86_64")), None)
+            if qemu is not None:
+                expect_held_or_tuned(launch, qemu)
         elif who == "QEMU":
             assert launch.until_ended() in (1, 128 + signal.SIGKILL), launch.said
         if not launch.guest_ran:
-            with running(stepped.user, NAME) as again:
-                assert host.isolated() == {4, 5}
-                assert again.quit() == 0
+            expect_next_start(stepped, launch, qemu)
     finally:
         launch.close()
         for pid in host.processes("qemu-system-x86_64"):
@@ -102,7 +127,18 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
     names = stepped.steps()
     assert len(names) >= 75, names
     points = [(name, who) for name in names for who in ("launcher", "QEMU")]
-    chosen = random.Random(SEED).sample(points, min(max(2, ROUNDS // 2), len(points)))
-    tried = [try_step(stepped, *point) for point in chosen]
-    say(f"{sum(tried)} of {len(points)} points, real helper, mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED}")
-    assert any(tried)
+    chosen = random.Random(SEED).sample(points, min(max(2, ROUNDS // 2), len(points)))[SHARE - 1 :: SHARES]
+    wrong, passed_by = list[str](), 0
+    for step, who in sorted(chosen, key=points.index):
+        try:
+            passed_by += not try_step(stepped, step, who)
+        except (AssertionError, OSError) as err:
+            wrong.append(f"SIGKILL of {who} at {step}: {str(err)[:1500]}")
+            if len(wrong) == 5:
+                break
+    say(
+        f"a start with the real helper: {len(chosen)} of {len(points)} points, {len(wrong)} wrong, {passed_by} not "
+        f"come by; mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED} QEMU_LAUNCHER_SHARE={SHARE}/{SHARES}"
+    )
+    assert not wrong, "\n".join(wrong)
+    assert passed_by <= len(chosen) // 4

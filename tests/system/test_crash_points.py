@@ -9,9 +9,9 @@ of the kernel's or systemd's, or the death of the helper, of the VM or of its ca
 - the next VM of the same name is pinned and shielded, and gets its memory. The next point begins with just that, so it
   is looked at closely after some of them only.
 
-Each run on Debian 13 kills the helper at each of its steps; of all else `QEMU_LAUNCHER_ROUNDS=N` tries N points of
-each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N chooses others, QEMU_LAUNCHER_SHARE=2/3 the
-second third of them.
+Each run on Debian 13 kills the helper at each of its steps, and tries all where real time is taken back; of all else
+`QEMU_LAUNCHER_ROUNDS=N` tries N points of each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N
+chooses others, QEMU_LAUNCHER_SHARE=2/3 the second third of them.
 """
 
 from __future__ import annotations
@@ -169,6 +169,11 @@ class NotComeBy(Exception):  # noqa: N818  that is what happened
     """The step was not reached this time: how often systemd is asked, or a list read again, is not always the same."""
 
 
+def often(points: list[Point]) -> int:
+    """How many of these are tried in every run: all, on Debian 13."""
+    return len(points) if host.has_systemd() and host.mechanism() == "partition" else ROUNDS
+
+
 def try_all(
     program: Claimant,
     faults: Faults,
@@ -239,8 +244,7 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
             expect_whole(child, before, last)
 
     points = [Point(at, name, "SIGKILL of the helper") for at, name in found]
-    often = len(points) if host.has_systemd() and host.mechanism() == "partition" else 0
-    try_all(program, faults, points, "death of the helper at a step of a call", one, max(ROUNDS, often))
+    try_all(program, faults, points, "death of the helper at a step of a call", one, often(points))
 
 
 # With cpusets of v1 a step is a task of the host's, of which there are never as many as a moment ago.
@@ -274,7 +278,7 @@ def test_a17_killed_while_real_time_is_taken_back(program: Claimant, faults: Fau
         for do in (*ERRORS[:1], "kill")
         if do == "kill" or not name.startswith("end:")
     ]
-    try_all(program, faults, points, "an error or death while real time is taken back", one, max(ROUNDS, len(points)))
+    try_all(program, faults, points, "an error or death while real time is taken back", one, often(points))
 
 
 def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[], object]) -> Answer:
