@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qemu_launcher import cmdline, options, ram, threads
-from qemu_launcher.check import asked, memory
+from qemu_launcher.check import asked, numa
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.pinning import smp_for
 from unit.other_host import OtherHost
@@ -17,6 +17,7 @@ from unit.reading import read
 
 QEMU = "qemu-system-x86_64"
 BACKEND = "object: [memory-backend-memfd, id: mem, size: 1G]"
+TWO = f"{BACKEND}, object: [memory-backend-memfd, id: two, size: 2G]"
 
 
 def ask(items: str, command: str) -> Any:
@@ -52,6 +53,8 @@ def definition(items: str) -> str:
         f"machine: [q35, memory-backend: mem], {BACKEND}",
         f"M: 'q35,memory-backend=mem', {BACKEND}",
         f"m: 2G, {BACKEND}",
+        f"machine: [q35, memory-backend: mem], M: [memory-backend: two], {TWO}",
+        f"M: [memory-backend: two], machine: [q35, memory-backend: mem], {TWO}",
     ],
 )
 def test_guest_ram(items: str) -> None:
@@ -96,7 +99,7 @@ def test_lines_that_bind_memory(items: str, more: str, tmp_path: Path) -> None:
 
     def looked_at(items: str) -> list[Finding]:
         found = read(f"launcher: {{binary: q, vcpu_pinning: [2]}}\nqemu: [{items}]\n")
-        return list(memory.elsewhere(found, host.tree, asked.backends(found)))
+        return list(numa.elsewhere(found, host.tree, asked.backends(found)))
 
     items += ", mem-prealloc"
     [one] = looked_at(items + more)

@@ -98,3 +98,31 @@ def the_only(findings: list[Finding]) -> tuple[str, str, str]:
     """Severity, text and fix of the one finding there is."""
     [one] = findings
     return one.severity, one.text, one.fix or ""
+
+
+MOUNTS = (
+    "22 1 0:21 / / rw,relatime - ext4 /dev/sda1 rw\n"
+    "30 22 0:27 / /dev/hugepages rw,relatime shared:11 - hugetlbfs hugetlbfs rw,pagesize=2M\n"
+    "31 22 0:28 / /mnt/huge\\040pages rw - hugetlbfs none rw,pagesize=1024M\n"
+    "32 22 0:29 / /dev/shm rw,nosuid - tmpfs tmpfs rw\n"
+)
+
+
+def with_memory(tmp_path: Path) -> OtherHost:
+    """16 GiB to spare; 4 GiB in huge pages of 2 MiB, none of 1 GiB."""
+    host = OtherHost(tmp_path)
+    host.write("/proc/meminfo", "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\nHugepagesize:       2048 kB\n")
+    host.write("/proc/self/mountinfo", MOUNTS)
+    host.huge_pages(2048, total=2048, free=2048)
+    host.huge_pages(1048576, total=0, free=0)
+    host.folder("/dev/hugepages")
+    host.folder("/dev/shm")
+    return host
+
+
+def with_nodes(host: OtherHost) -> OtherHost:
+    """The same in two nodes of 8 CPUs, with half of the huge pages each."""
+    for number, cpus in enumerate(("0-7", "8-15")):
+        host.node(number, cpus)
+        host.huge_pages(2048, total=1024, free=1024, node=number)
+    return host

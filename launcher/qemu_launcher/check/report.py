@@ -35,7 +35,23 @@ from ..errors import DefinitionError, LauncherError, TuningFailed, printable
 from ..patience import patiently
 from ..sizes import INFINITY
 from ..voice import Voice
-from . import apparmor, asked, cpus, cpusets, devices, environment, files, finding, layout, memory, versions, vfio
+from . import (
+    apparmor,
+    asked,
+    cpus,
+    cpusets,
+    devices,
+    environment,
+    files,
+    finding,
+    hugepages,
+    layout,
+    memory,
+    numa,
+    sharedfiles,
+    versions,
+    vfio,
+)
 from .finding import Finding
 from .tree import ENTER, Tree
 
@@ -160,11 +176,11 @@ class _Vm:
 
     def _memory(self, *, runs: bool) -> Iterator[Finding]:
         tree, backends = self._tree, asked.backends(self._definition)
-        yield from memory.shared_files(tree, backends, self._user)
+        yield from sharedfiles.shared_files(tree, backends, self._user)
         if not runs:
-            yield from memory.huge_pages(tree, backends)
+            yield from hugepages.huge_pages(tree, backends)
             whole = ram.guest_ram(self._definition.options)
-            yield from memory.enough(tree, whole, memory.in_huge_pages(tree, backends))
+            yield from memory.enough(tree, whole, hugepages.in_huge_pages(tree, backends))
 
     def _tuning(self, *, runs: bool) -> Iterator[Finding]:
         """What a failure does to the start is on_tuning_failure's to say, but for CPUs that are not there."""
@@ -224,7 +240,7 @@ class _Vm:
         yield from cpus.count(definition)
         yield from cpus.cores(definition, facts)
         yield from layout.layout(definition, self._tree)
-        yield from memory.elsewhere(definition, self._tree, asked.backends(definition))
+        yield from numa.elsewhere(definition, self._tree, asked.backends(definition))
         if definition.isolation == "affinity":
             yield from self._mildly(cpus.held(definition, self._tree))
         wanted = cpus.of_vcpus(definition)
