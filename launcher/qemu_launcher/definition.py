@@ -29,7 +29,16 @@ from .keys import (
     priority_of,
     read_launcher,
 )
-from .options import QemuOption, has_mem_lock, has_vfio, iothread_ids, pinned_by, read_options, smp_numbers, vcpu_limit
+from .options import (
+    QemuOption,
+    drives_host_devices,
+    has_mem_lock,
+    iothread_ids,
+    pinned_by,
+    read_options,
+    smp_numbers,
+    vcpu_limit,
+)
 from .pinning import CpuSet, Pinning, beside_the_first, out_of_range, smp_for
 from .yamlnode import Map, Node, Scalar, describe, fail
 
@@ -225,7 +234,7 @@ def _check_together(
         _check_isolation(keys, marks, problems)
     if all_options:
         _check_iothreads(keys.get("iothread_pinning"), options, problems)
-    keys.setdefault("inhibit_sleep", has_vfio(options))
+    keys.setdefault("inhibit_sleep", drives_host_devices(options))
     if "memlock" not in keys and (pinned_by(options) or has_mem_lock(options)):
         keys["memlock"] = Memlock("auto")
     problems.extend(restrictions.never(options))

@@ -132,6 +132,11 @@ def has_vfio(options: Iterable[QemuOption]) -> bool:
     return any(is_vfio(driver) for option in _named(options, "device") for driver in _drivers(option))
 
 
+def drives_host_devices(options: Sequence[QemuOption]) -> bool:
+    """Whether the guest, or QEMU itself, drives a device of the host's, of whose state the host knows nothing."""
+    return has_vfio(options) or _nvme_drives(options) > 0
+
+
 def is_vfio(driver: str) -> bool:
     """Whether a -device of this driver is one of the host's. That of vfio-user-pci is another program's."""
     return driver.startswith("vfio-") and not driver.startswith("vfio-user-")

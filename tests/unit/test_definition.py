@@ -446,6 +446,7 @@ def test_key_that_stands_a_level_too_high() -> None:
         ("", "[]", False),
         ("", "[{device: [vfio-pci, host: 01:00.0]}]", True),
         ("inhibit_sleep: false", "[{device: [vfio-pci, host: 01:00.0]}]", False),
+        ("", "[{drive: [file: 'nvme://0000:44:00.0/1']}]", True),  # QEMU drives the controller itself
         ("inhibit_sleep: true", "[]", True),
         ("", "[netdev: vhost-vdpa]", False),
         ("", "[device: vfio-user-pci]", False),
