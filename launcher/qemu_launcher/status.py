@@ -38,7 +38,9 @@ class Vcpu:
 
     def cells(self) -> tuple[str, ...]:
         """In the order of COLUMNS."""
-        shielded = "yes" if self.shielded else "no" if self.shield is None else self.shield
+        shielded = self.shield or "no"
+        if self.shielded:  # what differs without partitions: qemu-launcher-helper(8), SHIELDS
+            shielded = f"yes ({self.shield})" if self.shield in ("pool", "cpuset-v1") else "yes"
         policy, priority = "gone", ""
         if (found := self.scheduling) is not None:
             policy = f"{found.policy} (reset on fork)" if found.reset_on_fork else found.policy

@@ -28,6 +28,18 @@ def test_bob_who_is_not_in_the_group(bob: User) -> None:
     assert "qemu-launcher run --untuned vm" in words
 
 
+def test_alice_who_is(alice: User, vm: Callable[..., Launch]) -> None:
+    """All that is refused to others is granted to a member of the group."""
+    define(alice, "vm", {**TUNING, "rlimit_memlock": "400M"}, {"m": "128M"}, cpus=2)
+    running = vm(alice, "vm")
+    assert host.isolated() == {4, 5}
+    assert [host.cpus_of(running.qemu, tid) for tid in running.vcpu_tids] == [{4}, {5}]
+    assert [host.scheduling(tid) for tid in running.vcpu_tids] == [("fifo", 1, True)] * 2
+    assert host.limit(running.qemu, "Max locked memory") == (400 << 20, 400 << 20)
+    assert running.quit() == 0
+    host.wait_until_as_before()
+
+
 def test_bob_without_tuning(bob: User, vm: Callable[..., Launch]) -> None:
     """The way that the refusal names does work, and works without the group."""
     define(bob, "vm", TUNING, cpus=2)

@@ -18,7 +18,8 @@ from system.people import User
 from system.stepping import Stepping
 from system.vms import Launch, define
 
-pytestmark = pytest.mark.hosts("trixie", why="it is about what the kernel does to partitions")
+pytestmark = pytest.mark.hosts("trixie", more=("bookworm",), why="v1's are in test_v1.py, those without systemd never")
+about_partitions = pytest.mark.hosts("trixie", why="it is about what the kernel does to partitions")
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "shutdown_timeout": 1}
 SYSTEMD_DROP_INS = Path("/run/systemd/system.control")
@@ -146,12 +147,14 @@ def test_the_clock_jumps(program: Claimant) -> None:
     assert host.isolated() == frozenset()
 
 
-def test_an_administrator_changes_allowed_cpus(program: Claimant) -> None:
+@about_partitions
+def test_an_administrator_changes_allowed_cpus(program: Claimant, alice: User) -> None:
     """A shield stays whatever is allowed to the slices above it, and comes as well; QEMU's other threads keep to that.
 
     But the kernel gives a sibling's only CPUs to nobody: then nothing is left of the claim.
     """
     child = shielded(program)
+    define(alice, "kept", {**TUNING, "vcpu_pinning": [6, 7], "emulator_pinning": [5]}, cpus=2)
     with allowed_cpus("user.slice", "0-3"), allowed_cpus(f"qemu-launcher-{program.user.uid}-vm.scope", "0-1"):
         expect_whole(child)
         start_helper()
@@ -162,6 +165,10 @@ def test_an_administrator_changes_allowed_cpus(program: Claimant) -> None:
         child = shielded(program)
         expect_whole(child)
         assert host.cpus_of(child.pid) == {0, 1, 2, 3}
+        told = alice.command("check", "kept").stdout
+        words = "user.slice may only use CPUs 0-3 (AllowedCPUs=), and its threads besides the vCPUs are pinned to 5"
+        assert f"error    {words}\n" in told, told
+        assert "sudo systemctl set-property user.slice AllowedCPUs=0-3,5\n" in told
     expect_whole(child)
     assert host.cpus_of(child.pid) == host.online() - {4, 5}
     assert program.call("Release", "us", program.user.uid, "vm").error == "ok"
@@ -172,6 +179,7 @@ def test_an_administrator_changes_allowed_cpus(program: Claimant) -> None:
         assert host.exclusive() == {}
 
 
+@about_partitions
 def test_cgroups_removed_by_hand(program: Claimant) -> None:
     """Root moves the process out and removes what is empty, as somebody does who tidies up."""
     child = shielded(program)
@@ -188,6 +196,7 @@ def test_cgroups_removed_by_hand(program: Claimant) -> None:
     expect_whole(shielded(program))
 
 
+@about_partitions
 def test_a_partition_ended_by_hand(program: Claimant) -> None:
     """Nothing tells the helper; its next start does not leave the real time where the shield was."""
     child = shielded(program)
@@ -219,13 +228,27 @@ def test_daemon_reexec_in_the_middle_of_a_launch(alice: User, stepping: Stepping
     host.wait_until_as_before()
 
 
+@contextmanager
+def kill_user_processes(word: str) -> Iterator[None]:
+    """KillUserProcesses= of logind.conf(5)."""
+    LOGIND_DROP_IN.parent.mkdir(exist_ok=True)
+    LOGIND_DROP_IN.write_text(f"[Login]\nKillUserProcesses={word}\n")
+    subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
+    try:
+        logind = ["org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"]
+        command = ["busctl", "get-property", *logind, "KillUserProcesses"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert said == f"b {'true' if word == 'yes' else 'false'}\n"
+        yield
+    finally:
+        LOGIND_DROP_IN.unlink()
+        subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
+
+
 def test_logout_with_kill_user_processes(alice: User, vm: Callable[..., Launch]) -> None:
     """logind ends what is in the session's scope, which QEMU is not: but its launcher is, and powers it down."""
     define(alice, "session", TUNING, cpus=2)
-    LOGIND_DROP_IN.parent.mkdir(exist_ok=True)
-    LOGIND_DROP_IN.write_text("[Login]\nKillUserProcesses=yes\n")
-    subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
-    try:
+    with kill_user_processes("yes"):
         running = vm(alice, "session").until_settled()
         stop_helper()
         qemu = running.qemu
@@ -233,6 +256,21 @@ def test_logout_with_kill_user_processes(alice: User, vm: Callable[..., Launch])
         host.wait_for("QEMU is gone", lambda: not host.tids(qemu))
         host.wait_until_as_before()
         assert "session: asked the guest to power down within 1 s" in running.said
+
+
+def test_logout_without(alice: User, vm: Callable[..., Launch]) -> None:
+    """Who has started it from a login that logind leaves alone finds it again: as it was, and his."""
+    define(alice, "session", TUNING, cpus=2)
+    subprocess.run(["loginctl", "enable-linger", alice.name], check=True)
+    try:
+        with kill_user_processes("no"):
+            running = vm(alice, "session").until_settled()
+            alice.log_out()
+            assert alice.command("status", "session").status == 0
+            assert host.isolated() == {4, 5}
+            assert host.realtime_threads() == set(running.vcpu_tids)
+            assert alice.command("kill", "session").status == 0
+            host.wait_for("QEMU is gone", lambda: not host.is_alive(running.qemu))
     finally:
-        LOGIND_DROP_IN.unlink()
-        subprocess.run(["systemctl", "reload", "systemd-logind.service"], check=True)
+        subprocess.run(["loginctl", "disable-linger", alice.name], check=True)
+    host.wait_until_as_before()

@@ -78,12 +78,25 @@ def guest_of_libvirt(cpus: str) -> Iterator[int]:
         subprocess.run(["systemctl", "stop", GUEST], check=False, stderr=subprocess.DEVNULL)
 
 
-def test_others_make_room_and_get_their_cpus_back(program: Claimant, docker: Callable[[str, str], int]) -> None:
-    """Whether they were there before the shield or came while it was; who has other CPUs notices nothing."""
+def test_others_make_room_and_get_their_cpus_back(
+    program: Claimant, alice: User, docker: Callable[[str, str], int]
+) -> None:
+    """Whether they were there before the shield or came while it was; who has other CPUs notices nothing.
+
+    `check` names them beforehand.
+    """
     child = program.spawn(2)
-    before, beside = docker("before", "4-5"), docker("beside", "6")
+    before, beside = docker("a" * 64, "4-5"), docker("beside", "6")
     with guest_of_libvirt("5") as guest:
         assert [host.cpus_of(pid) for pid in (before, beside, guest)] == [{4, 5}, {6}, {5}]
+        define(alice, "vm", {"vcpu_pinning": [4, 5]}, cpus=2)
+        told = alice.command("check", "vm").stdout
+        meanwhile = "while this VM runs, it runs wherever there is room"
+        for holder, cpus in (("the docker container aaaaaaaaaaaa", "CPUs 4-5"), ("libvirt's VM win10", "CPU 5")):
+            assert f"warning  {holder} is kept on {cpus} (cpuset.cpus): {meanwhile}\n" in told, told
+        assert "docker update --cpuset-cpus 0-3,6-7 aaaaaaaaaaaa\n" in told
+        assert "beside" not in told
+        assert told.endswith("vm would start: 2 warnings\n")
         assert program.pin(child, "vm", 4, 5).error == "ok"
         later = docker("later", "3-4")
         assert host.isolated() == {4, 5}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,20 @@ def container() -> Iterator[Path]:
         task.kill()
     inner.rmdir()
     outer.rmdir()
+
+
+@contextmanager
+def another_container(group: Path, cpus: str) -> Iterator[None]:
+    """One that is made now, with CPUs and a task of its own."""
+    group.mkdir()
+    (group / "cpuset.cpus").write_text(cpus)
+    (group / "cpuset.mems").write_text("0")
+    with subprocess.Popen(["sleep", "infinity"]) as task:
+        (group / "tasks").write_text(str(task.pid))
+        assert host.cpus_of(task.pid) == host.parse(cpus)
+        yield
+        task.kill()
+    group.rmdir()
 
 
 def test_where_everything_is(program: Claimant) -> None:
@@ -87,6 +102,8 @@ def test_vms_of_two_users_beside_a_container_end_in_either_order(
             assert other.pin(hers, "vm", 6, 7).error == "ok"
             assert host.isolated() == {4, 5, 6, 7}
             assert legacy.said(container) == legacy.said(container.parent) == "0-3"
+            with another_container(container.with_name("4712"), "2-3"):
+                pass
             assert [host.cpus_of(mine.pid, tid) for tid in mine.tids] == [{4}, {5}]
             assert [host.scheduling(tid)[0] for tid in mine.tids] == ["fifo", "fifo"]
             assert "are held by VM vm of alice" in other.pin(hers, "vm", 5).text

@@ -43,6 +43,22 @@ def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("shield", "shielded", "word"),
+    [
+        (None, False, "no"),
+        ("isolated", True, "yes"),
+        ("root", True, "yes"),
+        ("pool", True, "yes (pool)"),
+        ("cpuset-v1", True, "yes (cpuset-v1)"),
+        ("pool invalid (CPUs 4 are offline or taken)", False, "pool invalid (CPUs 4 are offline or taken)"),
+    ],
+)
+def test_a_shield_without_partitions_is_named(shield: str | None, shielded: bool, word: str) -> None:
+    vcpu = Vcpu(0, 4720, frozenset({4}), shielded=shielded, shield=shield, scheduling=REALTIME)
+    assert vcpu.cells()[3] == word
+
+
 def test_root_is_told_whose_vms_are_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
