@@ -2,10 +2,10 @@
 
 Every test of tests/system runs once on each host that it is meant for, with the host's name in its node id; inside the
 lab its node id is the same. `make test` runs everything on Debian 13, and on Debian 12 what a shielding mechanism is
-there for: the main job, users beside each other, ends, and what is different there; and with cgroup v1, with
-dbus-broker and without systemd, what is different there. `make test-all` runs the rest there too, and what is for other
-hosts. A test says so by its marker, see HOSTS_MARKER_HELP. `.ci/run` has an hour, on two cores without KVM: test-all
-needs 96 minutes of a processor, and so 50 minutes to more than an hour there.
+there for: the main job, users beside each other, ends, crashes, a host that changes, and what is different there; and
+with cgroup v1, with dbus-broker and without systemd, what is different there. `make test-all` runs the rest there too,
+and what is for other hosts. A test says so by its marker, see HOSTS_MARKER_HELP. `.ci/run` has an hour, on two cores
+without KVM: test-all needs 96 minutes of a processor, and so 50 minutes to more than an hour there.
 
 QEMU_LAUNCHER_HOSTS chooses by hand: names, with all tests that are ever run there, or `all`, as `make test-all` does.
 """

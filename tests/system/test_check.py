@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from system import host
 from system.fixtures import TOML
 from system.people import Finished, User
 from system.test_administrators import WHY
 from system.vms import define
+
+pytestmark = pytest.mark.hosts("trixie", "bookworm", why="what differs without partitions is said here")
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "64M"}
 

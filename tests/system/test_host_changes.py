@@ -18,7 +18,7 @@ from system.people import User
 from system.stepping import Stepping
 from system.vms import Launch, define
 
-pytestmark = pytest.mark.hosts("trixie", more=("bookworm",), why="v1's are in test_v1.py, those without systemd never")
+pytestmark = pytest.mark.hosts("trixie", "bookworm", why="those with v1 are in test_v1.py")
 about_partitions = pytest.mark.hosts("trixie", why="it is about what the kernel does to partitions")
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "shutdown_timeout": 1}
@@ -121,6 +121,7 @@ def test_other_cpus_go_offline_and_come_back(program: Claimant) -> None:
     assert host.realtime_threads() == {child.tids[0]}
 
 
+@pytest.mark.hosts("trixie", more=("bookworm",), why="if it does not wake, all tests of its lab are lost")
 def test_the_host_sleeps(program: Claimant) -> None:
     """Suspend to RAM takes every CPU but one offline and brings them back, while nobody runs."""
     child = shielded(program)

@@ -10,6 +10,8 @@ from system.fixtures import stop_helper
 from system.people import User
 from system.vms import HELPER_UNIT, Launch, define, refused
 
+pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
+
 # The launcher, listing each module that it imports in its log. Its first line has -I, which keeps PYTHONVERBOSE= away.
 VERBOSE = "python3 -I -v /usr/bin/qemu-launcher"
 
