@@ -136,10 +136,12 @@ test-all: setup deb ## the same, with each system test on every host that it is 
 
 # `make test` tries, with partitions, all deaths of the helper, and of each other kind some points, the same ones each time;
 # QEMU_LAUNCHER_SEED=N tries others. Each mechanism has its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all
-# are days.
+# are days. And a host of 64 CPUs, large VMs of all sizes, and crowds for a hundred rounds.
+EXHAUSTIVE := tests/qemu/test_crash_points.py \
+	$(addprefix tests/system/test_,crash_points.py crash_launcher.py scale.py crowd.py)
 test-exhaustive: test-all ## test-all, then let each step of helper and launcher fail, kill who may die there; crowds; takes days
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \
-		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP tests/qemu/test_crash_points.py tests/system/test_crash_points.py tests/system/test_crash_launcher.py tests/system/test_scale.py tests/system/test_crowd.py
+		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP $(EXHAUSTIVE)
 
 # Each target ends at the first thing it finds, and the others still run. helper.toml must belong to root, which a user
 # namespace is enough for.
