@@ -139,7 +139,8 @@ test-all: setup deb ## the same, with each system test on every host that it is 
 # are days. And a host of 64 CPUs, large VMs of all sizes, and crowds for a hundred rounds.
 EXHAUSTIVE := tests/qemu/test_crash_points.py \
 	$(addprefix tests/system/test_,crash_points.py crash_launcher.py scale.py crowd.py)
-test-exhaustive: test-all ## test-all, then let each step of helper and launcher fail, kill who may die there; crowds; takes days
+test-exhaustive: setup deb ## test-all, then let each step of helper and launcher fail, kill who may die there; crowds; takes days
+	env -u QEMU_LAUNCHER_ROUNDS -u QEMU_LAUNCHER_SHARE $(MAKE) --no-print-directory test-all
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \
 		QEMU_LAUNCHER_LAB_SLOTS=$${QEMU_LAUNCHER_LAB_SLOTS:-3} $(PYTEST) -rP $(EXHAUSTIVE)
 

@@ -20,9 +20,9 @@ from .procfs import PROC, Process
 
 ROOT = Path("/sys/fs/cgroup")
 
-# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)". pool,
-# cpuset-v1: our words for shields that are made without one.
-_VALID = {"isolated", "root", "pool", "cpuset-v1"}
+# cpuset.cpus.partition of a partition that works; one that does not reads "isolated invalid (why)".
+_PARTITIONS = {"isolated", "root"}
+_WITHOUT = {"pool", "cpuset-v1"}  # our words for shields that are made without one
 # The hierarchy of scopes, below ROOT, where that is none itself: v2 beside v1 ("hybrid"), or systemd's v1 ("legacy").
 _BESIDE = ("unified", "systemd")
 # The helper's cpusets of v1, one for each list of CPUs.
@@ -103,7 +103,12 @@ def shield_of(pid: int, tid: int) -> str | None:
 
 def holds(shield: str | None) -> bool:
     """Whether a state that `shield_of` has told is that of a shield that works."""
-    return shield in _VALID
+    return shield in _PARTITIONS | _WITHOUT
+
+
+def is_partition(shield: str | None) -> bool:
+    """Whether such a shield is one of the kernel's own making."""
+    return shield in _PARTITIONS
 
 
 def _pool_of(scope: Path) -> str:

@@ -22,6 +22,7 @@ _IMPLIED = {
     "chardev": "backend", "audiodev": "driver", "audio": "driver", "blockdev": "driver", "cpu": "model",
     "smp": "cpus", "netdev": "type", "nic": "type", "numa": "type", "m": "size",
 }  # fmt: skip
+_NEVER_JSON = ("m", "machine", "M")  # qemu_init of QEMU's system/vl.c
 _ON = "on"
 _LONGEST_NAME = 256  # characters, of one that has others in it. QEMU has none of 100; each is a part of all within it
 _JSON_DRIVER = re.compile(r"""["'](?:driver|type)["']\s*:\s*["']([a-z0-9-]+)["']""")
@@ -83,7 +84,7 @@ def settings(option: QemuOption) -> dict[str, str] | None:
 
     None for JSON that we cannot read.
     """
-    if is_json(option):
+    if is_json(option) and option.bare_name not in _NEVER_JSON:
         import json  # noqa: PLC0415  few write options so, and `command` is to be quick
 
         try:
@@ -204,6 +205,11 @@ def _nvme_drives(options: Iterable[QemuOption]) -> int:
         or any(str(value).startswith("nvme://") for value in (option.value, *known_settings(option).values()))
         for option in _named(options, "blockdev", "drive", "cdrom", *DRIVE_LETTERS)
     )
+
+
+def each(options: Iterable[QemuOption], *names: str) -> Iterator[dict[str, str]]:
+    """The settings of every option with one of these names, in their order."""
+    return map(known_settings, _named(options, *names))
 
 
 def _named(options: Iterable[QemuOption], *names: str) -> Iterator[QemuOption]:

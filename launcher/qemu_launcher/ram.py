@@ -8,15 +8,15 @@ Which files are huge pages only the host could tell. A file outside /dev/shm is 
 guest's RAM in another, and who has is told by the kernel, as without this module.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from string import hexdigits
 
 from .options import (
     QemuOption,
+    each,
     has_iommufd,
     has_mem_lock,
     is_on,
-    known_settings,
     settings,
     vdpa_devices,
     vfio_containers,
@@ -97,9 +97,9 @@ def machine_ram(options: Sequence[QemuOption]) -> int | None:
 
     As QEMU: the last size of all `-m`; without one, the size of the machine's memory-backend; else 128 MiB.
     """
-    if any(name.startswith("memory.") for found in _each(options, "machine", "M") for name in found):
+    if any(name.startswith("memory.") for found in each(options, "machine", "M") for name in found):
         return None  # what -m stands for since QEMU 7.1; which of the two wins is not worth knowing
-    sizes = [found["size"] for found in _each(options, "m") if "size" in found]
+    sizes = [found["size"] for found in each(options, "m") if "size" in found]
     if sizes:
         return parse_size(sizes[-1], default_unit="M")
     backend = _machine_backend(options)
@@ -108,18 +108,13 @@ def machine_ram(options: Sequence[QemuOption]) -> int | None:
 
 def _machine_backend(options: Sequence[QemuOption]) -> str | None:
     """The id of the memory backend that -machine names for the machine's own RAM; -M is the same option."""
-    found = [found["memory-backend"] for found in _each(options, "machine", "M") if "memory-backend" in found]
+    found = [found["memory-backend"] for found in each(options, "machine", "M") if "memory-backend" in found]
     return found[-1] if found else None
-
-
-def _each(options: Sequence[QemuOption], *names: str) -> Iterator[dict[str, str]]:
-    """The settings of every option with one of these names, in their order."""
-    return (known_settings(option) for option in options if option.bare_name in names)
 
 
 def machine_backends(options: Sequence[QemuOption]) -> set[str]:
     """The ids of all that the machine's own RAM consists of; none where it has no backend by name."""
-    nodes = {found["memdev"] for found in _each(options, "numa") if "memdev" in found}
+    nodes = {found["memdev"] for found in each(options, "numa") if "memdev" in found}
     backend = _machine_backend(options)
     return nodes if backend is None else nodes | {backend}
 
@@ -150,7 +145,7 @@ def _backend_size(options: Sequence[QemuOption], backend: str) -> int | None:
 
 def _backend(options: Sequence[QemuOption], backend: str) -> dict[str, str] | None:
     """The memory backend, or whatever object, of this id."""
-    return next((found for found in _each(options, "object") if found.get("id") == backend), None)
+    return next((found for found in each(options, "object") if found.get("id") == backend), None)
 
 
 def parse_size(text: str, default_unit: str) -> int | None:

@@ -40,7 +40,7 @@ class Vcpu:
         """In the order of COLUMNS."""
         shielded = self.shield or "no"
         if self.shielded:  # what differs without partitions: qemu-launcher-helper(8), SHIELDS
-            shielded = f"yes ({self.shield})" if self.shield in ("pool", "cpuset-v1") else "yes"
+            shielded = "yes" if cgroups.is_partition(self.shield) else f"yes ({self.shield})"
         policy, priority = "gone", ""
         if (found := self.scheduling) is not None:
             policy = f"{found.policy} (reset on fork)" if found.reset_on_fork else found.policy

@@ -58,7 +58,8 @@ HOSTS = {
         # Without systemd: OpenRC and elogind. Partitions; and on Debian 12, cpusets of v1 with cgroup v2 beside them.
         Host("openrc", OPENRC),
         Host("openrc-v1", OPENRC_V1),
-        # As many CPUs as an emulated host boots with in some minutes.
+        # As many CPUs as an emulated host boots with in some minutes. Only `make test-exhaustive` has tests there. What
+        # tells it from the others is a word of ours on its kernel's command line.
         Host("many-cpus", TRIXIE, Machine("64,sockets=1,cores=32,threads=2", kernel_arguments=("lab.cpus=64",))),
         Host("isolcpus", TRIXIE, Machine(kernel_arguments=("isolcpus=5-6",))),  # parts of two cores
     )

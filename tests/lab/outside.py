@@ -58,9 +58,10 @@ SLOW = {
     "test_limits.py": 150.0,
     "test_scale.py": 150.0,
 }
+EVERYTHING = "QEMU_LAUNCHER_ROUNDS" in os.environ
 WORTH_A_LAB = 800.0  # what is left to a lab at least, where a host has several: each boots, and installs the package
 # Without a report: a single test in there may take minutes, never that many; hours, if it is told to try everything.
-SILENCE_SECONDS = 12 * 3600.0 if "QEMU_LAUNCHER_ROUNDS" in os.environ else 1800.0
+SILENCE_SECONDS = 12 * 3600.0 if EVERYTHING else 1800.0
 BUILDING = threading.Lock()
 SHOWN = " (the console is shown with the first test that failed so)"
 WANTED_KEY = pytest.StashKey[frozenset[str] | None]()  # hosts, as hosts.chosen() says
@@ -359,9 +360,9 @@ def seconds(files: Iterable[Path]) -> dict[Path, float]:
 def shared_out(lasting: Mapping[Path, float], labs: int) -> list[set[Path]]:
     """Shares files that last so long among at most `labs` labs, the longest first, to the one that has least.
 
-    To fewer, if there is less than WORTH_A_LAB for each.
+    To fewer, if there is less than WORTH_A_LAB for each; nobody knows how long what tries everything lasts.
     """
-    worth = max(1, int(sum(lasting.values()) / WORTH_A_LAB))
+    worth = labs if EVERYTHING else max(1, int(sum(lasting.values()) / WORTH_A_LAB))
     shares: list[set[Path]] = [set() for _ in range(min(labs, worth))]
     for path in sorted(lasting, key=lambda path: (-lasting[path], path)):
         min(shares, key=lambda share: sum(lasting[other] for other in share)).add(path)

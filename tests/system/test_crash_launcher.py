@@ -67,6 +67,7 @@ def expect_held_or_tuned(launch: Launch, qemu: int) -> None:
         assert not launch.guest_ran
         return
     expect_tuned(launch, qemu)
+    host.wait_for("its guest runs", lambda: launch.guest_ran)
 
 
 def expect_tuned(launch: Launch, qemu: int) -> None:
@@ -118,7 +119,7 @@ def try_step(stepped: Stepped, step: str, who: str) -> bool:
         launch.close()
         for pid in host.processes("qemu-system-x86_64"):
             os.kill(pid, signal.SIGKILL)
-    host.wait_until_as_before(call_helper)
+        host.wait_until_as_before(call_helper)
     return True
 
 
@@ -127,7 +128,8 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
     names = stepped.steps()
     assert len(names) >= 75, names
     points = [(name, who) for name in names for who in ("launcher", "QEMU")]
-    chosen = random.Random(SEED).sample(points, min(max(2, ROUNDS // 2), len(points)))[SHARE - 1 :: SHARES]
+    sample = random.Random(SEED).sample(points, min(max(2 * SHARES, ROUNDS // 2), len(points)))
+    chosen = sample[SHARE - 1 :: SHARES]
     wrong, passed_by = list[str](), 0
     for step, who in sorted(chosen, key=points.index):
         try:
@@ -141,4 +143,4 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
         f"come by; mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED} QEMU_LAUNCHER_SHARE={SHARE}/{SHARES}"
     )
     assert not wrong, "\n".join(wrong)
-    assert passed_by <= len(chosen) // 4
+    assert passed_by <= max(1, len(chosen) // 4), "the steps of a start are no longer the same ones"

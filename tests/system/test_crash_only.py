@@ -20,9 +20,9 @@ from system.people import User
 from system.stepping import Stepping
 from system.vms import HELPER_UNIT, define, refused
 
-# A step of stepping_helper.py, and the call that leads to it.
 pytestmark = pytest.mark.hosts("trixie", "bookworm", why="it is what each mechanism is there for")
 
+# A step of stepping_helper.py, and the call that leads to it.
 STEPS = [
     ("record", "memlock"),
     ("scope", "memlock"),

@@ -278,6 +278,7 @@ def test_logout_without(alice: User, vm: Callable[..., Launch]) -> None:
             assert alice.command("status", "session").status == 0
             assert host.isolated() == {4, 5}
             assert host.realtime_threads() == set(running.vcpu_tids)
+            assert running.is_alive, "the launcher, which was in that login"
             assert alice.command("kill", "session").status == 0
             host.wait_for("QEMU is gone", lambda: not host.is_alive(running.qemu))
     finally:

@@ -1,7 +1,8 @@
 """One VM of up to 255 vCPUs, on a host of 8 CPUs, or 64: each vCPU costs what it costs in a small VM.
 
 Nothing is asserted of a clock. Counted are the launcher's calls, and how often the helper reads or writes anything over
-them. Times are printed, `pytest -rP` shows them. What is pure in the launcher: tests/unit/test_launcher_scale.py.
+them, and how much. Times are printed, `pytest -rP` shows them. What is pure in the launcher is in
+tests/unit/test_launcher_scale.py.
 """
 
 from __future__ import annotations

@@ -38,11 +38,10 @@ def container() -> Iterator[Path]:
         group.mkdir()
         (group / "cpuset.cpus").write_text(ALL)
         (group / "cpuset.mems").write_text("0")
-    with subprocess.Popen(["sleep", "infinity"]) as task:
-        (inner / "tasks").write_text(str(task.pid))
+    with sleeping() as task:
+        (inner / "tasks").write_text(str(task))
         yield inner
-        assert (inner / "tasks").read_text().split() == [str(task.pid)], "its task stays in it"
-        task.kill()
+        assert (inner / "tasks").read_text().split() == [str(task)], "its task stays in it"
     inner.rmdir()
     outer.rmdir()
 
@@ -51,14 +50,25 @@ def container() -> Iterator[Path]:
 def another_container(group: Path, cpus: str) -> Iterator[None]:
     """One that is made now, with CPUs and a task of its own."""
     group.mkdir()
-    (group / "cpuset.cpus").write_text(cpus)
-    (group / "cpuset.mems").write_text("0")
+    try:
+        (group / "cpuset.cpus").write_text(cpus)
+        (group / "cpuset.mems").write_text("0")
+        with sleeping() as task:
+            (group / "tasks").write_text(str(task))
+            assert host.cpus_of(task) == host.parse(cpus)
+            yield
+    finally:
+        group.rmdir()
+
+
+@contextmanager
+def sleeping() -> Iterator[int]:
+    """The PID of a process that sleeps until the end of the block."""
     with subprocess.Popen(["sleep", "infinity"]) as task:
-        (group / "tasks").write_text(str(task.pid))
-        assert host.cpus_of(task.pid) == host.parse(cpus)
-        yield
-        task.kill()
-    group.rmdir()
+        try:
+            yield task.pid
+        finally:
+            task.kill()
 
 
 def test_where_everything_is(program: Claimant) -> None:

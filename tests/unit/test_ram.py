@@ -111,6 +111,8 @@ def test_options_cost_no_more_than_they_are_long() -> None:
         ("machine: [q35, memory-backend: small], m: [slots: 2]", 1),
         ("M: [q35, memory.size: 3G], m: 1G", None),  # which of the two wins is not told
         ("machine: [q35, memory-backend: none]", None),
+        # No form of -m's
+        ("m: '{\"size\": 3221225472}'", None),
     ],
 )
 def test_the_machine_s_own_ram(items: str, gib: int | None) -> None:

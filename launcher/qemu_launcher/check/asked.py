@@ -11,7 +11,7 @@ from contextlib import suppress
 from math import prod
 from typing import Literal, NamedTuple
 
-from .. import cmdline, ram
+from .. import cmdline, options, ram
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
 from ..options import DRIVE_LETTERS, is_on, is_vfio, known_settings, smp_numbers
@@ -68,9 +68,7 @@ class Backend(NamedTuple):
 
 def each(definition: VmDefinition, *names: str) -> Iterator[Settings]:
     """The settings of every option with one of these names, in their order."""
-    for option in definition.options:
-        if option.bare_name in names:
-            yield known_settings(option)
+    return options.each(definition.options, *names)
 
 
 def kvm(definition: VmDefinition) -> Literal["needed", "preferred"] | None:
