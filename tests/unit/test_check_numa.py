@@ -6,7 +6,7 @@ import pytest
 
 from qemu_launcher.check import asked, numa
 from qemu_launcher.check.finding import Finding
-from unit.other_host import OtherHost, the_only, with_memory, with_nodes
+from unit.other_host import OtherHost, the_only, told, with_memory, with_nodes
 from unit.reading import launcher
 
 MEMFD = "memory-backend-memfd,id=ram,size=4G,hugetlb=on"
@@ -220,3 +220,32 @@ def test_a_node_without_memory(nodes: OtherHost) -> None:
     nodes.node(2, "16-23")
     nodes.write("/sys/devices/system/node/has_memory", "0-1\n")
     assert elsewhere(nodes, "m: 1G", EARLY, pinning="[16, 17]") == []
+
+
+MEMINFO = (
+    "Node {0} MemTotal:       16777216 kB\nNode {0} MemFree:         2097152 kB\nNode {0} Active(file):    1048576 kB\n"
+    "Node {0} Inactive(file):  524288 kB\nNode {0} SReclaimable:    524288 kB\n"
+)
+BOUND = "object: [memory-backend-{}, id: {}, size: {}, host-nodes: {}, policy: {}]"
+
+
+def enough(host: OtherHost, *objects: str) -> list[str]:
+    for node in (0, 1):
+        host.write(f"/sys/devices/system/node/node{node}/meminfo", MEMINFO.format(node))
+    definition = launcher("", f"[{', '.join(objects)}]")
+    return told(list(numa.enough(host.tree, asked.backends(definition))))
+
+
+def test_nodes_that_have_what_must_be_theirs(nodes: OtherHost) -> None:
+    assert enough(nodes, BOUND.format("ram", "a", "4G", "1", "bind")) == []
+    assert enough(nodes, BOUND.format("ram", "a", "8G", "0-1", "bind")) == []
+    assert enough(nodes, BOUND.format("ram", "a", "9G", "1", "preferred")) == [], "the rest is from elsewhere"
+    assert enough(nodes, BOUND.format("memfd, hugetlb: on", "a", "9G", "1", "bind")) == [], "set aside already"
+    assert enough(nodes, BOUND.format("ram", "a", "9G", "7", "bind")) == [], "QEMU says so itself"
+
+
+def test_nodes_that_have_too_little_of_what_must_be_theirs(nodes: OtherHost) -> None:
+    both = [BOUND.format("ram", "a", "3G", "1", "bind"), BOUND.format("memfd", "b", "2G", "1", "bind")]
+    assert enough(nodes, *both) == ["warning: 5 GiB must be of node 1 (policy: bind), with 4 GiB to spare now"]
+    wide = BOUND.format("ram", "c", "9G", "0-1", "bind")
+    assert enough(nodes, wide) == ["warning: 9 GiB must be of nodes 0-1 (policy: bind), with 8 GiB to spare now"]

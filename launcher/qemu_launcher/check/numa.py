@@ -1,11 +1,16 @@
-"""Of which NUMA node the guest's memory will be: that of its vCPUs, or any. Pure judgement over a Tree."""
+"""Of which NUMA node the guest's memory will be: that of its vCPUs, or any; and whether it has that much.
+
+Pure judgement over a Tree.
+"""
 
 import re
 from collections.abc import Iterator
 
 from .. import cmdline, ram
+from ..cpulist import format_cpulist
 from ..definition import VmDefinition
 from ..options import is_on, vfio_containers
+from ..sizes import format_size
 from . import asked, nodes
 from .asked import Backend
 from .finding import Finding
@@ -13,6 +18,31 @@ from .hugepages import huge_page_of, mounts
 from .tree import Tree, cpus_in
 
 _PCI_FOLDER = re.compile(r":[0-9a-fA-F]{2}\.[0-7]/*$")  # a mediated device's ends in a UUID
+
+
+def enough(tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:
+    """Whether nodes have what must be theirs (policy=bind), of ordinary pages: there is no other way for the kernel."""
+    all_mounts = mounts(tree)
+    needs: dict[frozenset[int], int] = {}
+    for backend in wanted:
+        if backend.bound_to and not huge_page_of(tree, backend, all_mounts):
+            needs[backend.bound_to] = needs.get(backend.bound_to, 0) + (backend.size or 0)
+    for those, size in needs.items():
+        spare = [_to_spare(tree, node) for node in those]
+        available = sum(number or 0 for number in spare)
+        if None not in spare and size > available:
+            which = f"node{'s' * (len(those) != 1)} {format_cpulist(those)}"
+            text = f"{format_size(size)} must be of {which} (policy: bind), with {format_size(available)} to spare now"
+            fix = "write policy: preferred, give the guest less, or end something else first"
+            yield Finding("warning", "memory", text, fix)
+
+
+def _to_spare(tree: Tree, node: int) -> int | None:
+    """The bytes that a node has free, or in caches that could go: never less than the kernel would find."""
+    lines = tree.text(f"{nodes.FOLDER}/node{node}/meminfo") or ""
+    found = dict(re.findall(r"^Node [0-9]+ (\S+):\s+([0-9]+) kB$", lines, re.MULTILINE))
+    names = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
+    return sum(int(found.get(name, "0")) for name in names) << 10 if "MemFree" in found else None
 
 
 def elsewhere(definition: VmDefinition, tree: Tree, wanted: list[Backend]) -> Iterator[Finding]:

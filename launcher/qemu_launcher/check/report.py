@@ -181,6 +181,7 @@ class _Vm:
             yield from hugepages.huge_pages(tree, backends)
             whole = ram.guest_ram(self._definition.options)
             yield from memory.enough(tree, whole, hugepages.in_huge_pages(tree, backends))
+            yield from numa.enough(tree, backends)
 
     def _tuning(self, *, runs: bool) -> Iterator[Finding]:
         """What a failure does to the start is on_tuning_failure's to say, but for CPUs that are not there."""
