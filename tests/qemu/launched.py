@@ -220,8 +220,13 @@ class Home:
             run.process.wait()
             assert run.process.stderr is not None
             run.process.stderr.close()
-        for pid in self.leftovers():
-            os.kill(pid, signal.SIGKILL)
+        left = self.leftovers()
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        # A launcher finds a VM of its user's by name wherever its files are; one of policy idle takes its time to end.
+        for pid in left:
+            wait_gone(pid)
 
     def leftovers(self) -> list[int]:
         """Processes that run with this home's environment."""
