@@ -156,6 +156,8 @@ def test_the_helper_takes_as_many_steps_for_each(program: Claimant, helper_toml:
         assert {host.cpus_of(child.pid, tid) for tid in child.tids} == {host.online()}
         program.end(child.pid)
     for name, work in rows.items():
+        each = [done / count for done, count in zip(work, CLAIMED, strict=True)]
+        assert all(more <= fewer for fewer, more in pairwise(each)), f"{name}: {each} for each thread"
         sizes = zip(pairwise(work), pairwise(CLAIMED), strict=True)
         first, last = ((large - small) / (many - few) for (small, large), (few, many) in sizes)
         sys.stdout.write(f"{name}: {first:.1f} for each of the first, {last:.1f} for each of the last\n")
