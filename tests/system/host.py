@@ -34,6 +34,8 @@ INFINITY = -1
 # (migration/4, ksoftirqd/4, ...). The kernel leaves these where they are when a partition takes their CPU.
 PF_NO_SETAFFINITY = 0x04000000
 PF_KTHREAD = 0x00200000
+# PID of the thread that starts all others of the kernel (init/main.c).
+KTHREADD = 2
 # sched(7); sched_getscheduler(2) adds the flag to the policy.
 POLICIES = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline"}
 RESET_ON_FORK = 0x40000000
@@ -48,14 +50,18 @@ class Thread(NamedTuple):
     pid: int
     tid: int
     name: str
+    parent: int
     cpus: frozenset[int]
     flags: int
     born: int
 
     @property
     def of_kernel(self) -> bool:
-        """Whether it is a thread of the kernel's own."""
-        return bool(self.flags & PF_KTHREAD)
+        """Whether it is a thread of the kernel's own, or a program that the kernel runs (kernel/umh.c).
+
+        One of those is systemd-cgroups-agent, for each group of the legacy hierarchy's that empties.
+        """
+        return bool(self.flags & PF_KTHREAD) or self.parent == KTHREADD
 
     @property
     def belongs_to_its_cpu(self) -> bool:
@@ -178,8 +184,8 @@ def threads() -> Iterator[Thread]:
             fields = rest.split()
             if fields[0] in "ZX":
                 continue
-            # Fields 9 and 22, counted from the third one, which follows the name.
-            yield Thread(pid, tid, name, allowed, int(fields[9 - 3]), int(fields[22 - 3]))
+            # Fields 4, 9 and 22, counted from the third one, which follows the name.
+            yield Thread(pid, tid, name, int(fields[4 - 3]), allowed, int(fields[9 - 3]), int(fields[22 - 3]))
 
 
 def parent(pid: int) -> int:
