@@ -129,16 +129,20 @@ def _pool_of(scope: Path) -> str:
 
 def _v1_of(cpulist: str) -> str:
     """Whether every other cpuset of v1 leaves these CPUs; in the root are only threads that nobody can move."""
-    mount = re.search(
-        r"^(?:\S+ ){3}/ (\S+) .* - cgroup \S+ \S*\bcpuset\b", _read(PROC / "self/mountinfo"), re.MULTILINE
-    )
-    root, cpus = Path(mount[1] if mount else "/nowhere"), parse_cpulist(cpulist)
+    root = Path(v1_cpusets(_read(PROC / "self/mountinfo")) or "/nowhere")
+    cpus = parse_cpulist(cpulist)
     if gone := cpus - _cpus(root / _V1 / cpulist / "cpuset.cpus"):
         return f"cpuset-v1 invalid (CPUs {format_cpulist(gone)} are offline or taken)"
     for group in [root / _V1 / "pool", *_glob(root, "*/")]:
         if group != root / _V1 and (shared := cpus & _cpus(group / "cpuset.cpus")):
             return f"cpuset-v1 invalid ({group.name} may use CPUs {format_cpulist(shared)})"
     return "cpuset-v1"
+
+
+def v1_cpusets(mountinfo: str) -> str:
+    """Where cpusets of v1 are mounted, by proc_pid_mountinfo(5); "" where they are not."""
+    found = re.search(r"^(?:\S+ ){3}/ (\S+) .* - cgroup \S+ \S*\bcpuset\b", mountinfo, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def unit_path(text: str) -> str:

@@ -215,7 +215,7 @@ class Vm:
         before = ready.read_bytes().count(b"lab-ready")
         with monitor(self.folder) as qmp:
             qmp.command("set-action", reboot="reset")  # QEMU was started with -no-reboot
-            self.run("systemctl reboot", timeout=60.0, check=False)
+            self.run("reboot", timeout=60.0, check=False)
             self.leave()
             deadline = time.monotonic() + timeout
             while ready.read_bytes().count(b"lab-ready") <= before:

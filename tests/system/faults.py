@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,8 @@ from system.stepping import FOLDER, replaced_helper
 # How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
 ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
 LONGEST_TURN, MOST_TURNS = 6, 3  # steps of one turn of a loop; turns that are all tried
+CLOSE_LOOK = 8  # points, after which a VM is started that nothing happens to
+MOST_WRONG = 5  # points, after which a row ends
 SEED = int(os.environ.get("QEMU_LAUNCHER_SEED", "1"))
 # Which part of these this run tries: 2/3 is the second of three, which labs can try side by side.
 SHARE, SHARES = map(int, os.environ.get("QEMU_LAUNCHER_SHARE", "1/1").split("/"))
@@ -158,6 +161,39 @@ def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Po
     how = f"mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED} QEMU_LAUNCHER_SHARE={SHARE}/{SHARES}"
     say(f"{what}: {len(chosen)} of {len(points)} points, {how}")
     return chosen
+
+
+class NotComeBy(Exception):  # noqa: N818  that is what happened
+    """The step was not reached this time: how often systemd is asked, or a list read again, is not always the same."""
+
+
+def try_all(
+    points: Sequence[Point],
+    what: str,
+    tried: Callable[[Point], None],
+    rounds: int = ROUNDS,
+    now_and_then: Callable[[], None] = lambda: None,
+) -> None:
+    """Try those that are this run's; all that is wrong is told, not only the first."""
+    wrong, passed_by = list[str](), 0
+    began = time.monotonic()
+    chosen = sampled(points, what, rounds)
+    for number, point in enumerate(chosen, 1):
+        try:
+            try:
+                tried(point)
+            except NotComeBy:
+                passed_by += 1
+            if number % CLOSE_LOOK == 0 or number == len(chosen):
+                now_and_then()
+        except (AssertionError, OSError) as err:
+            wrong.append(f"{point}: {str(err)[:1500]}")
+            if len(wrong) == MOST_WRONG:
+                break
+    seconds = (time.monotonic() - began) / max(1, len(chosen))
+    say(f"{what}: {len(chosen) - len(wrong) - passed_by} passed, {passed_by} not come by, {seconds:.1f} s each")
+    assert not wrong, "\n".join(wrong)
+    assert passed_by <= max(1, len(chosen) // 4), "the steps are no longer the same ones"
 
 
 @pytest.fixture(scope="module")

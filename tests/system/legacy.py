@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 # What mounts them at boot, as qemu-launcher-helper(8) has it.
-FSTAB = "cpuset /sys/fs/cgroup/cpuset cgroup cpuset,nosuid,nodev,noexec"
+FSTAB = "cpuset /run/cpuset cgroup cpuset,nosuid,nodev,noexec,X-mount.mkdir"
 CPUSETS = Path("/sys/fs/cgroup/cpuset")
 # Where groups of processes are: systemd's own hierarchy; without systemd, cgroup v2 beside v1.
 UNITS, UNIFIED = Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified")

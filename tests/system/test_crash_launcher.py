@@ -9,16 +9,15 @@ than a second each: tests/qemu/test_crash_points.py. Here are a few, chosen by t
 from __future__ import annotations
 
 import os
-import random
 import shlex
 import signal
 
 from system import host
 from system.claims import copied
-from system.faults import ROUNDS, SEED, SHARE, SHARES, say
+from system.faults import ROUNDS, SHARES, NotComeBy, Point, try_all
 from system.fixtures import call_helper
 from system.people import User, folder_of
-from system.vms import Launch, define
+from system.vms import Launch, define, expect_tuned
 
 NAME = "stepped"
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
@@ -68,13 +67,6 @@ def expect_held_or_tuned(launch: Launch, qemu: int) -> None:
         return
     expect_tuned(launch, qemu)
     host.wait_for("its guest runs", lambda: launch.guest_ran)
-
-
-def expect_tuned(launch: Launch, qemu: int) -> None:
-    """Its vCPUs have all that was wanted for them."""
-    assert [host.cpus_of(qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
-    assert [host.scheduling(tid) for tid in launch.vcpu_tids] == [("fifo", 1, True)] * 2
-    assert host.isolated() == {4, 5}
 
 
 def expect_next_start(stepped: Stepped, launch: Launch, qemu: int | None) -> None:
@@ -127,20 +119,10 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
     stepped = Stepped(alice)
     names = stepped.steps()
     assert len(names) >= 75, names
-    points = [(name, who) for name in names for who in ("launcher", "QEMU")]
-    sample = random.Random(SEED).sample(points, min(max(2 * SHARES, ROUNDS // 2), len(points)))
-    chosen = sample[SHARE - 1 :: SHARES]
-    wrong, passed_by = list[str](), 0
-    for step, who in sorted(chosen, key=points.index):
-        try:
-            passed_by += not try_step(stepped, step, who)
-        except (AssertionError, OSError) as err:
-            wrong.append(f"SIGKILL of {who} at {step}: {str(err)[:1500]}")
-            if len(wrong) == 5:
-                break
-    say(
-        f"a start with the real helper: {len(chosen)} of {len(points)} points, {len(wrong)} wrong, {passed_by} not "
-        f"come by; mechanism {host.mechanism()}, QEMU_LAUNCHER_SEED={SEED} QEMU_LAUNCHER_SHARE={SHARE}/{SHARES}"
-    )
-    assert not wrong, "\n".join(wrong)
-    assert passed_by <= max(1, len(chosen) // 4), "the steps of a start are no longer the same ones"
+    points = [Point(at, name, who) for at, name in enumerate(names) for who in ("launcher", "QEMU")]
+
+    def one(point: Point) -> None:
+        if not try_step(stepped, point.name, point.do):
+            raise NotComeBy
+
+    try_all(points, "SIGKILL of launcher or QEMU at a step of a start", one, max(2 * SHARES, ROUNDS // 2))

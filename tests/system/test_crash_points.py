@@ -27,7 +27,7 @@ import pytest
 
 from system import host
 from system.claims import Answer, Apprentice, Child, Claimant
-from system.faults import ROUNDS, Faults, Point, answer_or_halt, sampled, say, tellable
+from system.faults import ROUNDS, Faults, NotComeBy, Point, answer_or_halt, say, tellable, try_all
 from system.test_crash_only import expect_sound, leave_scope, limits_of
 
 WHY = "each mechanism has steps of its own"
@@ -38,7 +38,6 @@ ERRORS = ("EINVAL", "EIO", "ENOSPC", "EBUSY")
 Call = tuple[Any, ...]
 Steps = list[tuple[int, str]]  # when it comes, from 0, and what it is
 ENUMERATED: dict[tuple[str, ...], Steps] = {}
-CLOSE_LOOK = 8  # points, after which a VM is started that nothing happens to
 
 
 def calls(program: Claimant, child: Child) -> list[Call]:
@@ -165,16 +164,12 @@ def expect_whole(child: Child, before: dict[str, tuple[int, int]], last: Answer)
         assert host.cpus_of(child.pid, tid) <= host.isolated()
 
 
-class NotComeBy(Exception):  # noqa: N818  that is what happened
-    """The step was not reached this time: how often systemd is asked, or a list read again, is not always the same."""
-
-
 def often(points: list[Point]) -> int:
     """How many of these are tried in every run: all, on Debian 13."""
     return len(points) if host.has_systemd() and host.mechanism() == "partition" else ROUNDS
 
 
-def try_all(
+def try_with(
     program: Claimant,
     faults: Faults,
     points: list[Point],
@@ -182,26 +177,8 @@ def try_all(
     tried: Callable[[Point], None],
     rounds: int = ROUNDS,
 ) -> None:
-    """Try those that are this run's; all that is wrong is told, not only the first."""
-    wrong, passed_by = list[str](), 0
-    began = time.monotonic()
-    chosen = sampled(points, what, rounds)
-    for number, point in enumerate(chosen, 1):
-        try:
-            try:
-                tried(point)
-            except NotComeBy:
-                passed_by += 1
-            if number % CLOSE_LOOK == 0 or number == len(chosen):
-                expect_next_start(program, faults)
-        except (AssertionError, OSError) as err:
-            wrong.append(f"{point}: {str(err)[:1500]}")
-            if len(wrong) == 5:
-                break
-    seconds = (time.monotonic() - began) / max(1, len(chosen))
-    say(f"{what}: {len(chosen) - len(wrong) - passed_by} passed, {passed_by} not come by, {seconds:.1f} s each")
-    assert not wrong, "\n".join(wrong)
-    assert passed_by <= len(chosen) // 4
+    """Try those that are this run's."""
+    try_all(points, what, tried, rounds, now_and_then=lambda: expect_next_start(program, faults))
 
 
 def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities: Affinities) -> None:
@@ -225,7 +202,7 @@ def test_a17_each_step_fails_once(program: Claimant, faults: Faults, affinities:
             assert faults.order()
             expect_whole(child, before, last)
 
-    try_all(program, faults, points, "an error at a step of a call", one)
+    try_with(program, faults, points, "an error at a step of a call", one)
 
 
 def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
@@ -244,7 +221,7 @@ def test_a17_killed_before_each_step(program: Claimant, faults: Faults, affiniti
             expect_whole(child, before, last)
 
     points = [Point(at, name, "SIGKILL of the helper") for at, name in found]
-    try_all(program, faults, points, "death of the helper at a step of a call", one, often(points))
+    try_with(program, faults, points, "death of the helper at a step of a call", one, often(points))
 
 
 # With cpusets of v1 a step is a task of the host's, of which there are never as many as a moment ago.
@@ -278,7 +255,7 @@ def test_a17_killed_while_real_time_is_taken_back(program: Claimant, faults: Fau
         for do in (*ERRORS[:1], "kill")
         if do == "kill" or not name.startswith("end:")
     ]
-    try_all(program, faults, points, "an error or death while real time is taken back", one, often(points))
+    try_with(program, faults, points, "an error or death while real time is taken back", one, often(points))
 
 
 def until_halt(program: Claimant, child: Child, faults: Faults, act: Callable[[], object]) -> Answer:
@@ -316,7 +293,7 @@ def test_a17_the_vm_ends_at_each_step(program: Claimant, faults: Faults, affinit
         host.wait_for("the VM has ended", lambda: not host.is_alive(child.pid))
 
     points = [Point(at, name, "SIGKILL of the VM") for at, name in found]
-    try_all(program, faults, points, f"death of the VM at a step of a call (reaped: {reaped})", one)
+    try_with(program, faults, points, f"death of the VM at a step of a call (reaped: {reaped})", one)
 
 
 def test_a17_the_caller_ends_at_each_step(program: Claimant, faults: Faults, affinities: Affinities) -> None:
@@ -340,7 +317,7 @@ def test_a17_the_caller_ends_at_each_step(program: Claimant, faults: Faults, aff
         affinities.expect_back()
 
     points = [Point(at, name, "SIGKILL of the caller") for at, name in found]
-    try_all(program, faults, points, "death of the caller at a step of a call", one)
+    try_with(program, faults, points, "death of the caller at a step of a call", one)
 
 
 def leave(program: Claimant, child: Child) -> None:
@@ -397,4 +374,4 @@ def clean_up(
                 assert host.isolated() == frozenset()
 
     points = [Point(at, name, do) for at, name in found for do in (*ERRORS, "kill")]
-    try_all(program, faults, points, f"an error or death at a step of the clean-up ({how.__name__})", one)
+    try_with(program, faults, points, f"an error or death at a step of the clean-up ({how.__name__})", one)

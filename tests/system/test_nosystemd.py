@@ -7,6 +7,7 @@ there are VMs; where it was killed, the next call of anybody puts things right.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from system import host, legacy
 from system.fixtures import stop_helper
 from system.people import Login, User, plain_command
-from system.vms import Launch, define, refused
+from system.vms import Launch, define, expect_tuned, refused
 
 pytestmark = pytest.mark.hosts("openrc", more=("openrc-v1",), why="it is about hosts without systemd")
 
@@ -64,10 +65,8 @@ def start(alice: User, vm: Callable[..., Launch]) -> Launch:
 
 def assert_tuned(launch: Launch) -> None:
     """By /proc and the cgroup tree."""
-    assert [host.cpus_of(launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
-    assert [host.scheduling(tid) for tid in launch.vcpu_tids] == [("fifo", 1, True)] * 2
+    expect_tuned(launch)
     assert host.limit(launch.qemu, "Max locked memory") == (400 << 20, 400 << 20)
-    assert host.isolated() == {4, 5}
     assert host.trespassers({4, 5}, launch.vcpu_tids, since=0 if legacy.is_legacy() else host.born(launch.pid)) == []
 
 
@@ -191,18 +190,23 @@ def test_check_has_nothing_to_say_against_it(alice: User) -> None:
 
 @pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
 def test_where_nothing_mounts_cpusets(alice: User, vm: Callable[..., Launch]) -> None:
-    """`check` says what is missing, and a line in fstab is enough."""
-    fstab = Path("/etc/fstab")
-    before = fstab.read_text()
+    """`check` says what is missing, and the commands that it gives are enough, wherever they mount them."""
+    mounts = ["mount", "-t", "cgroup", "-o", legacy.CPUSETS.name, legacy.CPUSETS.name, str(legacy.CPUSETS)]
     host.wait_for("the last helper has left", lambda: host.helper() is None)
     subprocess.run(["umount", str(legacy.CPUSETS)], check=True)
-    fstab.write_text(f"{before}\n{legacy.FSTAB}\n")
     try:
-        assert "mount -t cgroup -o cpuset cpuset /sys/fs/cgroup/cpuset" in alice.command("check").stdout
+        told = re.search("Shielding needs cgroup v2, or: (mkdir .*)", alice.command("check").stdout)
+        assert told
         host.wait_for("the helper that has seen none has left", lambda: host.helper() is None)
+        subprocess.run(["sh", "-ec", told[1]], check=True)
+        launch = start(alice, vm)
+        assert [host.cpus_of(launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
+        assert host.cpus_of(1) == host.online() - {4, 5}
+        assert launch.quit() == 0
+        host.wait_for("the last helper has left", lambda: host.helper() is None)
+        subprocess.run(["umount", told[1].rpartition(" ")[2]], check=True)
     finally:
-        subprocess.run(["mount", str(legacy.CPUSETS)], check=True)
-        fstab.write_text(before)
+        subprocess.run(mounts, check=True)
     launch = start(alice, vm)
     assert_tuned(launch)
     assert launch.quit() == 0

@@ -284,6 +284,13 @@ class Launch:
         host.wait_for(f"{self.name} is gone", lambda: not self.is_alive and not (self._qemu and host.tids(self._qemu)))
 
 
+def expect_tuned(launch: Launch, qemu: int | None = None) -> None:
+    """Its two vCPUs have CPUs 4 and 5 for themselves, and fifo 1. `qemu`: its PID, where the launcher is dead."""
+    assert [host.cpus_of(qemu or launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
+    assert [host.scheduling(tid) for tid in launch.vcpu_tids] == [("fifo", 1, True)] * 2
+    assert host.isolated() == {4, 5}
+
+
 @contextlib.contextmanager
 def running(user: User, name: str, *arguments: str, **more: Any) -> Iterator[Launch]:
     """Start a VM as `Launch` does, and wait until its guest runs; afterwards both processes are gone."""

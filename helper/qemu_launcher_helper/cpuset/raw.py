@@ -19,7 +19,8 @@ from ..target import Target
 from .partition import CGROUP, Partition
 from .v1 import MOUNTS, V1, hierarchies
 
-BESIDE = "mkdir -p /sys/fs/cgroup/unified; mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
+# Only what is mounted there can have a folder made in it.
+BESIDE = "mkdir -p {0}; mount -t cgroup2 cgroup2 {0}".format(CGROUP / ("unified" if CGROUP.is_mount() else ""))
 
 
 class Raw(Partition):

@@ -38,6 +38,8 @@ from .pool import MEMORY, change, remember, remembered
 
 ONLINE, MOUNTS = Path("/sys/devices/system/cpu/online"), Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
+# How cpusets get there. In /sys/fs/cgroup nobody can make a folder unless something is mounted there.
+MOUNTED = "mkdir -p /run/cpuset; mount -t cgroup -o cpuset cpuset /run/cpuset"
 # Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
 MOST_CPUSETS = 2000
 
@@ -64,8 +66,7 @@ class V1(Partition):
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
-        usable = (self._tree / "cpuset.cpus").exists()
-        return "" if usable else f"Shielding needs cgroup v2, or: mount -t cgroup -o cpuset cpuset {self._tree}"
+        return "" if (self._tree / "cpuset.cpus").exists() else f"Shielding needs cgroup v2, or: {MOUNTED}"
 
     def processes(self, scope: str) -> list[int]:
         """Return the PIDs of all processes that have a thread in a cpuset of the scope's."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import absence, access, agent, locate
+from .. import absence, access, agent, cgroups, locate
 from ..patience import patiently
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
@@ -180,16 +180,16 @@ async def _polkit(asker: "Asker") -> list[Finding]:
 def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
     """What tuned VMs stand on, besides the helper."""
     controllers = tree.text("/sys/fs/cgroup/cgroup.controllers")
-    if controllers is None:
-        legacy = tree.exists("/sys/fs/cgroup/cpuset/cpuset.cpus")
+    legacy = cgroups.v1_cpusets(tree.text("/proc/self/mountinfo") or "")
+    if controllers is None or (legacy and "cpuset" not in controllers.split()):
         text = (
-            "there is no cgroup v2 in /sys/fs/cgroup, but v1 with its cpusets"
-            if legacy
-            else ("there are no cpusets in /sys/fs/cgroup, of cgroup v2 or of v1")
+            f"cpusets are those of cgroup v1, in {legacy}" if legacy else "there are no cpusets, of cgroup v2 or of v1"
         )
         fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; shields are better with cgroup v2"
         if not absence.has_systemd(tree.root):
-            fix = 'mount cgroup v2 there (OpenRC: rc_cgroup_mode="unified" in rc.conf); shields are better with it'
+            fix = (
+                "with Linux 6.11 or newer, leave them to cgroup v2 (OpenRC: rc_cgroup_mode=unified): shields are better"
+            )
         yield Finding("note" if legacy else "warning", "cgroup", text, fix)
     elif "cpuset" not in controllers.split():
         fix = "boot without cgroup_disable=cpuset, and with a kernel that has CONFIG_CPUSETS"

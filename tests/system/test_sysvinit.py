@@ -1,0 +1,61 @@
+"""A host with sysvinit where nothing mounts cgroups but elogind, which mounts v2: one line of fstab gives it cpusets.
+
+It is the one of qemu-launcher-helper(8). A boot has to show that it does: what else is mounted by then, and what comes
+after it, is the host's affair.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab import Vm
+from system.legacy import FSTAB
+
+WHY = "it is about hosts without systemd whose kernel has cpusets of v1"
+pytestmark = [pytest.mark.outside, pytest.mark.hosts(more=("openrc-v1",), why=WHY)]
+
+DEFINITION = """\
+launcher:
+  binary: qemu-system-x86_64
+  vcpu_pinning: [4, 5]
+  scheduler: fifo
+  priority: 1
+  rlimit_memlock: 100M
+qemu:
+  - name: [vm, debug-threads: on]
+  - machine: q35
+  - accel: tcg,thread=multi,tb-size=8
+  - smp: [2, cores: 1, threads: 2]
+  - m: 16M
+  - nodefaults
+  - display: none
+"""
+WITHOUT = "sed -i 's/^rc_cgroup_mode=.*/rc_cgroup_mode=none/' /etc/rc.conf"
+MOUNTED = "findmnt --noheadings --output=TARGET --types=cgroup"
+OF_INIT = "sed -n 's/^Cpus_allowed_list://p' /proc/1/status"
+
+
+def test_one_line_of_fstab(installed_lab: Vm, tmp_path: Path) -> None:
+    vm = installed_lab
+    vm.run(WITHOUT)
+    vm.run(f"echo '{FSTAB}' >>/etc/fstab")
+    vm.reboot()
+    assert vm.run(MOUNTED).stdout.split() == ["/run/cpuset"]
+
+    vm.run("usermod -aG qemu-launcher alice")
+    (tmp_path / "vm.yml").write_text(DEFINITION)
+    vm.put(tmp_path / "vm.yml", "/home/alice/vm.yml")
+    vm.run("chown -R alice: /home/alice")
+    checked = vm.run("qemu-launcher check ./vm.yml", user="alice").stdout
+    assert "vm would start" in checked, checked
+    vm.run("qemu-launcher start ./vm.yml", user="alice", timeout=600)
+    threads = vm.run("ps -L -o psr=,cls=,rtprio= -p $(pgrep qemu-system)").stdout.splitlines()
+    assert sorted(line.split() for line in threads if "FF" in line) == [["4", "FF", "1"], ["5", "FF", "1"]], threads
+    assert vm.run(OF_INIT).stdout.split() == ["0-3,6-7"]
+    assert '"shield": "cpuset-v1"' in vm.run("qemu-launcher status --json vm", user="alice").stdout
+
+    vm.run("qemu-launcher kill vm", user="alice")
+    assert vm.run(OF_INIT).stdout.split() == ["0-7"]
+    assert "qemu-launcher" not in vm.run("ls /run/cpuset").stdout
