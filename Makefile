@@ -263,7 +263,7 @@ install: $(MAN_PAGES) ## install under DESTDIR and PREFIX (bus, polkit and unit 
 		$(foreach page,$(notdir $(MAN_PAGES)),$(MANDIR)/man$(subst .,,$(suffix $(page)))/$(page)))
 	@[ -n "$(DESTDIR)" ] || { umask 022; $(PYTHON) -m compileall -q $(PYTHONDIR)/qemu_launcher $(PYTHONDIR)/qemu_launcher_helper; \
 		if command -v systemd-sysusers >/dev/null; then systemd-sysusers qemu-launcher.conf; \
-		else getent group qemu-launcher >/dev/null || groupadd --system qemu-launcher; fi; \
+		else getent group qemu-launcher >/dev/null || groupadd --system qemu-launcher || addgroup -S qemu-launcher; fi; \
 		helper/qemu-launcher-handover changed; \
 		status=0; $(LIBEXECDIR)/qemu-launcher-helper 2>build/helper.log || status=$$?; [ $$status = 2 ] || \
 			{ cat build/helper.log; echo "The helper does not start: dbus-next and python-prctl have to be the distribution's."; } >&2; \

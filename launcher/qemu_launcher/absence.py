@@ -21,12 +21,20 @@ WITHOUT_HELPER = "to pin without the helper, with your own rights: isolation: af
 _CONTAINER_NAME = "run/systemd/container"
 _CONTAINER_MARKS = {".dockerenv": "docker", "run/.containerenv": "podman", ".flatpak-info": "flatpak"}
 _ACTIVATION = "dbus-1/system-services/org.qemulauncher.Helper1.service"
+_BUS = "org.freedesktop.DBus"
 _SHARED = ("usr/share", "usr/local/share", "run", "etc")  # dbus-daemon(1), <standard_system_servicedirs/>
 
 
 def has_systemd(root: Path = Path("/")) -> bool:
     """Whether systemd is this host's init: sd_booted(3)."""
     return (root / "run/systemd/system").exists()
+
+
+def reload_bus(root: Path = Path("/")) -> str:
+    """The command after which the bus has read its files again."""
+    if has_systemd(root):
+        return "sudo systemctl reload dbus"
+    return f"sudo dbus-send --system --type=method_call --dest={_BUS} / {_BUS}.ReloadConfig"
 
 
 def remedy(root: Path = Path("/")) -> str:
@@ -38,7 +46,7 @@ def _remedies(root: Path) -> Iterator[str]:
     if (container := container_of(root)) is not None:
         yield f"this is a container ({container}): install it on the host, and start the VM there, in no container"
     elif any((root / folder / _ACTIVATION).exists() for folder in _SHARED):
-        yield "it is installed, but not to the running system's knowledge: sudo systemctl reload dbus"
+        yield "it is installed, but not to the running system's knowledge: " + reload_bus(root)
         yield "if that does not help, install it again: on Debian, sudo apt install --reinstall ./qemu-launcher_*.deb"
         return
     yield HOW_TO_INSTALL

@@ -22,7 +22,14 @@ NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of
 TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
 # In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
 _FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
-LOOK_AT_JOURNAL = "see what it says with: journalctl -u qemu-launcher-helper (without systemd: in syslog's files)"
+LOOK_AT_JOURNAL = (
+    "see what it says with: journalctl -u qemu-launcher-helper "
+    "(without systemd: in syslog's files, where a syslog daemon runs)"
+)
+# Debian has it in dbus-daemon, Alpine in a package of its own.
+_STARTED_BY_BUS = (
+    "without systemd the bus starts it by dbus-daemon-launch-helper, which has to be there and setuid root"
+)
 _MAKE_GROUP = {True: "sudo systemd-sysusers", False: f"sudo groupadd --system {GROUP}"}  # by whether there is systemd
 NO_BUS = "org.freedesktop.DBus.Error.NoServer"  # nobody listens there; our own use of the name, as libdbus does
 
@@ -51,7 +58,8 @@ def explained(error_name: str, text: str) -> TuningFailed:
     if error_name in _MISSING:
         return TuningFailed("qemu-launcher-helper is not installed", absence.remedy(), wire_name=error_name)
     if error_name.startswith(_FAILED_TO_START):
-        return TuningFailed(f"qemu-launcher-helper cannot be started: {text}", LOOK_AT_JOURNAL, wire_name=error_name)
+        hint = LOOK_AT_JOURNAL if absence.has_systemd() else f"{LOOK_AT_JOURNAL}\n{_STARTED_BY_BUS}"
+        return TuningFailed(f"qemu-launcher-helper cannot be started: {text}", hint, wire_name=error_name)
     if error_name == "org.freedesktop.DBus.Error.NoReply":
         text = "qemu-launcher-helper ended without an answer"
     return TuningFailed(
@@ -68,7 +76,7 @@ def not_let_in() -> tuple[str, str]:
     """Message and hint for a caller whose call the bus has not passed on."""
     return not_a_member() or (
         f"the system bus lets {user_name()} send nothing to qemu-launcher-helper",
-        "if it has just been installed: sudo systemctl reload dbus\n"
+        f"if it has just been installed: {absence.reload_bus()}\n"
         "otherwise a file of the administrator's in /etc/dbus-1/system.d decides this",
     )
 

@@ -6,6 +6,7 @@ Every reader returns None, or an empty collection, for a process or thread that 
 answer, not an error. A process is named by PID and start time, because a PID alone may be somebody else's by now.
 """
 
+import errno
 import os
 import re
 import resource
@@ -108,11 +109,16 @@ def allowed_cpus(pid: int, tid: int) -> frozenset[int] | None:
 
 
 def scheduling(tid: int) -> Scheduling | None:
-    """Policy and priority of a thread of anybody's: the kernel asks for no privilege to read them."""
+    """Policy and priority of a thread of anybody's: the kernel asks for no privilege to read them.
+
+    None for one that has ended, and where the C library has no such calls (musl: ENOSYS).
+    """
     try:
         raw = os.sched_getscheduler(tid)
         priority = os.sched_getparam(tid).sched_priority
-    except ProcessLookupError:
+    except OSError as err:
+        if err.errno not in (errno.ESRCH, errno.ENOSYS):
+            raise
         return None
     policy = raw & ~os.SCHED_RESET_ON_FORK
     return Scheduling(

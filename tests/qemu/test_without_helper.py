@@ -13,6 +13,7 @@ import pytest
 from qemu.launched import Home
 from qemu.private_bus import private_bus
 from qemu.test_tuning import CPU, SHIELDED, assert_never_ran, needs_two_cpus
+from qemu_launcher import absence
 
 OF_THE_ORIGINAL = {"QEMU_LAUNCHER_CPUSET_MOUNT_PATH": "/sys/fs/cgroup/cpuset", "QEMU_LAUNCHER_CPUSET_PREFIX": "vms"}
 
@@ -139,7 +140,7 @@ def test_what_needs_the_helper_says_how_to_get_it(home: Home, tmp_path: Path, ki
         message = "qemu-launcher-helper is not installed\n" if on_a_bus else "there is no system bus at "
         assert_never_ran(run, message=f"qemu-launcher: {message}")
         if kind == "installed, bus not reloaded":
-            assert "sudo systemctl reload dbus\n" in run.output
+            assert f"{absence.reload_bus()}\n" in run.output
         else:
             assert (
                 "    on Debian: make deb in its sources, then sudo apt install ./build/qemu-launcher_*.deb"

@@ -100,6 +100,8 @@ def test_session(cgroup: str, severity: str | None) -> None:
         ("", False),
         ("/3", False),
         ("/c3", False),
+        ("/rc.init", False),
+        ("/rc.initial", True),
         ("/user.slice/user-1000.slice/session-2.scope", False),
         ("/user.slice/user-10.slice/session-2.scope", True),
         ("/openrc.sshd", True),
@@ -239,6 +241,7 @@ def test_cgroups(tmp_path: Path) -> None:
         return next(installation.host_facts(host.tree, "alice"))
 
     assert (first().severity, first().text[:20]) == ("warning", "there are no cpusets")
+    assert "mount -t cgroup2" in (first().fix or "")
     host.write("/sys/fs/cgroup/cgroup.controllers", "cpu memory\n")
     assert "without the cpuset controller" in first().text
     host.write("/proc/self/mountinfo", "40 31 0:33 / /run/cpuset rw - cgroup cpuset rw,cpuset\n")
@@ -246,6 +249,10 @@ def test_cgroups(tmp_path: Path) -> None:
     assert first()[:3] == v1
     (tmp_path / "sys/fs/cgroup/cgroup.controllers").unlink()
     assert first()[:3] == v1
+    host.write("/sys/fs/cgroup/unified/cgroup.controllers", "cpuset\n")
+    assert first().severity == "ok"
+    host.write("/run/systemd/system/x")
+    assert first()[:3] == v1, "systemd uses no controller there"
     host.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu memory\n")
     assert first().severity == "ok"
     host.forbid("/dev/kvm")

@@ -131,6 +131,7 @@ def test_places_it_may_not(facts: Facts, cgroup: str) -> None:
         ("/3", "/3"),
         ("/c12", "/c12"),
         ("/c12/x", "/c12"),
+        ("/rc.init", "/rc.init"),
         (f"/{SCOPE}", f"/{SCOPE}"),
         (f"/{SCOPE}/emulator", f"/{SCOPE}"),
         ("/user.slice/user-1000.slice/session-3.scope", "/user.slice/user-1000.slice/session-3.scope"),
@@ -175,6 +176,9 @@ def test_where_groups_limit_nothing_any_will_do(
     [
         "/openrc.ssh",
         "/openrc.ssh/3",
+        "/rc.initial",
+        "/rcxinit",
+        "/x/rc.init",
         "/3x",
         "/cc3",
         "/x/3",

@@ -109,12 +109,18 @@ def test_bus_that_is_open_to_everybody(alice: SimpleNamespace, database: list[in
     assert "log out" not in error.hint
 
 
-def test_member_whom_the_bus_lets_send_nothing(alice: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    ("systemd", "command"), [(True, "systemctl reload dbus"), (False, "dbus-send --system --type=method_call --dest=")]
+)
+def test_member_whom_the_bus_lets_send_nothing(
+    alice: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, systemd: bool, command: str
+) -> None:
+    monkeypatch.setattr(absence, "has_systemd", lambda *_: systemd)
     alice.database = alice.process = [1000, 990]
     error = access.explained(DENIED, "Rejected send message, 1 matched rules; type=...")
     assert str(error) == "the system bus lets alice send nothing to qemu-launcher-helper"
     assert error.hint is not None
-    assert error.hint.startswith("if it has just been installed: sudo systemctl reload dbus\n")
+    assert error.hint.startswith(f"if it has just been installed: sudo {command}")
 
 
 def test_member_whom_a_rule_refuses(alice: SimpleNamespace) -> None:
@@ -160,10 +166,19 @@ def test_group_that_does_not_exist(
         ("org.unheard.Of", "", "qemu-launcher-helper failed: org.unheard.Of", None),
     ],
 )
-def test_other_refusals(name: str, text: str, message: str, hint: str | None) -> None:
+def test_other_refusals(monkeypatch: pytest.MonkeyPatch, name: str, text: str, message: str, hint: str | None) -> None:
+    monkeypatch.setattr(absence, "has_systemd", lambda *_: True)
     error = access.explained(name, text)
     assert message in str(error)
     assert error.hint == hint
+
+
+def test_what_starts_it_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(absence, "has_systemd", lambda *_: False)
+    error = access.explained(f"{BUS}Spawn.ExecFailed", "Failed to execute")
+    assert error.hint is not None
+    assert [line.partition(" ")[0] for line in error.hint.splitlines()] == ["see", "without"]
+    assert "dbus-daemon-launch-helper" in error.hint
 
 
 # Where there is no helper
@@ -238,7 +253,7 @@ def test_container(
 def test_installed_while_the_bus_was_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.delenv("container", raising=False)
     where = {f"{folder}__dbus-1__system-services__org.qemulauncher.Helper1.service": ""}
-    hint = absence.remedy(host(tmp_path, **where))
+    hint = absence.remedy(host(tmp_path, **where, run__systemd__system__x=""))
     assert hint.startswith("it is installed, but not to the running system's knowledge: sudo systemctl reload dbus\n")
     assert "make install" not in hint
 

@@ -138,7 +138,12 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
         return
     if limits.version != version:
         text = f"the helper is {limits.version}, and the launcher {version}"
-        fix = "install both from one package, then: sudo systemctl stop qemu-launcher-helper"
+        end = (
+            "systemctl stop qemu-launcher-helper"
+            if absence.has_systemd()
+            else "pkill -f 'qemu-launcher-helper --serve'"
+        )
+        fix = f"install both from one package, then: sudo {end}"
         yield Finding("warning", "version", text, fix)
     values = limits.values()
     text = (
@@ -147,7 +152,8 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
     )
     yield Finding("ok", "limits", text)
     if limits.mechanism == "none":
-        fix = "use a host with cpusets; isolation: affinity pins without a shield, and without the helper"
+        fix = "use a host with cpusets" if absence.has_systemd() else f"boot with {_switched('hybrid')}"
+        fix += "; isolation: affinity pins without a shield, and without the helper"
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
     elif limits.mechanism in ("pool", "cpuset-v1"):
         text = f"CPUs are shielded without partitions: {limits.reason}"
@@ -179,17 +185,20 @@ async def _polkit(asker: "Asker") -> list[Finding]:
 
 def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
     """What tuned VMs stand on, besides the helper."""
-    controllers = tree.text("/sys/fs/cgroup/cgroup.controllers")
+    yield from report.c_library()
+    systemd = absence.has_systemd(tree.root)
+    # Without systemd they may be in cgroup v2 beside v1.
+    at = [f"/sys/fs/cgroup/{folder}cgroup.controllers" for folder in ([""] if systemd else ["", "unified/"])]
+    controllers = next((text for path in at if (text := tree.text(path)) is not None), None)
     legacy = cgroups.v1_cpusets(tree.text("/proc/self/mountinfo") or "")
     if controllers is None or (legacy and "cpuset" not in controllers.split()):
         text = (
             f"cpusets are those of cgroup v1, in {legacy}" if legacy else "there are no cpusets, of cgroup v2 or of v1"
         )
         fix = "boot without systemd.unified_cgroup_hierarchy=0 and cgroup_no_v1=; shields are better with cgroup v2"
-        if not absence.has_systemd(tree.root):
-            fix = (
-                "with Linux 6.11 or newer, leave them to cgroup v2 (OpenRC: rc_cgroup_mode=unified): shields are better"
-            )
+        if not systemd:
+            fix = f"with Linux 6.11 or newer, boot with {_switched('unified')}: shields are better"
+            fix += "" if legacy or controllers is not None else "; or: mount -t cgroup2 cgroup2 /sys/fs/cgroup"
         yield Finding("note" if legacy else "warning", "cgroup", text, fix)
     elif "cpuset" not in controllers.split():
         fix = "boot without cgroup_disable=cpuset, and with a kernel that has CONFIG_CPUSETS"
@@ -198,6 +207,11 @@ def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
         yield Finding("ok", "cgroup", "cgroup v2 is there, with the cpuset controller")
     for one in devices.kvm(tree, "needed", user):
         yield one._replace(severity="warning") if one.severity == "error" else one
+
+
+def _switched(mode: str) -> str:
+    """What makes cgroups such at boot, without systemd."""
+    return f"OpenRC's rc_cgroup_mode={mode} or Void's CGROUP_MODE={mode} in /etc/rc.conf"
 
 
 def old_systemd(system: str) -> Iterator[Finding]:
