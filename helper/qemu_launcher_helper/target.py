@@ -115,7 +115,7 @@ class Target(ExitStack):
             raise TargetRefused(f"Process {self.pid} {wrong[0]}")
         own = rf"/user\.slice/user-{uid}\.slice/(session-[^/]+\.scope|user@{uid}\.service|{scope})"
         own += rf"|/qemu\.slice/qemu-{uid}\.slice/{scope}"  # root alone makes units there
-        # elogind's sessions, which older ones only count. The root's group has no limits to escape from, nor has the one
+        # elogind's sessions, which older ones only count. The root's group has no limits to escape from, nor the one
         # into which OpenRC moves all that was in it.
         own += "" if SYSTEMD else rf"|/{scope}|/c?[0-9]+|/rc\.init|{r'(?!.*/qemu-launcher-).*' if UNLIMITED else ''}\Z"
         system = rf"/system\.slice/({'|'.join([scope, *map(re.escape, services)])})" if services else own
