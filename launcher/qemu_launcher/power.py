@@ -106,7 +106,7 @@ async def _pause(vm: Found) -> str:
     async with control.linked(vm) as qmp:
         state = await control.state_behind(qmp)
         if state in NOT_STARTED:
-            raise LauncherError(f"the guest of {vm.name} has not been started yet ({state}), and stands still already")
+            return f"it has not been started yet ({state}), and stands still already"
         if state == "paused":
             return f"it is paused already; it goes on with: qemu-launcher resume {vm.name}"
         if state not in _MOVES:

@@ -109,7 +109,7 @@ async def _run(
         )
 
         # What the user has to be there before QEMU, and gone after it.
-        _check_binary(definition)
+        _check_command(definition)
         hooks = Hooks(definition, claim.directory, voice, signals)
         status, well = 0, True
         try:
@@ -188,7 +188,7 @@ class _Start:
         self.spelled = run.spelled
         self.holds_guest = holds_guest
         self._found: Threads | None = None
-        self._definition = run.definition
+        self.definition = run.definition
         self._voice = run.voice
         self._manager = run.manager
         self._claim = run.claim
@@ -215,7 +215,7 @@ class _Start:
         isolation, cpus = self._tuning.placement
         self._claim.update(state=RUNNING, isolation=isolation, cpus=cpus)
         # With -incoming this starts nothing yet: QEMU will let the guest run when it has come, as without our -S.
-        if self.holds_guest and not cmdline.has_option(self._definition, "S"):
+        if self.holds_guest and not cmdline.has_option(self.definition, "S"):
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp
@@ -286,7 +286,7 @@ class _Start:
         return found
 
     def _tell_progress(self) -> None:
-        ram, used = guest_ram(self._definition.options), procfs.resident(self.qemu.pid)
+        ram, used = guest_ram(self.definition.options), procfs.resident(self.qemu.pid)
         if ram is not None and used is not None and self.holds_guest:
             progress = f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}"
         else:
@@ -344,8 +344,8 @@ def _early_end(start: _Start) -> int:
     if ending.code == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
     hint = (
-        f"its command line: {shlex.join(qemu.command.argv)}\n"
-        f"without the launcher's own part, to be run by hand: qemu-launcher command {start.spelled.vm}"
+        f"what this host lacks for it, if anything: qemu-launcher check {start.spelled.vm}\n"
+        f"its command line, to be run by hand: {cmdline.shell_command(start.definition, wrapped=False)}"
     )
     if unexpanded.is_among(qemu.command.argv):
         hint = f"{unexpanded.HINT}\n{hint}"
@@ -368,13 +368,21 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
     )
 
 
-def _check_binary(definition: VmDefinition) -> None:
-    """A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing."""
-    binary, env = definition.binary, definition.environment(os.environ)
+def _check_command(definition: VmDefinition) -> None:
+    """What is wrong with it that can be told before the user's own commands run, and with its place.
+
+    A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing.
+    """
+    binary, env, folder = definition.binary, definition.environment(os.environ), definition.working_directory
+    if folder is not None and not os.access(folder, os.X_OK):
+        hint = unexpanded.hint(str(folder), "make it, or correct the path")
+        mark = definition.marks["working_directory"]
+        raise DefinitionError(f"there is no folder {str(folder)!r}, or it is closed to you", hint, mark=mark)
     if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
         return
+    searched = ":".join(os.get_exec_path(env))
     raise QemuFailed(
-        f"cannot start {binary!r}: it is in no folder of PATH ({':'.join(os.get_exec_path(env))})",
+        f"{definition.marks['binary']}: cannot start {binary!r}: it is in no folder of PATH ({searched})",
         absence.qemu(binary),
     )
 

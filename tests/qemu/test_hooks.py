@@ -111,10 +111,23 @@ def test_command_that_cannot_do(home: Home, command: list[str], message: str) ->
 
 
 def test_directory_that_is_not_there(home: Home) -> None:
-    home.define(qemu=QUICK, before_start=[["true"]], working_directory="/no/such/place")
+    path = home.define(qemu=QUICK, before_start=[["touch", "/never"]], working_directory="/no/such/place")
+    run = home.start()
+    assert run.end() == 2
+    assert run.output == (
+        f"qemu-launcher: {path}:6:22: there is no folder '/no/such/place', or it is closed to you\n"
+        "    make it, or correct the path\n"
+    )
+
+
+def test_directory_that_goes_meanwhile(home: Home, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    home.define(before_start=[["rmdir", str(place)]], after_stop=[["true"]], working_directory=str(place))
     run = home.start()
     assert run.end() == 1
-    assert "cannot start 'true': No such file or directory: '/no/such/place'\n    see working_directory" in run.output
+    assert f"could not enter its working directory '{place}': No such file or directory" in run.output
+    assert f"cannot start 'true': No such file or directory: '{place}'\n    see working_directory" in run.output
 
 
 def test_all_of_after_stop_run_and_a_failure_is_a_warning(home: Home, tmp_path: Path) -> None:

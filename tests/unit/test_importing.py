@@ -200,6 +200,7 @@ def test_no_option_is_both() -> None:
         ([QEMU, "--"], "'--' is no option of QEMU's"),
         (["sudo", "-u", "bob"], "there is no QEMU in this command line"),
         (["A=b"], "there is no QEMU in this command line"),
+        ([f"{QEMU} -m 2G"], f"'{QEMU} -m 2G' is one word here"),
     ],
 )
 def test_refused_words(words: list[str], message: str) -> None:
@@ -269,6 +270,19 @@ def test_prefixes() -> None:
 def test_what_prefixes_become(words: str, lines: list[str]) -> None:
     section = launcher_section(*words.replace("Q", QEMU).split())
     assert [line.strip() for line in section.splitlines()[1:] if not line.strip().startswith("#")] == lines
+
+
+def test_pinning_is_suggested_out_of_the_cpus_that_were_given() -> None:
+    text = imported("taskset", "-c", "0-3", QEMU, "-smp", "2")
+    assert "# To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in text
+    assert "# vcpu_pinning: [0, 1]\n" in text
+    assert "# vcpu_pinning: [4, 5, 6, 7]\n" in imported("taskset", "-c", "2,3", QEMU, "-smp", "4")
+
+
+def test_a_program_that_is_not_called_as_qemu_is() -> None:
+    note = "# ls is not called as QEMU is: it gets QEMU's options."
+    assert note in imported("ls", "-l").splitlines()
+    assert not any("not called" in line for line in imported(QEMU, "-S").splitlines())
 
 
 def test_real_time_without_pinning_is_only_suggested() -> None:

@@ -45,10 +45,13 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
 def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:
     """The definition for a command line as a person writes it. Raises UsageError. `is_saved`: it has its file."""
     program, *words = prefix.argv
+    if " -" in program:
+        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
     if not _is_qemu(program) and (behind := next(filter(_is_qemu, words), None)):
         raise UsageError(f"{shortened(program)!r} stands before {behind!r}, and is not known here", "leave it out")
     options = tuple(_remarked(option) for option in options_of(words))
-    notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes)
+    other = () if _is_qemu(program) else (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes, *other)
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
     keys += [env_key(prefix.env)] if prefix.env else []
@@ -95,7 +98,7 @@ def _no_option(word: str) -> UsageError:
     if word == "-":
         return UsageError("'-' is no option of QEMU's", "a value stands behind its option")
     return UsageError(
-        f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image, which no definition can",
+        f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image",
         f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
     )
 
@@ -164,7 +167,7 @@ def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
         cpus = ", ".join(map(str, sorted(prefix.cpus)))
         pinning = Key("vcpu_pinning", (f"[{cpus}]",), ("A CPU of its own for each virtual CPU, out of those given.",))
     else:
-        pinning = suggested_pinning(vcpus)
+        pinning = suggested_pinning(vcpus, prefix.cpus)
     keys = [pinning]
     if prefix.policy is not None:
         real_time = prefix.policy in REALTIME_POLICIES
@@ -176,15 +179,16 @@ def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     return keys + memlock_key(options)
 
 
-def suggested_pinning(vcpus: int | None) -> Key:
-    """The key as a comment: which CPUs of the host, its owner must say."""
+def suggested_pinning(vcpus: int | None, given: frozenset[int] = frozenset()) -> Key:
+    """The key as a comment: which CPUs of the host, its owner must say. `given`: those that all of QEMU had."""
     how = "lscpu -e=CPU,CORE shows which are siblings"
     if vcpus is None or vcpus > MOST_EXAMPLES:
         count = "each virtual CPU" if vcpus is None else f"each of the {vcpus} virtual CPUs"
         return Key("vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {how}.",), only_suggested=True)
-    example = ", ".join(str(vcpus + index) for index in range(vcpus))
+    enough = len(given) > vcpus
+    example = ", ".join(map(str, sorted(given)[:vcpus] if enough else range(vcpus, 2 * vcpus)))
     count = "the virtual CPU" if vcpus == 1 else f"each of the {vcpus} virtual CPUs"
-    text = f"To pin, as an example: a CPU of the host for {count}; {how}."
+    text = f"To pin, as an example: {'one of the CPUs given' if enough else 'a CPU of the host'} for {count}; {how}."
     return Key("vcpu_pinning", (f"[{example}]",), (text,), only_suggested=True)
 
 

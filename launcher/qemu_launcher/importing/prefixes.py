@@ -40,7 +40,7 @@ def _valued(text: str) -> frozenset[str]:
 
 
 _ROOT = "QEMU runs as you; what needs root is done by qemu-launcher-helper"
-_OF_ALL = "It was for all of QEMU; the keys below are for its virtual CPUs"
+_OF_ALL = "It was for all of QEMU; vcpu_pinning, scheduler and priority are for its virtual CPUs"
 _ITSELF = "Start qemu-launcher itself with it"
 _PROGRAMS = {
     "sudo": _Program(
