@@ -16,9 +16,8 @@ MOST_LINES, MOST_LINES_EACH = 1000, 150
 MECHANISMS, OTHERS = ("partition.py", "pool.py", "v1.py"), ("raw.py",)
 MOST_LINES_IN_CPUSET = MOST_LINES_EACH * len(MECHANISMS + OTHERS)
 CLAIM = (
-    f"at most {MOST_LINES} lines of code, and {MOST_LINES_IN_CPUSET} in cpuset/ together: "
-    f"{MOST_LINES_EACH} for each of three shielding mechanisms and of hosts without systemd "
-    "(its start script, 8, is not counted)"
+    f"at most {MOST_LINES} lines of code, and {MOST_LINES_IN_CPUSET} that shield ({MOST_LINES_EACH} for each of three "
+    "mechanisms, and for hosts without systemd; its start script, 8, is not counted)"
 )
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
