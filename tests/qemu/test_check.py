@@ -285,6 +285,8 @@ def test_what_is_made_before_the_start_may_be_missing(home: Home, bus: PrivateBu
     status, lines = check(home, bus)
     assert status == 0
     assert any(line.startswith("note     there is no ") and "gone.img" in line for line in lines)
+    assert lines[-1] == f"{VM} would start, if before_start makes 1 file that is not there"
+    assert json.loads("\n".join(check(home, bus, "--json", VM)[1]))["left_to_before_start"] == 1
     assert not (tmp_path / "made").exists(), "it is not executed"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher.check import environment, files
+from qemu_launcher.check import environment, files, finding
 from qemu_launcher.check.asked import Image
 from qemu_launcher.check.finding import Finding
 from unit.other_host import OtherHost, the_only, told
@@ -13,7 +13,7 @@ from unit.reading import launcher
 VMS = Path("/var/lib/vms")
 DISK = Image("win11.qcow2", "drive", writable=True)
 ISO = Image("/srv/iso/virtio.iso", "cdrom", writable=False)
-MADE = "before_start may make it"
+MADE = finding.MAY_COME
 
 
 @pytest.fixture
@@ -54,12 +54,24 @@ def test_path_for_a_shell(host: OtherHost, path: str) -> None:
     assert images(host, Image(path, "drive", writable=True))[0].severity == "ok"
 
 
-PATHS = [("gone", "note"), ("/usr/share/OVMF/gone", "note"), ("~/gone", "error"), ("/srv/iso", "error")]
+PATHS = [
+    ("gone", "note"),
+    ("new/folder/gone", "note"),
+    ("/run/media/alice/DISK/gone", "note"),
+    ("/dev/mapper/gone", "note"),
+    ("/usr/share/OVMF/gone", "error"),
+    ("/usr/share/gone", "error"),
+    ("~/gone", "error"),
+    ("/srv/iso", "error"),
+]
 
 
 @pytest.mark.parametrize(("path", "severity"), PATHS)
 def test_image_that_may_be_made_before_the_start(host: OtherHost, path: str, severity: str) -> None:
-    """Only what is not there, and no folder called ~: nobody makes one."""
+    """Only what is not there, where something of his may put it, and no folder called ~: nobody makes one."""
+    for closed in ("/usr/share", "/run/media", "/dev"):
+        host.folder(closed)
+        host.forbid(closed, 2)  # W_OK
     wanted = [Image(path, "drive", writable=True)]
     [one] = files.images(host.tree, wanted, VMS, "alice", made_before=True)
     [otherwise] = images(host, *wanted)

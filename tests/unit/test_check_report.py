@@ -61,6 +61,7 @@ def test_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capfd.readouterr().out) == {
         "vm": "win11",
         "would_start": False,
+        "left_to_before_start": 0,
         "system": {"launcher": "1.0\\xff"},
         "findings": [
             {"severity": "ok", "about": "kvm", "text": "/dev/kvm is yours to use", "fix": None},
@@ -76,6 +77,24 @@ def test_what_findings_come_to() -> None:
     assert finding.counted(FINDINGS[:1]) == ""
     twice = [Finding("error", "memlock", "not a member"), FINDINGS[0], Finding("error", "pinning", "not a member")]
     assert finding.without_repetitions(twice) == twice[:2]
+
+
+MADE = Finding("note", "file a", "there is no a", finding.MAY_COME)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([FINDINGS[0]], "win11 would start"),
+        (FINDINGS[:2], "win11 would start: 1 warning"),
+        (FINDINGS, "win11 would not start: 2 errors, 1 warning"),
+        ([MADE], "win11 would start, if before_start makes 1 file that is not there"),
+        ([MADE, *FINDINGS[:2], MADE], "win11 would start, if before_start makes 2 files that are not there: 1 warning"),
+        ([MADE, *FINDINGS], "win11 would not start: 2 errors, 1 warning"),
+    ],
+)
+def test_verdict(found: list[Finding], words: str) -> None:
+    assert report.verdict("win11", found) == words
 
 
 @pytest.mark.parametrize(

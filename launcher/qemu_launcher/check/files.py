@@ -12,16 +12,17 @@ from pathlib import Path
 from .. import restrictions, unexpanded
 from ..definition import QemuOption, VmDefinition
 from .asked import Image
-from .finding import Finding
+from .finding import MAY_COME, Finding
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
+_BY_DAEMONS = ("/dev", "/media", "/mnt", "/run")  # devices and mounts, which a hook may have udisks make
 
 
 def images(
     tree: Tree, wanted: Iterable[Image], folder: Path, user: str, *, made_before: bool = False
 ) -> Iterator[Finding]:
-    """`folder`: where relative paths begin. `made_before`: what is not there, before_start may make."""
+    """`folder`: where relative paths begin. `made_before`: before_start may make what is not there yet."""
     good = 0
     for image in wanted:
         path = str(folder / image.path)
@@ -34,8 +35,8 @@ def images(
             yield Finding("error", about, f"{path} (-{image.option}) cannot be reached: {closed} is closed to you", fix)
         elif state is None:
             text = f"there is no {path} (-{image.option})"
-            may_come = made_before and not unexpanded.hint(image.path)
-            yield _absent(about, text, _near(tree, path, image), made_before=may_come)
+            may_come = made_before and not unexpanded.hint(image.path) and _may_be_made(tree, path)
+            yield _absent(about, text, _near(tree, path, image), may_come=may_come)
         elif stat.S_ISDIR(state.st_mode):
             yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
         elif not tree.may(path, mode):
@@ -79,17 +80,27 @@ def sockets(tree: Tree, wanted: Iterable[str], folder: Path, *, made_before: boo
             text = f"there is no socket {path} (-chardev)"
             fix = unexpanded.hint(name, "start the program that listens there (swtpm, virtiofsd) before the VM")
             may_come = made_before and not unexpanded.hint(name)
-            yield _absent(f"socket {name}", text, fix, made_before=may_come)
+            yield _absent(f"socket {name}", text, fix, may_come=may_come)
         elif not tree.may(path, WRITE):
             fix = "have that program started by the same user"
             yield Finding("error", f"socket {name}", f"the socket {path} (-chardev) is not yours to connect to", fix)
 
 
-def _absent(about: str, text: str, fix: str | None, *, made_before: bool) -> Finding:
+def _absent(about: str, text: str, fix: str | None, *, may_come: bool) -> Finding:
     """Not there. Whether before_start makes it is only known when it has run; it makes no folder called ~ or $HOME."""
-    if made_before:
-        return Finding("note", about, text, "before_start may make it")
+    if may_come:
+        return Finding("note", about, text, MAY_COME)
     return Finding("error", about, text, fix)
+
+
+def _may_be_made(tree: Tree, path: str) -> bool:
+    """Whether a program of this user's could have a file there, as far as the folders tell."""
+    return tree.may(_nearest(tree, path), WRITE) or any(Path(path).is_relative_to(folder) for folder in _BY_DAEMONS)
+
+
+def _nearest(tree: Tree, path: str) -> str:
+    """The folder, of those on the way to `path`, that is there and the nearest to it."""
+    return next((folder for folder in map(str, Path(path).parents) if tree.exists(folder)), "/")
 
 
 def _closed_folder(tree: Tree, path: str) -> str | None:
@@ -103,15 +114,12 @@ def _closed_folder(tree: Tree, path: str) -> str | None:
 def _near(tree: Tree, path: str, image: Image) -> str:
     if hint := unexpanded.hint(image.path):
         return hint
-    folder, missing = "/", path
-    for folder in map(str, Path(path).parents):
-        if tree.exists(folder):
-            break
-        missing = folder
+    folder = _nearest(tree, path)
     if "OVMF" in image.path:
         return "on Debian: sudo apt install ovmf (its files are in /usr/share/OVMF)"
-    if missing != path:
-        return f"{folder} exists, {missing} does not"
+    if str(Path(path).parent) != folder:
+        first, *_ = Path(path).relative_to(folder).parts
+        return f"{folder} exists, {Path(folder, first)} does not"
     disks = [name for name in tree.names(folder) if name.endswith((".qcow2", ".img", ".raw", ".iso", ".fd"))]
     if disks:
         return f"{folder} has: {', '.join(disks[:5])}{', ...' if len(disks) > 5 else ''}"

@@ -14,6 +14,7 @@ from ..errors import DefinitionError
 Severity = Literal["ok", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "error")
 DEFINITION = "definition"  # what findings about a definition itself are about
+MAY_COME = "before_start may make it"  # the fix of what is not there, and need not be before that has run
 
 
 class Finding(NamedTuple):
@@ -34,6 +35,11 @@ def mistakes(problems: Iterable[DefinitionError]) -> Iterator[Finding]:
 def would_stop(findings: Iterable[Finding]) -> bool:
     """Whether any of them would keep the VM from starting."""
     return any(finding.severity == "error" for finding in findings)
+
+
+def left_to_before_start(findings: Iterable[Finding]) -> int:
+    """How many files the VM would start with, that only before_start can make."""
+    return sum(finding.fix == MAY_COME for finding in findings)
 
 
 def counted(findings: Iterable[Finding]) -> str:

@@ -77,14 +77,21 @@ def check_vm(definition: VmDefinition, version: str, *, as_json: bool) -> int:
         ("definition", str(definition.path.absolute())),
     ]
     stops = finding.would_stop(found)
-    verdict = f"{definition.name} would {'not ' if stops else ''}start"
-    if count := finding.counted(found):
-        verdict += f": {count}"
     if as_json:
         say_json({"vm": definition.name, "would_start": not stops}, head, found)
     else:
-        show(head, found, verdict)
+        show(head, found, verdict(definition.name, found))
     return _BROKEN if stops else 0
+
+
+def verdict(vm: str, found: Sequence[Finding]) -> str:
+    """The last line: whether it would start, on what condition, and how much there is to read above."""
+    stops, left = finding.would_stop(found), finding.left_to_before_start(found)
+    words = f"{vm} would {'not ' if stops else ''}start"
+    if left and not stops:
+        words += f", if before_start makes {left} file{'s that are' if left > 1 else ' that is'} not there"
+    count = finding.counted(found)
+    return f"{words}{count and ': '}{count}"
 
 
 def report_mistakes(vm: str, error: DefinitionError, version: str) -> int:
@@ -363,5 +370,6 @@ def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) ->
     facts = {name: printable(value) for name, value in head}
     # printable: a file's name may be no text.
     items = [one._replace(text=printable(one.text), fix=one.fix and printable(one.fix))._asdict() for one in found]
-    whole = {**begin, "system": facts, "findings": items}
+    left = {"left_to_before_start": finding.left_to_before_start(found)}
+    whole = {**begin, **left, "system": facts, "findings": items}
     stdout.say_json(whole, indent=2)
