@@ -15,10 +15,12 @@ from qemu.launched import Home
 from qemu.private_bus import PrivateBus
 from qemu.test_tuning import CPU, SHIELDED, needs_two_cpus
 from qemu_launcher import cli
+from qemu_launcher.check import versions
 
 ERROR = "org.qemulauncher.Error"
 MEMLOCK = "40G"  # more than any machine of ours lets an ordinary login lock
 VM = "vm-under-test"
+QEMU = "/usr/bin/qemu-system-x86_64"
 IN_SESSION = (
     "from qemu_launcher.check import report\n"
     "report.session_of = lambda *_: ()\n"
@@ -268,6 +270,23 @@ def test_binary_that_is_no_qemu(home: Home, bus: PrivateBus) -> None:
     status, lines = check(home, bus)
     assert status == 0
     assert "warning: /bin/true does not tell its version as a QEMU does" in findings(lines)
+
+
+def test_display_of_qemus_own_choice(home: Home, bus: PrivateBus) -> None:
+    """What check says of it is what a start comes to."""
+    path = home.define()
+    path.write_text(path.read_text().replace("- display: none\n", ""))
+    window = versions.default_window(QEMU, {}, home.configuration)
+    status, lines = check(home, bus, env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    errors = [line for line in lines if line.startswith("error")]
+    assert [line.partition(", needs ")[0] for line in errors] == [
+        f"error    no option names a display, and QEMU's own choice, {window}"
+    ] * (window is not None)
+    assert status == (2 if window else 0)
+    if window:
+        done = home.ask("run", VM, env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+        assert done.returncode != 0
+        assert re.search("gtk initialization failed|[Cc]ould not initialize SDL", done.stderr)
 
 
 def test_running_already(home: Home, bus: PrivateBus) -> None:

@@ -31,6 +31,7 @@ def images(host: OtherHost, *wanted: Image) -> list[Finding]:
 def test_all_is_well(host: OtherHost) -> None:
     host.forbid("/srv/iso/virtio.iso", 2)  # W_OK, which a CD does not need
     assert told(images(host, DISK, ISO)) == ["ok: 2 images and boot files can be opened as wanted"]
+    assert told(images(host, DISK)) == ["ok: 1 image or boot file can be opened as wanted"]
     assert images(host) == []
 
 
@@ -245,3 +246,31 @@ def test_who_may_enter_an_x_display_is_told_too() -> None:
 )
 def test_what_needs_no_variables(options: str) -> None:
     assert variables(options, {}, "clear_env: true") == []
+
+
+def window(
+    keys: str, qemu: str, env: dict[str, str], kind: str | None = "gtk", *, certain: bool = True
+) -> list[Finding]:
+    return list(environment.window(launcher(keys, qemu), env, {}, lambda: kind, certain=certain))
+
+
+def test_window_that_nobody_asked_for() -> None:
+    severity, text, fix = the_only(window("", "[m: 1G]", {}))
+    assert (severity, text) == (
+        "error",
+        "no option names a display, and QEMU's own choice, gtk, needs WAYLAND_DISPLAY and XDG_RUNTIME_DIR or DISPLAY, "
+        "and QEMU would have none of them in this login",
+    )
+    assert fix.splitlines()[0] == "start it from the desktop, or write env: with the values it has there"
+    assert fix.splitlines()[1].startswith("or, for no window, add - display: none, - nographic or - vnc: ")
+    assert the_only(window("clear_env: true", "[display: default]", {}))[1].endswith(" (clear_env: true)")
+    assert the_only(window("", "[]", {}, certain=False))[0] == "warning"
+    assert window("", "[]", {"DISPLAY": ":0"}) == []
+    assert window("", "[]", {}, None) == []
+
+
+@pytest.mark.parametrize(
+    "option", ["display: none", "display: gtk", "nographic", "vnc: ':1'", "spice: [port: 5930]", "readconfig: x"]
+)
+def test_no_window_of_its_own(option: str) -> None:
+    assert window("", f"[{option}]", {}) == []

@@ -186,6 +186,42 @@ def test_a_program_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Available display backend types:\nnone\ngtk\nsdl\n", "gtk"),
+        ("Available display backend types:\nnone\nsdl\ncurses\n", "sdl"),
+        ("Available display backend types:\nnone\n", None),
+        ("", None),
+    ],
+)
+def test_window_of_a_qemu(tmp_path: Path, said: str, kind: str | None) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "-display help" ] && printf "%s" "{said}"\n')
+    program.chmod(0o755)
+    assert versions.default_window(str(program), os.environ, tmp_path) == kind
+
+
+@pytest.mark.parametrize(
+    ("program", "socket", "severity"),
+    [("\x7fELF", "wayland-1", "error"), ("\x7fELF", "wayland-0", "warning"), ("#!/bin/sh", "wayland-1", "warning")],
+)
+def test_window_that_may_open_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, socket: str, severity: str
+) -> None:
+    host = OtherHost(tmp_path)
+    host.write("/usr/bin/qemu", program)
+    host.write(f"/run/user/1000/{socket}")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    monkeypatch.setattr(versions, "default_window", lambda *_: "gtk")
+    vm = report._Vm(launcher("", "[m: 1G]"), host.tree)
+    assert list(vm._window()) == [], "there is no QEMU"
+    vm._path = "/usr/bin/qemu"
+    assert the_only(list(vm._window()))[0] == severity
+
+
 def test_distribution(tmp_path: Path) -> None:
     host = OtherHost(tmp_path)
     assert versions.distribution(host.tree) == "unknown"

@@ -203,6 +203,12 @@ def sockets(definition: VmDefinition) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def leaves_display_open(definition: VmDefinition) -> bool:
+    """Whether QEMU chooses by itself where the guest's screen is to be seen. The file of -readconfig may say it too."""
+    named = ("nographic", "vnc", "spice", "sdl", "curses", "readconfig")  # sdl and curses: of older QEMUs
+    return not any(cmdline.has_option(definition, name) for name in named) and set(displays(definition)) <= {"default"}
+
+
 def displays(definition: VmDefinition) -> list[str]:
     """The kinds of display that are asked for by name: gtk, sdl, ..."""
     return [found["type"] for found in each(definition, "display") if "type" in found]

@@ -6,7 +6,7 @@ Pure: takes the environment that QEMU would get, and ours to take values from.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..definition import VmDefinition
 from . import asked
@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Not needed to find the server, but to be let in.
 _ALSO = {"DISPLAY": ("XAUTHORITY",)}
+_NO_WINDOW = "or, for no window, add - display: none, - nographic or - vnc: localhost:0 to the section qemu"
 
 
 def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[Finding]:
@@ -34,18 +35,39 @@ def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[st
         ways = _NEEDS.get(kind)
         if ways is None or (what == "display") != (ways is _WINDOW or kind == "dbus"):
             continue
-        lacking = [[name for name in way if not env.get(name)] for way in ways]
+        lacking = _lacking(ways, env)
         if not all(lacking):
             yield Finding("ok", what, f"{what} {kind} finds its server ({', '.join(ways[lacking.index([])])})")
             continue
-        names = " or ".join(" and ".join(way) for way in ways)
-        because = " (clear_env: true)" if definition.clear_env else " in this login"
-        yield Finding(
-            "error" if severity == "error" else "warning",
-            what,
-            f"{what} {kind} needs {names}, and QEMU would have none of them{because}",
-            _fix(definition, lacking, ours),
-        )
+        text = f"{what} {kind} needs {_none_of(definition, ways)}"
+        yield Finding("error" if severity == "error" else "warning", what, text, _fix(definition, lacking, ours))
+
+
+def window(
+    definition: VmDefinition,
+    env: Mapping[str, str],
+    ours: Mapping[str, str],
+    kind: Callable[[], str | None],
+    *,
+    certain: bool,
+) -> Iterator[Finding]:
+    """The window that QEMU opens by itself. `kind`: which that is, as QEMU says; not `certain`: it might do without."""
+    lacking = _lacking(_WINDOW, env)
+    if all(lacking) and asked.leaves_display_open(definition) and (name := kind()) is not None:
+        text = f"no option names a display, and QEMU's own choice, {name}, needs {_none_of(definition, _WINDOW)}"
+        fix = f"{_fix(definition, lacking, ours)}\n{_NO_WINDOW}"
+        yield Finding("error" if certain else "warning", "display", text, fix)
+
+
+def _lacking(ways: Iterable[Sequence[str]], env: Mapping[str, str]) -> list[list[str]]:
+    """What each way has no value for."""
+    return [[name for name in way if not env.get(name)] for way in ways]
+
+
+def _none_of(definition: VmDefinition, ways: Iterable[Sequence[str]]) -> str:
+    names = " or ".join(" and ".join(way) for way in ways)
+    because = "(clear_env: true)" if definition.clear_env else "in this login"
+    return f"{names}, and QEMU would have none of them {because}"
 
 
 def _fix(definition: VmDefinition, lacking: list[list[str]], ours: Mapping[str, str]) -> str:

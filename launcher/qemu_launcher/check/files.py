@@ -51,7 +51,8 @@ def images(
         else:
             good += 1
     if good:
-        yield Finding("ok", "files", f"{good} image{'s' * (good != 1)} and boot files can be opened as wanted")
+        many = f"{good} images and boot files" if good > 1 else "1 image or boot file"
+        yield Finding("ok", "files", f"{many} can be opened as wanted")
 
 
 def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folder: Path) -> Iterator[Finding]:
@@ -138,6 +139,11 @@ def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str |
     return None
 
 
+def is_program(tree: Tree, binary: str) -> bool:
+    """Whether it is no script: what that executes, and with which options, is not known."""
+    return tree.begins_with(binary, _ELF)
+
+
 def process_name(tree: Tree, binary: str | None, options: Sequence[QemuOption]) -> Iterator[Finding]:
     """Whether the helper would know this QEMU by the name of its process: proc(5), comm, at most 15 bytes.
 
@@ -150,7 +156,7 @@ def process_name(tree: Tree, binary: str | None, options: Sequence[QemuOption]) 
         for name, value in option.properties()
         if name == "process" and value
     ]
-    if not renamed and (binary is None or not tree.begins_with(binary, _ELF)):
+    if not renamed and (binary is None or not is_program(tree, binary)):
         return
     name = (renamed[-1] if renamed else os.path.basename(binary or ""))[:15]  # noqa: PTH119
     mark, hint = restrictions.helper_refused(options, name, is_own=True)

@@ -12,6 +12,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from .. import (
@@ -148,6 +149,7 @@ class _Vm:
         found += files.images(tree, asked.images(definition), self._folder, self._user, made_before=made_before)
         found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
         found += environment.variables(definition, self._env, os.environ)
+        found += self._window()
         found += devices.evdev(tree, asked.evdev(definition), self._user)
         found += vfio.vfio(tree, asked.vfio(definition), self._user, os.uname().release)
         found += self._memory(runs=runs is not None)
@@ -175,11 +177,22 @@ class _Vm:
             where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
             yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, absence.qemu(name)))
             return
-        said = versions.qemu(path, self._env, self._folder if tree.is_directory(folder) else Path("/"))
+        said = versions.qemu(path, self._env, self._where_it_runs())
         self.qemu = f"{said or 'of unknown version'}, {path}"
         if "QEMU" not in (said or ""):
             fix = f"see what it says: {path} --version"
             yield Finding("warning", "binary", f"{path} does not tell its version as a QEMU does", fix)
+
+    def _window(self) -> Iterator[Finding]:
+        if (path := self._path) is not None:
+            env, tree = self._env, self._tree
+            kind = partial(versions.default_window, path, env, self._where_it_runs())
+            # A script may add an option, and this is where GTK looks without WAYLAND_DISPLAY (wl_display_connect).
+            certain = files.is_program(tree, path) and not tree.exists(f"{env.get('XDG_RUNTIME_DIR', '')}/wayland-0")
+            yield from environment.window(self._definition, env, os.environ, kind, certain=certain)
+
+    def _where_it_runs(self) -> Path:
+        return self._folder if self._tree.is_directory(str(self._folder)) else Path("/")
 
     def _memory(self, *, runs: bool) -> Iterator[Finding]:
         tree, backends = self._tree, asked.backends(self._definition)

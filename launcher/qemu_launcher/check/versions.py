@@ -48,6 +48,15 @@ def qemu(binary: str, env: Mapping[str, str], folder: Path) -> str | None:
     return first_line([binary, "--version"], env, folder)
 
 
+def default_window(binary: str, env: Mapping[str, str], folder: Path) -> str | None:
+    """The window that this QEMU opens where no option names a display (qemu_display_find_default of its ui/console.c).
+
+    None if it has no kind of window, or does not say.
+    """
+    kinds = _said([binary, "-display", "help"], env, folder, b"").split()
+    return next((kind for kind in ("gtk", "sdl") if kind.encode() in kinds), None)
+
+
 def user() -> str:
     """`alice (1000), groups alice kvm qemu-launcher`."""
     names = []
@@ -61,17 +70,23 @@ def user() -> str:
 
 def first_line(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> str | None:
     """The first line that a program prints. None if it cannot be executed, or prints none in time; it is gone then."""
+    line = _said(argv, env, folder, b"\n").decode("utf-8", "replace").partition("\n")[0].strip()
+    return printable(line) or None
+
+
+def _said(argv: Sequence[str], env: Mapping[str, str], folder: Path, until: bytes) -> bytes:
+    """What a program prints, up to and with `until`, if that is not empty, and no more than we read."""
     try:
         process = subprocess.Popen(
             argv, env=dict(env), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
     except (OSError, ValueError):
-        return None
+        return b""
     assert process.stdout is not None
     end, said = time.monotonic() + _PATIENCE, b""
     try:
         # Not communicate(): it would keep all that an endless program prints.
-        while b"\n" not in said and len(said) < _LONGEST and (left := end - time.monotonic()) > 0:
+        while not (until and until in said) and len(said) < _LONGEST and (left := end - time.monotonic()) > 0:
             if select.select([process.stdout], [], [], left)[0]:
                 data = os.read(process.stdout.fileno(), _LONGEST)
                 if not data:
@@ -81,5 +96,4 @@ def first_line(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> str
         process.stdout.close()
         process.kill()
         process.wait()
-    line = said.decode("utf-8", "replace").partition("\n")[0].strip()
-    return printable(line) or None
+    return said
