@@ -61,6 +61,33 @@ def test_vcpus_that_no_smp_makes(host: OtherHost) -> None:
         assert list(cpus.count(fine)) == []
 
 
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        (
+            pinned("[2]", qemu="[smp: 2]"),
+            "warning: win11.yml:3:17: vCPU 1 is not pinned, and smp makes 2; "
+            "it runs on any CPU that nobody has shielded",
+        ),
+        (
+            pinned("[2, 3]", "emulator_pinning: 0-1", "[smp: [8, maxcpus: 16]]"),
+            "warning: win11.yml:3:17: vCPUs 2-7 are not pinned, and smp makes 8; "
+            "they run on host CPUs 0-1 (emulator_pinning)",
+        ),
+        (
+            pinned("{0: {0: {0: 2}}}", qemu="[smp: 2]"),
+            "note: win11.yml:3:17: vcpu_pinning names 1 vCPU, and smp makes 2; "
+            "the others run on any CPU that nobody has shielded",
+        ),
+        (pinned("[2, 3]", qemu="[smp: [2, maxcpus: 4]]"), None),
+        (pinned("[2, 3]", qemu="[smp: [1, maxcpus: 2]]"), None),
+        (pinned("[2]", qemu="[readconfig: x]"), None),
+    ],
+)
+def test_vcpus_that_nothing_pins(definition: VmDefinition, said: str | None) -> None:
+    assert told(list(cpus.count(definition))) == ([] if said is None else [said])
+
+
 def test_offline(host: OtherHost) -> None:
     severity, text, fix = the_only(there(host, pinned("[2, 15]"), online="0-14", possible="0-15"))
     assert (severity, text) == (

@@ -15,7 +15,7 @@ from ..errors import DefinitionError
 from ..host import Host
 from ..keys import REALTIME_POLICIES
 from ..options import smp_numbers
-from ..pinning import beside_the_first, describe_place, smp_for
+from ..pinning import Pinning, beside_the_first, describe_place, smp_for
 from . import asked
 from .finding import Finding
 from .tree import Tree, cpus_in, linux
@@ -54,13 +54,36 @@ def there(definition: VmDefinition, facts: Host) -> Iterator[Finding]:
 
 
 def count(definition: VmDefinition) -> Iterator[Finding]:
-    """Machines that are no PCs have as many vCPUs as their maker gave them, where -smp does not say."""
+    """Whether as many vCPUs are pinned as there are.
+
+    Machines that are no PCs have as many as their maker gave them, where -smp does not say.
+    """
     pinning = definition.pinning
-    if pinning is None or is_pc(definition.binary) or smp_numbers(definition.options) != {}:
+    if pinning is None:
+        return
+    yield from _unpinned(definition, pinning)
+    if is_pc(definition.binary) or smp_numbers(definition.options) != {}:
         return
     if (second := beside_the_first(pinning)) is not None:
         text = f"{second[1]}: vcpu_pinning names {second[0]}, and without -smp most machines have only vCPU 0"
         yield Finding("warning", "cpus", text, f"add - {smp_for(pinning)} to the section qemu")
+
+
+def _unpinned(definition: VmDefinition, pinning: Pinning) -> Iterator[Finding]:
+    """vCPUs that are left to run with the emulator threads. Only the form by topology is made to leave some out."""
+    pinned, made = len(pinning.sets), asked.vcpus(definition) or 0
+    if pinned >= made:
+        return
+    others = definition.emulator_pinning
+    where = f"on host {named(others.cpus)} (emulator_pinning)" if others else "on any CPU that nobody has shielded"
+    if pinning.topology is not None:
+        text = f"vcpu_pinning names {pinned} vCPU{'s' * (pinned > 1)}, and smp makes {made}; the others run {where}"
+        yield Finding("note", "cpus", f"{pinning.mark}: {text}")
+        return
+    which = f"vCPU {pinned} is" if made - pinned == 1 else f"vCPUs {format_cpulist(range(pinned, made))} are"
+    runs = "it runs" if made - pinned == 1 else "they run"
+    text = f"{pinning.mark}: {which} not pinned, and smp makes {made}; {runs} {where}"
+    yield Finding("warning", "cpus", text, "name a host CPU for each vCPU in vcpu_pinning, or have smp make fewer")
 
 
 def of_vcpus(definition: VmDefinition) -> Cpus:
