@@ -227,6 +227,7 @@ def test_several_things_at_once(home: Home, bus: PrivateBus, tmp_path: Path) -> 
     definition = (
         {"drive": [{"file": str(tmp_path / "gone.qcow2")}, {"if": "virtio"}]},
         {"device": ["vfio-pci", {"host": "ff:1f.7"}]},
+        {"device": ["vfio-pci", {"host": "1:00"}]},
         {"object": ["input-linux", {"id": "k"}, {"evdev": "/dev/input/by-id/none-event-kbd"}]},
         {"object": ["memory-backend-memfd", {"id": "r"}, {"size": "1T"}, {"hugetlb": "on"}]},
     )
@@ -234,7 +235,14 @@ def test_several_things_at_once(home: Home, bus: PrivateBus, tmp_path: Path) -> 
     status, lines = check(home, bus)
     assert status == 2
     text = "\n".join(findings(lines))
-    for part in ("gone.qcow2", "0000:ff:1f.7", "none-event-kbd", "huge page", "no host CPU 8191"):
+    for part in (
+        "gone.qcow2",
+        "0000:ff:1f.7",
+        "'1:00' is no PCI address",
+        "none-event-kbd",
+        "huge page",
+        "no host CPU 8191",
+    ):
         assert part in text
     assert bus.members()[0] == "GetLimits"
 

@@ -60,6 +60,7 @@ def test_a_binary_that_begins_with_kvm() -> None:
             "[vfio-pci, sysfsdev: /sys/bus/mdev/devices/4b20d080]",
             VfioDevice(None, "/sys/bus/mdev/devices/4b20d080", iommufd=False),
         ),
+        ("[vfio-pci, host: '0x0:001:1f.07']", VfioDevice("0000:01:1f.7", None, iommufd=False)),
         ("[vfio-pci, host: nonsense]", None),
         ("[vfio-user-pci, host: '01:00.0', socket.path: /x]", None),
         ("[virtio-net-pci, host: '01:00.0']", None),
@@ -68,6 +69,31 @@ def test_a_binary_that_begins_with_kvm() -> None:
 )
 def test_vfio(device: str, found: VfioDevice | None) -> None:
     assert asked.vfio(vm(f"[device: {device}]")) == ([] if found is None else [found])
+
+
+@pytest.mark.parametrize(
+    "text", ["1:00", "0000:01:00", "01:00.O", "01:00.8", "01:20.0", "100:00.0", "0000:01:00.0.0", "", "01:00.0x0"]
+)
+def test_no_address_of_vfio(text: str) -> None:
+    definition = vm(f"[m: 1G, device: [vfio-pci, host: '{text}'], device: 'vfio-pci-nohotplug,host={text}']")
+    assert asked.vfio(definition) == []
+    assert [(mark.line, said) for mark, said in asked.no_addresses(definition)] == [(2, text)] * 2
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "[vfio-pci, host: '01:00.0']",
+        "[vfio-pci, sysfsdev: /sys/x]",
+        "[vfio-pci]",
+        "[vfio-platform, host: x]",
+        "[vfio-user-pci, host: x]",
+        "[virtio-net-pci, host: x]",
+        "'{broken'",
+    ],
+)
+def test_nothing_but_addresses_of_pci_devices_is_judged(device: str) -> None:
+    assert asked.no_addresses(vm(f"[device: {device}]")) == []
 
 
 def test_evdev() -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher.check import vfio
+from qemu_launcher.check import asked, vfio
 from qemu_launcher.check.asked import VfioDevice
 from qemu_launcher.check.finding import Finding
 from unit.other_host import AMD, INTEL, OtherHost, told
+from unit.reading import launcher
 
 CARD, SOUND, SSD, PORT = "0000:01:00.0", "0000:01:00.1", "0000:03:00.0", "0000:00:01.0"
 
@@ -44,6 +45,17 @@ def test_ready(host: OtherHost) -> None:
         "ok: nothing else in IOMMU group 14 is in use by the host",
         f"ok: {SOUND} (multimedia, 10de:2684) is bound to vfio-pci, IOMMU group 14",
     ]
+
+
+def test_no_address(host: OtherHost) -> None:
+    """In a report, with its place."""
+    definition = launcher("", "[device: [vfio-pci, host: 1:00], device: [vfio-pci, host: '01:00.O']]")
+    found = list(vfio.addresses(asked.no_addresses(definition)))
+    assert told(found) == [
+        "error: win11.yml:3:8: '1:00' is no PCI address",
+        "error: win11.yml:3:40: '01:00.O' is no PCI address",
+    ]
+    assert {one.fix for one in found} == {"write it as lspci -D does: 0000:01:00.0"}
 
 
 def test_no_such_device(host: OtherHost) -> None:

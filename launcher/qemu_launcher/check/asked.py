@@ -14,11 +14,15 @@ from typing import Literal, NamedTuple
 from .. import cmdline, options, ram
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
+from ..errors import Mark
 from ..options import DRIVE_LETTERS, is_on, is_vfio, known_settings, smp_numbers
 
 Settings = Mapping[str, str]
 
-_PCI = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
+# strtoul(3), as QEMU reads them (set_pci_host_devaddr): with 0x or leading zeros, if one likes.
+_HEX = "(?:0[xX])?[0-9a-fA-F]+"
+_PCI = re.compile(rf"(?:({_HEX}):)?({_HEX}):({_HEX})\.([0-9]+)")
+_LARGEST = (0xFFFFFFFF, 0xFF, 0x1F, 7)  # domain, bus, slot, function
 _PROTOCOL = re.compile(r"[^/:]+:")  # path_has_protocol of QEMU's block.c
 
 
@@ -104,8 +108,20 @@ def _pci_address(text: str) -> str | None:
     parts = _PCI.fullmatch(text)
     if parts is None:
         return None
-    domain, bus, slot, function = parts.groups()
-    return f"{int(domain or '0', 16):04x}:{int(bus, 16):02x}:{int(slot, 16):02x}.{function}"
+    domain, bus, slot, function = numbers = [int(part or "0", 16) for part in parts.groups()]
+    if any(number > largest for number, largest in zip(numbers, _LARGEST, strict=True)):
+        return None
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.{function}"
+
+
+def no_addresses(definition: VmDefinition) -> list[tuple[Mark, str]]:
+    """What stands where a PCI device of the host's is to be named and is no address, and in which option."""
+    devices = [(option.mark, known_settings(option)) for option in definition.options if option.bare_name == "device"]
+    return [
+        (mark, one["host"])
+        for mark, one in devices
+        if one.get("driver", "").startswith("vfio-pci") and "host" in one and _pci_address(one["host"]) is None
+    ]
 
 
 def evdev(definition: VmDefinition) -> list[str]:

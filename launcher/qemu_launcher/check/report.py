@@ -151,6 +151,7 @@ class _Vm:
         found += environment.variables(definition, self._env, os.environ)
         found += self._window()
         found += devices.evdev(tree, asked.evdev(definition), self._user)
+        found += vfio.addresses(asked.no_addresses(definition))
         found += vfio.vfio(tree, asked.vfio(definition), self._user, os.uname().release)
         found += self._memory(runs=runs is not None)
         found += self._tuning(runs=runs is not None)

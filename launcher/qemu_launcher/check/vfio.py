@@ -9,8 +9,9 @@ a bridge's too, while before then any bridge might keep its own.
 Pure judgement over a Tree; nodes are not opened, since opening a group takes it from whoever comes second.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
+from ..errors import Mark, shortened
 from .asked import VfioDevice
 from .devices import udev_line
 from .finding import Finding
@@ -39,6 +40,13 @@ def vfio(tree: Tree, devices: list[VfioDevice], user: str, release: str) -> Iter
             if not device.iommufd:
                 yield from _node(tree, group, user)
             yield from _others(tree, group, given, bridges_matter=bridges_matter)
+
+
+def addresses(wrong: Iterable[tuple[Mark, str]]) -> Iterator[Finding]:
+    """What QEMU would not take for a device's address, each with its place."""
+    for mark, text in wrong:
+        said = f"{mark}: {shortened(text)!r} is no PCI address"
+        yield Finding("error", f"vfio {shortened(text)}", said, "write it as lspci -D does: 0000:01:00.0")
 
 
 def _device(tree: Tree, device: VfioDevice) -> Generator[Finding, None, str | None]:
