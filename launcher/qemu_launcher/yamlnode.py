@@ -35,6 +35,7 @@ _TAG = "tag:yaml.org,2002:"
 _SCALAR_KINDS = ("str", "int", "float", "bool", "null")
 _NUMBER = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _ODD_FLOATS = frozenset((".inf", ".Inf", ".INF", ".nan", ".NaN", ".NAN"))
+_ODD_SPACE = re.compile(r"[ -]*((?![\0-\x7f])\s)")  # a space that is none to YAML, where indentation or a dash is
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # neither an argument nor a file name can carry these
 
 
@@ -139,6 +140,8 @@ class _Composer:
             node = Scalar(event.value, self.scalar_kind(event), self.mark(event))
             if _UNUSABLE.search(node.text):
                 fail(node, "text with a NUL or an incomplete character (\\0, \\ud800) cannot be passed on")
+            if not event.style and (problem := _odd_space(node.text, node.mark)):  # unquoted
+                raise problem
             self.finish(node, event.anchor)
         elif isinstance(event, SequenceStartEvent | MappingStartEvent):
             self.open(event)
@@ -269,11 +272,15 @@ def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:
     here = Mark(file, mark.line + 1, mark.column + 1)
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
-    if "\t" in line[: mark.column + 1] and not line[: mark.column].strip():
+    if "\t" in line[: mark.column + 1] and not line[: mark.column].strip(" -\t"):
         return DefinitionError("a tab is no indentation in YAML", "use spaces", mark=here)
+    begin = getattr(err, "context_mark", None)
+    for number in (begin.line if begin else mark.line, mark.line):
+        odd = _odd_space(lines[number], Mark(file, number + 1, 1)) if number < len(lines) else None
+        if odd is not None:
+            return odd
     if context := getattr(err, "context", None):
         problem = f"{context}, {problem}"
-    begin = getattr(err, "context_mark", None)
     at = line[mark.column : mark.column + 1]
     hint = None
     if "cannot start any token" in problem and at:
@@ -283,6 +290,17 @@ def _syntax_error(err: yaml.YAMLError, text: str, file: str) -> DefinitionError:
     elif begin is not None and begin.line != mark.line:
         hint = f"it begins in line {begin.line + 1}, column {begin.column + 1}"
     return DefinitionError(f"this is not YAML: {problem}", hint, mark=here)
+
+
+def _odd_space(text: str, mark: Mark) -> DefinitionError | None:
+    """What is wrong with `text`, at `mark`, when it begins with a space that web pages have and YAML has not."""
+    found = _ODD_SPACE.match(text)
+    if found is None:
+        return None
+    import unicodedata  # noqa: PLC0415  only for this message, and `command` is to be quick
+
+    what = f"U+{ord(found[1]):04X} ({unicodedata.name(found[1], 'a space').lower()}) is no indentation in YAML"
+    return DefinitionError(what, "use spaces", mark=mark._replace(column=mark.column + found.start(1)))
 
 
 def describe(node: Node) -> str:

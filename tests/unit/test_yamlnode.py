@@ -8,6 +8,7 @@ from qemu_launcher.yamlnode import List, Map, Scalar
 from unit.reading import argv, read, refusal
 
 HEAD = "launcher: {binary: q}\n"
+NO_BREAK = "U+00A0 (no-break space) is no indentation in YAML\n    use spaces"
 
 
 # fmt: off
@@ -93,6 +94,14 @@ def test_basic_tags(item: str, value: str) -> None:
         ('- a: "b', "4:1: this is not YAML: while scanning a quoted scalar, found unexpected end of stream\n"
          "    it begins in line 3, column 6"),
         ("\t- a", "3:1: a tab is no indentation in YAML\n    use spaces"),
+        ("-\tnographic", "3:2: a tab is no indentation in YAML\n    use spaces"),
+        ("- a: b\n- \tc: d", "4:3: a tab is no indentation in YAML\n    use spaces"),
+        ("\xa0\xa0- a: b", f"3:1: {NO_BREAK}"),
+        ("\xa0\xa0- a\n\xa0\xa0- b: c", f"3:1: {NO_BREAK}"),
+        ("  -\xa0nographic", f"3:4: {NO_BREAK}"),
+        ("  -\xa0a\n  -\xa0b: c", f"3:4: {NO_BREAK}"),
+        ("- a\n\xa0- b: c", f"4:1: {NO_BREAK}"),
+        ("- \u3000a: b", f"3:3: {NO_BREAK.replace('00A0 (no-break', '3000 (ideographic')}"),
     ],
 )  # fmt: skip
 def test_refused_in_the_qemu_section(items: str, message: str) -> None:
@@ -110,11 +119,18 @@ def test_refused_in_the_qemu_section(items: str, message: str) -> None:
         (b"\xff\xfea\0", "1:1: this is UTF-16\n    save the file as UTF-8"),
         (b"a: b\nc: Gr\xfc\xdfe\n", "2:6: the byte 0xfc is not UTF-8\n    save the file as UTF-8"),
         ("ä: b\r\nö: x\0y\n".encode(), "2:5: the control character U+0000 cannot stand in YAML"),
+        ("launcher:\n\xa0\xa0binary: q\nqemu: []\n".encode(), f"2:1: {NO_BREAK}"),
+        ("launcher:\n  binary: q\n \xa0debug: true\nqemu: []\n".encode(), f"3:2: {NO_BREAK}"),
         (b"a: \x1b[1m\n", "1:4: the control character U+001B cannot stand in YAML"),
     ],
 )
 def test_refused_files(data: bytes, message: str) -> None:
     assert refusal(data) == message
+
+
+@pytest.mark.parametrize("item", ["a: 'x\xa0y'", "a: x\xa0y", "a: '\xa0'", "a: |\n    \xa0", '"\xa0": b'])
+def test_odd_spaces_in_text_are_text(item: str) -> None:
+    assert isinstance(yamlnode.compose(f"- {item}\n", "f").root, List)
 
 
 @pytest.mark.parametrize(
