@@ -8,6 +8,7 @@ Which files are huge pages only the host could tell. A file outside /dev/shm is 
 guest's RAM in another, and who has is told by the kernel, as without this module.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from string import hexdigits
 
@@ -26,6 +27,7 @@ DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins 
 MOST_RAM = 1 << 63
 _SHM = "/dev/shm/"  # noqa: S108  a file system of ordinary pages, tmpfs(5)
 SIZE_SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}  # util/cutils.c, qemu_strtosz
+_FOR_PEOPLE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGTPE])(?:iB?|B)?", re.IGNORECASE)
 
 
 def guest_ram(options: Sequence[QemuOption]) -> int | None:
@@ -161,3 +163,10 @@ def parse_size(text: str, default_unit: str) -> int | None:
         return None
     size = (int(digits) << shift) // 10 ** len(fraction)
     return size if size < MOST_RAM else None
+
+
+def without_byte(text: str) -> str | None:
+    """What QEMU takes instead of a size that is written for people, `4GB` or `4 G`; None for anything else."""
+    found = _FOR_PEOPLE.fullmatch(text)
+    size = found and found[1] + found[2]
+    return None if size == text else size

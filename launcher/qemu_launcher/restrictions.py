@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from . import ram
 from .errors import DefinitionError, Mark
-from .options import QemuOption, mem_lock_option
+from .options import QemuOption, known_settings, mem_lock_option
 
 _USE_USER = "remove it; to have QEMU run as another user, start it as root with user: in the section launcher:"
 
@@ -26,6 +26,11 @@ def never(options: Sequence[QemuOption]) -> Iterator[DefinitionError]:
                 "remove it; to have it in the background: qemu-launcher start NAME",
                 mark=option.mark,
             )
+        elif option.bare_name == "m":
+            given = known_settings(option)
+            for text in (given.get("size", ""), given.get("maxmem", "")):
+                if size := ram.without_byte(text):
+                    yield DefinitionError(f"-m {text} is no size for QEMU", f"write {size}", mark=option.mark)
 
 
 def untunable(options: Sequence[QemuOption], *, threads_by_helper: bool) -> Iterator[DefinitionError]:

@@ -267,6 +267,32 @@ def test_daemonize(item: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("item", "text", "size"),
+    [
+        ("m: 4GB", "4GB", "4G"),
+        ("-m: 4 G", "4 G", "4G"),
+        ("m: 1.5GiB", "1.5GiB", "1.5G"),
+        ("m: 4096 mb", "4096 mb", "4096m"),
+        ("m: 4Gi", "4Gi", "4G"),
+        ("m: 'size=4GB,slots=2'", "4GB", "4G"),
+        ("m: [4G, slots: 2, maxmem: 8GB]", "8GB", "8G"),
+    ],
+)
+@pytest.mark.parametrize("keys", ["", "rlimit_memlock: auto"])
+def test_size_that_is_none_for_qemu(keys: str, item: str, text: str, size: str) -> None:
+    message = launcher_refusal(keys, f"[{item}]")
+    assert message == f"{3 + bool(keys)}:8: -m {text} is no size for QEMU\n    write {size}"
+
+
+@pytest.mark.parametrize(
+    "item",
+    ["4G", "4g", "1.5G", "4096", "0x1000", "4E", "1024B", "lots", "0x4B", "' 4G'", "+4G", "[4G, maxmem: 8g]", "99P"],
+)
+def test_size_that_is_qemu_s_business(item: str) -> None:
+    assert launcher("", f"[m: {item}]").options[0].name == "m"
+
+
 @pytest.mark.parametrize("item", ["preconfig", "-preconfig"])
 @pytest.mark.parametrize("keys", ["vcpu_pinning: [0]", "scheduler: batch", "rlimit_memlock: 1G"])
 def test_preconfig_and_tuning(item: str, keys: str) -> None:
