@@ -6,12 +6,13 @@ launcher itself must act. Reading only: `cmdline` is the one place that writes t
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
 from . import yamlnode
-from .errors import MOST_PROBLEMS, DefinitionError, Mark, shortened
-from .yamlnode import Map, Node, Scalar, describe, fail
+from .errors import MOST_PROBLEMS, PROGRAM, DefinitionError, Mark, shortened
+from .yamlnode import List, Map, Node, Scalar, describe, fail
 
 MAX_ARGUMENT_BYTES = (128 << 10) - 1  # MAX_ARG_STRLEN of execve(2), less the final NUL
 MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quarter of the stack limit, 2 MiB by default
@@ -26,6 +27,7 @@ _NEVER_JSON = ("m", "machine", "M")  # qemu_init of QEMU's system/vl.c
 _ON = "on"
 _LONGEST_NAME = 256  # characters, of one that has others in it. QEMU has none of 100; each is a part of all within it
 _JSON_DRIVER = re.compile(r"""["'](?:driver|type)["']\s*:\s*["']([a-z0-9-]+)["']""")
+_NO_SPACE = re.compile(r"([a-z][a-z_-]*):([^\s,=]+)")
 _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu", "arm-smmuv3")
 _VFIO_BLOCK_DRIVERS = ("nvme", "virtio-blk-vfio-pci")
 DRIVE_LETTERS = ("hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
@@ -302,7 +304,7 @@ def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOptio
     options: list[QemuOption] = []
     room = MAX_OPTIONS_BYTES
     try:
-        for item in yamlnode.items(node, "the section qemu"):
+        for item in yamlnode.items(node, "the section qemu", _no_list(node)):
             if len(problems) >= MOST_PROBLEMS:
                 break
             try:
@@ -323,6 +325,16 @@ def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOptio
     except DefinitionError as err:
         problems.append(err)
     return tuple(options)
+
+
+def _no_list(node: Node) -> str | None:
+    """A hint for the section where it has its options as a map, or as a command line."""
+    if isinstance(node, Map):
+        return 'begin each option with "- "'
+    if isinstance(node, Scalar) and node.text.startswith("-"):
+        line = shortened(" ".join(node.text.split()))
+        return f"{PROGRAM} import -- qemu-system-x86_64 {line} makes a list of it"
+    return None
 
 
 def _option(item: Node) -> QemuOption:
@@ -347,28 +359,43 @@ def _option(item: Node) -> QemuOption:
         )
     if not value.items:
         fail(value, f"the value of {name} is an empty list", f"for an option without a value write just: - {name}")
-    return QemuOption(name, tuple(_element(element, name) for element in value.items), key.mark)
+    option = QemuOption(name, tuple(_element(element, name) for element in value.items), key.mark)
+    if option.bare_name in (*_IMPLIED, "drive"):
+        _check_spaces(value, name)
+    return option
+
+
+def _check_spaces(elements: List, option: str) -> None:
+    """Refuse `accel:kvm` behind the first element, where each has a name: QEMU would take all of it for one."""
+    for before, element in pairwise(elements.items):
+        found = _NO_SPACE.fullmatch(element.text) if isinstance(element, Scalar) else None
+        if found and not (isinstance(before, Scalar) and before.text.endswith(",")):  # a doubled comma is text
+            what = f"an element of {option} has no space after its colon: {shortened(found[0])!r}"
+            fail(element, what, f"write {shortened(f'{found[1]}: {found[2]}')}")
 
 
 def is_name(text: str) -> bool:
-    """Whether QEMU may have an option of this name: no white space; of two hyphens in front it overlooks one."""
-    return text.removeprefix("-")[:1] not in ("", "-") and text.split() == [text]
+    """Whether QEMU may have an option of this name: no white space, no colon; of two hyphens it overlooks one."""
+    return text.removeprefix("-")[:1] not in ("", "-") and text.split() == [text] and ":" not in text
 
 
 def _no_name(text: str, *, is_key: bool = False) -> tuple[str, str | None]:
     """Message and hint: mostly a command line's habits. `is_key`: a value stands behind it already."""
-    name, *words = text.lstrip("-").split() or [""]
-    if text.split() == [text]:
+    bare = text.lstrip("-").strip()
+    name, *behind = re.split(r"[\s:]", bare, maxsplit=1)
+    if text.split() == [text] and ":" not in text:
         hint = f"write it without hyphens: {shortened(name)}" if name else None
         return f"no option's name begins with hyphens: {shortened(text)!r}", hint
-    what, rest = f"an option's name has no space: {shortened(text)!r}", shortened(" ".join(words))
-    if not words:
+    what = f"an option's name has no {'colon' if bare.startswith(f'{name}:') else 'space'}: {shortened(text)!r}"
+    words = " ".join(behind).split()
+    rest = shortened(" ".join(words))
+    if not (name and words):
         return what, f"write - {name}" if name else None
     if is_key:
         return what, f"write - {name}: [{rest}: VALUE, ...]"
     if any(word.startswith("-") and word[1:2].isalpha() for word in words):
         return what, f"each option has a line and a dash of its own: - {name}"
-    if rest[0] in "{[&*!|>%@`" or ": " in rest or " #" in rest:  # not text to YAML as it stands
+    if rest[0] in "{[&*!|>%@`#" or ": " in rest or " #" in rest:  # not text to YAML as it stands
         rest = "'" + rest.replace("'", "''") + "'"
     return what, f"write - {name}: {rest}"
 

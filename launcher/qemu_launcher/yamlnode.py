@@ -383,9 +383,10 @@ def entries(node: Node, what: str) -> Iterator[tuple[Scalar, Node]]:
     return iter(node.pairs)
 
 
-def items(node: Node, what: str) -> Sequence[Node]:
+def items(node: Node, what: str, hint: str | None = None) -> Sequence[Node]:
+    """Those of a list; `hint` is for a node that is none."""
     if not isinstance(node, List):
-        fail(node, f"{what} must be a list, not {describe(node)}")
+        fail(node, f"{what} must be a list, not {describe(node)}", hint)
     return node.items
 
 

@@ -13,7 +13,7 @@ from qemu_launcher.check import asked, numa
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.pinning import smp_for
 from unit.other_host import OtherHost
-from unit.reading import read
+from unit.reading import read, refusal
 
 QEMU = "qemu-system-x86_64"
 BACKEND = "object: [memory-backend-memfd, id: mem, size: 1G]"
@@ -31,6 +31,34 @@ def ask(items: str, command: str) -> Any:
     returns = [answer["return"] for answer in answers if "return" in answer]
     assert len(returns) == 3, done.stderr
     return returns[1]
+
+
+@pytest.mark.parametrize(
+    ("items", "argv"),
+    [
+        ("m: 4GB", ["-m", "4GB"]),
+        ("m: 4 G", ["-m", "4 G"]),
+        ("m: 4Gi", ["-m", "4Gi"]),
+        ("m: [1G, maxmem: 8GB]", ["-m", "1G,maxmem=8GB"]),
+        ("machine: [pc, accel:tcg]", ["-machine", "pc,accel:tcg"]),
+        ("accel: [tcg, thread:multi]", ["-accel", "tcg,thread:multi"]),
+        ("smp: [2, maxcpus:2]", ["-smp", "2,maxcpus:2"]),
+        ("device: [virtio-rng-pci, bus:pci.0]", ["-device", "virtio-rng-pci,bus:pci.0"]),
+        ("drive: [if: none, cache:none]", ["-drive", "if=none,cache:none"]),
+        ("netdev: [user, id: n, net:on]", ["-netdev", "user,id=n,net:on"]),
+        ("chardev: ['null', id: c, mux:on]", ["-chardev", "null,id=c,mux:on"]),
+        ("object: [rng-builtin, id: r, opened:on]", ["-object", "rng-builtin,id=r,opened:on"]),
+        ("m:256M", ["-m:256M"]),
+    ],
+)
+def test_what_the_launcher_refuses_qemu_would_refuse(items: str, argv: list[str]) -> None:
+    """It says where, and what to write; it takes away nothing."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed")
+    assert refusal(definition(items)).startswith("2:")
+    command = [QEMU, *argv, "-S", "-display", "none", "-nodefaults", "-monitor", "stdio"]
+    done = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
 
 
 def definition(items: str) -> str:

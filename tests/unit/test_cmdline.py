@@ -71,6 +71,16 @@ def test_argv(items: str, expected: list[str]) -> None:
          "    each option has a line and a dash of its own: - nographic"),
         ('- "nographic "', "3:3: an option's name has no space: 'nographic '\n    write - nographic"),
         ("- ' '", "3:3: an option's name has no space: ' '"),
+        ("- drive:file: x", "3:3: an option's name has no colon: 'drive:file'\n    write - drive: [file: VALUE, ...]"),
+        ("- m:4G -nographic", "3:3: an option's name has no colon: 'm:4G -nographic'\n"
+         "    each option has a line and a dash of its own: - m"),
+        ("- '::'", "3:3: an option's name has no colon: '::'"),
+        ("- machine: [q35, accel:kvm]", "3:18: an element of machine has no space after its colon: 'accel:kvm'\n"
+         "    write accel: kvm"),
+        ("- nic: [user, hostfwd:tcp::2222-:22]", "3:15: an element of nic has no space after its colon: "
+         "'hostfwd:tcp::2222-:22'\n    write hostfwd: tcp::2222-:22"),
+        ("- drive: [file: x, if:virtio]", "3:20: an element of drive has no space after its colon: 'if:virtio'\n"
+         "    write if: virtio"),
         ("- a: [3: b]", "3:7: a name in a must be text, not the number 3\n    write it in quotes: \"3\""),
         ("- a: [~: b]", "3:7: a name in a must be text, not nothing (null)"),
     ],
@@ -82,6 +92,11 @@ def test_refused_options(items: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
+        ("m:64M", ["-m", "64M"]),
+        ("--m:64M", ["-m", "64M"]),
+        ("append:#a", ["-append", "#a"]),
+        ("vnc::1", ["-vnc", ":1"]),
+        ("serial:tcp:127.0.0.1:80", ["-serial", "tcp:127.0.0.1:80"]),
         ("m 64M", ["-m", "64M"]),
         ("-m 64M", ["-m", "64M"]),
         ("--m  64M", ["-m", "64M"]),
@@ -90,11 +105,27 @@ def test_refused_options(items: str, message: str) -> None:
         ('device {"driver":"e1000"}', ["-device", '{"driver":"e1000"}']),
     ],
 )
-def test_hint_for_a_missing_colon_is_right(item: str, expected: list[str]) -> None:
+def test_hint_for_a_missing_colon_or_space_is_right(item: str, expected: list[str]) -> None:
     shown = refusal(f"launcher: {{binary: q}}\nqemu:\n- {item}\n")
     message, hint = shown.splitlines()
-    assert message == f"3:3: an option's name has no space: {item!r}"
+    assert message == f"3:3: an option's name has no {'space' if ' ' in item else 'colon'}: {item!r}"
     assert argv(hint.partition("write ")[2]) == expected
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "serial: [tcp:127.0.0.1:80, server:on]",  # no option whose elements all have names
+        "d: [guest_errors, trace:kvm_*]",
+        "nic: [tap:x]",
+        "device: [vfio-pci, 01:00.0]",
+        "nic: [user, hostfwd=tcp::2222-:22]",
+        "drive: ['file=a,', 'b:c']",  # a file called a,b:c
+        "netdev: [socket, 'x: y']",
+    ],
+)
+def test_colons_that_are_none_of_yaml_s(item: str) -> None:
+    assert vm(item).options[0].name == item.partition(":")[0]
 
 
 def test_the_binary_comes_first() -> None:

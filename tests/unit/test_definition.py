@@ -328,7 +328,11 @@ def test_preconfig_without_tuning(keys: str, item: str) -> None:
          "    name the QEMU to run, for example binary: qemu-system-x86_64"),
         ("launcher: ~\nqemu: []", "1:11: the section launcher must be a map (key: value), not nothing (null)"),
         ("launcher: {binary: 5}\nqemu: []", '1:20: binary must be text, not the number 5\n    write it in quotes: "5"'),
-        ("launcher: {binary: q}\nqemu: {a: b}", "2:7: the section qemu must be a list, not a map"),
+        ("launcher: {binary: q}\nqemu: {a: b}", "2:7: the section qemu must be a list, not a map\n"
+         '    begin each option with "- "'),
+        ("launcher: {binary: q}\nqemu: -m 256M\n  -nographic",
+         "2:7: the section qemu must be a list, not '-m 256M -nographic'\n"
+         "    qemu-launcher import -- qemu-system-x86_64 -m 256M -nographic makes a list of it"),
         ("launcher: {binary: q}\nqemu: []\nquemu: []", "3:1: unknown section 'quemu'\n    did you mean qemu?"),
         ("launcher: {binary: q}\nqemu: []\nbase: &b [x]", "3:1: unknown section 'base'\n    known are launcher, qemu"),
         ("b: &b {binary: q}\nlauncher: {<<: *b, binary: r}\nqemu: []", "2:12: unknown key in launcher: '<<'\n"
