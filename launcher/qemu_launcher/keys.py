@@ -4,6 +4,7 @@ Each reader turns a node into the value that VmDefinition carries, or refuses it
 in `definition`. Nothing here looks at the host: a CPU that does not exist is refused later, by `host`.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,6 +26,9 @@ MIN_PRIORITY, MAX_PRIORITY = 1, 99  # of the real-time policies: sched(7)
 Isolation = Literal["shield", "cpuset", "affinity"]
 ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 MEMLOCK_HINT = "write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
+
+_VARIABLE = re.compile(r"(\w+)=([\w./][\w./-]*)")  # a shell's, with a value that needs no quotes
+_DURATION = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}) ?s?")  # 1:30, 60s, 08
 
 
 class Scheduling(NamedTuple):
@@ -81,7 +85,7 @@ def read_launcher(node: Node | None, problems: list[DefinitionError]) -> Section
                 failed = FIELDS
                 break
             if key.kind != "str" or key.text not in _KEYS:
-                problems.append(yamlnode.unknown(key, "key in launcher:", tuple(_KEYS)))
+                problems.append(_unknown(key))
                 failed = FIELDS
                 continue
             marks[key.text] = value.mark
@@ -106,6 +110,13 @@ def read_launcher(node: Node | None, problems: list[DefinitionError]) -> Section
     return Section(values, marks, failed - values.keys())
 
 
+def _unknown(key: Scalar) -> DefinitionError:
+    if key.text == "qemu":
+        hint = "it is a section: put it at the beginning of its line"
+        return DefinitionError("unknown key in launcher: 'qemu'", hint, mark=key.mark)
+    return yamlnode.unknown(key, "key in launcher:", tuple(_KEYS))
+
+
 def _path(node: Node, what: str) -> Path:
     if isinstance(node, Scalar) and node.kind == "null" and node.text == "~":
         from . import unexpanded  # noqa: PLC0415  only for this message, and `command` is to be quick
@@ -116,12 +127,19 @@ def _path(node: Node, what: str) -> Path:
 
 def _env(node: Node, what: str) -> tuple[tuple[str, str], ...]:
     pairs = []
-    for key, value in yamlnode.entries(node, what):
+    for key, value in yamlnode.entries(node, what, f"write {what}: {{{_as_pairs(node)}}}"):
         name = yamlnode.string(key, f"a variable's name in {what}")
         if "=" in name:
             fail(key, f"a variable's name in {what} cannot contain '=': {shortened(name)!r}", "write NAME: value")
         pairs.append((name, yamlnode.verbatim(value, f"{what}: {name}")))
     return tuple(pairs)
+
+
+def _as_pairs(node: Node) -> str:
+    """What stands there as `A=b`, or as a list of such, in the form of a map."""
+    items = node.items if isinstance(node, List) else (node,)
+    found = (_VARIABLE.fullmatch(item.text) if isinstance(item, Scalar) else None for item in items)
+    return shortened(", ".join(f"{one[1]}: {one[2]}" if one else "NAME: value" for one in found))
 
 
 def _scheduler(node: Node, what: str) -> str:
@@ -191,9 +209,14 @@ def _memlock(node: Node, what: str) -> Memlock:
         fail(node, f"{what} cannot be {describe(node)}", MEMLOCK_HINT)
     size = int(digits) << sizes.UNITS.get(unit, 0)
     if not LEAST_MEMLOCK <= size <= MAX_MEMLOCK:
-        hint = f"did you mean {digits}G?" if not unit and size else MEMLOCK_HINT
+        hint = _with_unit(size) if size and not unit else MEMLOCK_HINT
         fail(node, f"{what}: {node.text} is out of range (1M-8388607T); a number alone is in bytes", hint)
     return Memlock("size", size, node.mark)
+
+
+def _with_unit(number: int) -> str:
+    """A hint for a size without its unit: GiB, unless nobody has that many."""
+    return f"did you mean {number}{f'M ({sizes.format_size(number << 20)})' if number >= 1024 else 'G'}?"
 
 
 def _isolation(node: Node, what: str) -> str:
@@ -208,7 +231,9 @@ def _shutdown_timeout(node: Node, what: str) -> float | None:
     if isinstance(node, Scalar) and node.kind == "str" and node.text == "infinity":
         return None
     if not isinstance(node, Scalar) or node.kind != "int":
-        fail(node, f"{what} must be a whole number of seconds or infinity, not {describe(node)}")
+        found = _DURATION.fullmatch(node.text) if isinstance(node, Scalar) else None
+        seconds = int(found[1] or 0) * 60 + int(found[2]) if found else "a number such as 60"
+        fail(node, f"{what} must be a whole number of seconds or infinity, not {describe(node)}", f"write {seconds}")
     return float(yamlnode.integer(node, what, 0, MAX_SHUTDOWN_TIMEOUT))
 
 

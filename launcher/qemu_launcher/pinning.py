@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from . import yamlnode
 from .cpulist import MAX_CPU, format_cpulist
 from .errors import Mark, did_you_mean, shortened
-from .yamlnode import List, Map, Node, Scalar, describe, fail
+from .yamlnode import List, Map, Node, Scalar, describe, fail, without_zeros
 
 MAX_UINT32 = (1 << 32) - 1
 MAX_PINNED = 8192  # vCPUs; twice what any of QEMU's machines can have
@@ -27,7 +27,7 @@ CPUS_HINT = "write a number such as 2, a range such as 2-5, or a list of these s
 
 _INNER = {"die": "dies", "cluster": "clusters", "module": "modules"}  # and their names in -smp
 _ORDER = ", ".join(LEVELS)
-_PART = "(?:0|[1-9][0-9]{0,9})"  # no leading zeros: 010 is eight to some
+_PART = "(?:0|[1-9][0-9]{0,99})"  # no leading zeros: 010 is eight to some
 _LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
 _RANGES = re.compile(rf"{_PART}(?:-{_PART})?(?:,{_PART}(?:-{_PART})?)*")
 
@@ -97,6 +97,10 @@ def vcpu_pinning(node: Node, what: str) -> Pinning | None:
             f"{what} must be a map or a list, not {describe(node)}",
             "write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]",
         )
+    flat = [value.text for _key, value in node.pairs if isinstance(value, Scalar)]
+    if flat and [key.text for key, _value in node.pairs] == [str(index) for index in range(len(flat))]:
+        hint = f"for a list by virtual CPU write [{shortened(', '.join(flat))}]"
+        yamlnode.entries(node.pairs[0][1], "socket 0", hint)  # which is none
     topology = dict(_by_topology(node, what, (), budget, [MAX_PINNED]))
     return Pinning(topology, None, node.mark) if topology else None
 
@@ -236,7 +240,7 @@ def _cpus(node: Node, what: str, budget: _Budget) -> CpuSet:
 
 def _ranges(node: Node, what: str) -> Iterator[range]:
     if isinstance(node, Scalar) and node.kind == "int":
-        cpu = yamlnode.integer(node, what, 0, MAX_UINT32)
+        cpu = yamlnode.integer(node, what, 0, MAX_CPU)
         yield range(cpu, cpu + 1)
         return
     if not isinstance(node, Scalar) or node.kind != "str" or not _RANGES.fullmatch(node.text):
@@ -244,12 +248,13 @@ def _ranges(node: Node, what: str) -> Iterator[range]:
     for part in node.text.split(","):
         first, dash, last = part.partition("-")
         low, high = int(first), int(last if dash else first)
+        if max(low, high) > MAX_CPU:
+            fail(node, f"{what} is {shortened(part)}, which is out of range (0-{MAX_CPU})")
         if high < low:
             fail(node, f"{what}: the range {part} counts backwards", f"did you mean {high}-{low}?")
-        if high > MAX_CPU:
-            fail(node, f"{what}: {part} is out of range; no host has a CPU above {MAX_CPU}")
         yield range(low, high + 1)
 
 
 def _no_cpus(node: Node, what: str) -> NoReturn:
-    fail(node, f"{what} must be a number, a range or a list of these, not {describe(node)}", CPUS_HINT)
+    hint = without_zeros(node) or CPUS_HINT
+    fail(node, f"{what} must be a number, a range or a list of these, not {describe(node)}", hint)

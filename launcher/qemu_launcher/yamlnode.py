@@ -344,14 +344,16 @@ def verbatim(node: Node, what: str) -> str:
 
 def boolean(node: Node, what: str) -> bool:
     if not isinstance(node, Scalar) or node.kind != "bool":
-        fail(node, f"{what} must be true or false, not {describe(node)}", "write true or false, without quotes")
+        hint = "write true or false, in lower case, without quotes"
+        fail(node, f"{what} must be true or false, not {describe(node)}", hint)
     return node.text == "true"
 
 
 def number(node: Node, what: str) -> int:
     """A decimal whole number."""
     if not isinstance(node, Scalar) or node.kind != "int":
-        fail(node, f"{what} must be a whole number, not {describe(node)}", "write a decimal number, without quotes")
+        hint = without_zeros(node) or "write a decimal number, without quotes"
+        fail(node, f"{what} must be a whole number, not {describe(node)}", hint)
     if not _is_short_int(node):
         fail(node, f"{what} is {shortened(node.text)}, which is out of range")
     return int(node.text)
@@ -363,6 +365,12 @@ def integer(node: Node, what: str, least: int, most: int) -> int:
     if not least <= value <= most:
         fail(node, f"{what} is {value}, which is out of range ({least}-{most})")
     return value
+
+
+def without_zeros(node: Node) -> str | None:
+    """A hint for a number with leading zeros, which is text; None for anything else."""
+    found = re.fullmatch(r"0+([0-9]{1,19})", node.text) if isinstance(node, Scalar) else None
+    return f"without leading zero: {found[1]}" if found else None
 
 
 def _is_short_int(node: Scalar) -> bool:
@@ -377,9 +385,10 @@ def choice(node: Node, what: str, choices: Sequence[str]) -> str:
     return node.text
 
 
-def entries(node: Node, what: str) -> Iterator[tuple[Scalar, Node]]:
+def entries(node: Node, what: str, hint: str | None = None) -> Iterator[tuple[Scalar, Node]]:
+    """Those of a map; `hint` is for a node that is none."""
     if not isinstance(node, Map):
-        fail(node, f"{what} must be a map (key: value), not {describe(node)}")
+        fail(node, f"{what} must be a map (key: value), not {describe(node)}", hint)
     return iter(node.pairs)
 
 

@@ -154,6 +154,7 @@ RT_HINT = "    write a priority from 1 to 99; your administrator may allow less"
 NO_SCHEDULER = "without scheduler\n    add scheduler: fifo or scheduler: rr, or remove priority"
 NOT_RT = "which has none but 0\n    remove it, or use fifo or rr"
 CPUS_HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
+NO_SECONDS = "shutdown_timeout must be a whole number of seconds or infinity, not"
 NO_CPUS = "must be a number, a range or a list of these, not"
 
 
@@ -162,12 +163,18 @@ NO_CPUS = "must be a number, a range or a list of these, not"
     [
         ("priorty: 1", "3:3: unknown key in launcher: 'priorty'\n    did you mean priority?"),
         ("xyz: 1", f"3:3: unknown key in launcher: 'xyz'\n    known are {KNOWN_KEYS}"),
+        ("qemu: []", "3:3: unknown key in launcher: 'qemu'\n    it is a section: put it at the beginning of its line"),
         ("5: 1", f"3:3: unknown key in launcher: '5'\n    known are {KNOWN_KEYS}"),
         ("clear_env: 1", "3:14: clear_env must be true or false, not the number 1\n"
-         "    write true or false, without quotes"),
+         "    write true or false, in lower case, without quotes"),
+        ("debug: yes", "3:10: debug must be true or false, not 'yes'\n"
+         "    write true or false, in lower case, without quotes"),
         ("clear_env: True", "3:14: clear_env must be true or false, not 'True'\n"
-         "    write true or false, without quotes"),
-        ("env: [A]", "3:8: env must be a map (key: value), not a list"),
+         "    write true or false, in lower case, without quotes"),
+        ("env: [A]", "3:8: env must be a map (key: value), not a list\n    write env: {NAME: value}"),
+        ("env: A=b", "3:8: env must be a map (key: value), not 'A=b'\n    write env: {A: b}"),
+        ("env: [A=b, C=/d, E=f g]", "3:8: env must be a map (key: value), not a list\n"
+         "    write env: {A: b, C: /d, NAME: value}"),
         ("env: {A: ~}", "3:12: env: A must be a single value, not nothing (null)\n    for an empty value write ''"),
         ("env: {A: [b]}", "3:12: env: A must be a single value, not a list"),
         ("env: {5: b}", "3:9: a variable's name in env must be text, not the number 5\n    write it in quotes: \"5\""),
@@ -182,10 +189,16 @@ NO_CPUS = "must be a number, a range or a list of these, not"
         ("vcpu_pinning: 4", "3:17: vcpu_pinning must be a map or a list, not the number 4\n"
          "    write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]"),
         ("vcpu_pinning: [1, a]", f"3:21: the host CPU of vCPU 1 {NO_CPUS} 'a'\n{CPUS_HINT}"),
-        ("vcpu_pinning: [-1]", "3:18: the host CPU of vCPU 0 is -1, which is out of range (0-4294967295)"),
+        ("vcpu_pinning: [-1]", "3:18: the host CPU of vCPU 0 is -1, which is out of range (0-8191)"),
+        ("emulator_pinning: 8192", "3:21: emulator_pinning is 8192, which is out of range (0-8191)"),
+        ("vcpu_pinning: [08, 09]", f"3:18: the host CPU of vCPU 0 {NO_CPUS} '08'\n    without leading zero: 8"),
         ("vcpu_pinning: {x: {0: {0: 1}}}", "3:18: a socket number in vcpu_pinning must be a whole number, not 'x'\n"
          "    write a number, or a level and its number, such as socket 0"),
-        ("vcpu_pinning: {0: 1}", "3:21: socket 0 must be a map (key: value), not the number 1"),
+        ("vcpu_pinning: {0: 1}", "3:21: socket 0 must be a map (key: value), not the number 1\n"
+         "    for a list by virtual CPU write [1]"),
+        ("vcpu_pinning: {0: 4, 1: 6-7}", "3:21: socket 0 must be a map (key: value), not the number 4\n"
+         "    for a list by virtual CPU write [4, 6-7]"),
+        ("vcpu_pinning: {1: 4}", "3:21: socket 1 must be a map (key: value), not the number 4"),
         ("vcpu_pinning: {0: {1: 2}}", "3:25: socket 0, core 1 must be a map (key: value), not the number 2"),
         ("vcpu_pinning: {0: {1: {0: ~}}}", "3:29: the host CPU of vCPU (socket 0, core 1, thread 0) "
          f"{NO_CPUS} nothing (null)\n{CPUS_HINT}"),
@@ -197,12 +210,19 @@ NO_CPUS = "must be a number, a range or a list of these, not"
          "all users\n    use fifo or rr, with vcpu_pinning"),
         ("priority: 5", f"3:13: priority 5 {NO_SCHEDULER}"),
         ("priority: 0", f"3:13: priority 0 {NO_SCHEDULER}"),
+        ("priority: 05", "3:13: priority must be a whole number, not '05'\n    without leading zero: 5"),
+        ("priority: '5'", "3:13: priority must be a whole number, not '5'\n"
+         "    write a decimal number, without quotes"),
         ("scheduler: fifo\npriority: 0", f"4:13: priority 0 is out of range for fifo (1-99)\n{RT_HINT}"),
         ("scheduler: fifo\npriority: 120", f"4:13: priority 120 is out of range for fifo (1-99)\n{RT_HINT}"),
         ("scheduler: rr\npriority: -1", f"4:13: priority -1 is out of range for rr (1-99)\n{RT_HINT}"),
         ("scheduler: batch\npriority: 1", f"4:13: priority 1 is out of range for batch, {NOT_RT}"),
         ("scheduler: other\npriority: -5", f"4:13: priority -5 is out of range for other, {NOT_RT}"),
         ("rlimit_memlock: 16", f"3:19: rlimit_memlock: 16 {MEMLOCK_RANGE}\n    did you mean 16G?"),
+        ("rlimit_memlock: 1023", f"3:19: rlimit_memlock: 1023 {MEMLOCK_RANGE}\n    did you mean 1023G?"),
+        ("rlimit_memlock: 16384", f"3:19: rlimit_memlock: 16384 {MEMLOCK_RANGE}\n"
+         "    did you mean 16384M (16 GiB)?"),
+        ("rlimit_memlock: 0", f"3:19: rlimit_memlock: 0 {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
         ("rlimit_memlock: 1K", f"3:19: rlimit_memlock: 1K {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
         ("rlimit_memlock: 9999999T", f"3:19: rlimit_memlock: 9999999T {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
         ("rlimit_memlock: -1", f"3:19: rlimit_memlock cannot be the number -1\n{MEMLOCK_HINT}"),
@@ -221,7 +241,11 @@ NO_CPUS = "must be a number, a range or a list of these, not"
          "    add vcpu_pinning, or remove isolation"),
         ("on_tuning_failure: ignore", "3:22: on_tuning_failure must be one of abort, continue; not 'ignore'"),
         ("shutdown_timeout: 1.5", "3:21: shutdown_timeout must be a whole number of seconds or infinity, "
-         "not the number 1.5"),
+         "not the number 1.5\n    write a number such as 60"),
+        ("shutdown_timeout: 1:30", f"3:21: {NO_SECONDS} '1:30'\n    write 90"),
+        ("shutdown_timeout: 60s", f"3:21: {NO_SECONDS} '60s'\n    write 60"),
+        ("shutdown_timeout: 08", f"3:21: {NO_SECONDS} '08'\n    write 8"),
+        ("shutdown_timeout: 5min", f"3:21: {NO_SECONDS} '5min'\n    write a number such as 60"),
         ("shutdown_timeout: -1", "3:21: shutdown_timeout is -1, which is out of range (0-2592000)"),
         ("user: true", "3:9: user must be a name or a number, not true"),
         ("user: ''", "3:9: user is empty"),

@@ -67,15 +67,16 @@ def test_emulator_scheduler(value: str, expected: tuple[str, int]) -> None:
     ("keys", "message"),
     [
         ("vcpu_pinning: [3-2]", "3:18: the host CPU of vCPU 0: the range 3-2 counts backwards\n    did you mean 2-3?"),
-        ("vcpu_pinning: [1, 2-9000]", "3:21: the host CPU of vCPU 1: 2-9000 is out of range; "
-         "no host has a CPU above 8191"),
+        ("vcpu_pinning: [1, 2-9000]", "3:21: the host CPU of vCPU 1 is 2-9000, which is out of range (0-8191)"),
+        ("vcpu_pinning: [0-99999999999999]", "3:18: the host CPU of vCPU 0 is 0-99999999999999, which is out of range "
+         "(0-8191)"),
         ("vcpu_pinning: [[]]", f"3:18: the host CPU of vCPU 0 is an empty list\n{HINT}"),
         ("vcpu_pinning: [[1, [2]]]", "3:22: the host CPU of vCPU 0 must be a number, a range or a list of these, "
          f"not a list\n{HINT}"),
         ("vcpu_pinning: [[1-3, 5, 2-4]]", "3:27: the host CPU of vCPU 0: CPU 2-3 is named twice\n"
          "    name each CPU once"),
         ("vcpu_pinning: [010]", "3:18: the host CPU of vCPU 0 must be a number, a range or a list of these, "
-         f"not '010'\n{HINT}"),
+         "not '010'\n    without leading zero: 10"),
         ("vcpu_pinning: [^2]", "3:18: the host CPU of vCPU 0 must be a number, a range or a list of these, "
          f"not '^2'\n{HINT}"),
         ("emulator_pinning: {0: 1}", "3:21: emulator_pinning must be a number, a range or a list of these, "
