@@ -29,13 +29,13 @@ from .keys import (
     priority_of,
     read_launcher,
 )
+from .optionlist import read_options
 from .options import (
     QemuOption,
     drives_host_devices,
     has_mem_lock,
     iothread_ids,
     pinned_by,
-    read_options,
     smp_numbers,
     vcpu_limit,
 )

@@ -8,7 +8,7 @@ import pytest
 from qemu_launcher import definition
 from qemu_launcher.definition import CpuSet, Memlock
 from qemu_launcher.errors import MOST_PROBLEMS, DefinitionError, Mark
-from qemu_launcher.options import MAX_ARGUMENT_BYTES
+from qemu_launcher.optionlist import MAX_ARGUMENT_BYTES
 from qemu_launcher.pinning import Place
 from unit.reading import launcher, launcher_refusal, read, refusal, shown
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from qemu_launcher import cmdline, definition, keys, ram, yamlnode
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, Mark, printable, render
-from qemu_launcher.options import Property, QemuOption, is_name
+from qemu_launcher.optionlist import is_name
+from qemu_launcher.options import Property, QemuOption
 from unit.reading import read
 
 # No deadlines: the machines that run this are slow and shared.

@@ -14,7 +14,8 @@ from qemu_launcher import cmdline, yamlnode
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
 from qemu_launcher.importing import command_line, drafting, prefixes, yamltext
 from qemu_launcher.importing.qemuoptions import FLAGS, LISTS, TAKE_VALUE
-from qemu_launcher.options import Property, is_name
+from qemu_launcher.optionlist import is_name
+from qemu_launcher.options import Property
 from unit.reading import ROOT, read
 
 QEMU = "qemu-system-x86_64"

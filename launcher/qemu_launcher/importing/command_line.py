@@ -16,7 +16,8 @@ from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, 
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, vm_name
 from ..names import VM_NAME
-from ..options import QemuOption, has_mem_lock, is_name, pinned_by, smp_numbers, vcpu_limit
+from ..optionlist import is_name
+from ..options import QemuOption, has_mem_lock, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
