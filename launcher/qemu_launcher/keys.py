@@ -215,8 +215,11 @@ def _memlock(node: Node, what: str) -> Memlock:
 
 
 def _with_unit(number: int) -> str:
-    """A hint for a size without its unit: GiB, unless nobody has that many."""
-    return f"did you mean {number}{f'M ({sizes.format_size(number << 20)})' if number >= 1024 else 'G'}?"
+    """A hint for a size without its unit: GiB, unless nobody has that many; KiB is what `ulimit -l` prints."""
+    for unit, least in (("K", 1 << 16), ("M", 1 << 10)):
+        if number >= least:
+            return f"did you mean {number}{unit} ({sizes.format_size(number << sizes.UNITS[unit])})?"
+    return f"did you mean {number}G?"
 
 
 def _isolation(node: Node, what: str) -> str:
@@ -232,8 +235,9 @@ def _shutdown_timeout(node: Node, what: str) -> float | None:
         return None
     if not isinstance(node, Scalar) or node.kind != "int":
         found = _DURATION.fullmatch(node.text) if isinstance(node, Scalar) else None
-        seconds = int(found[1] or 0) * 60 + int(found[2]) if found else "a number such as 60"
-        fail(node, f"{what} must be a whole number of seconds or infinity, not {describe(node)}", f"write {seconds}")
+        seconds = int(found[1] or 0) * 60 + int(found[2]) if found else MAX_SHUTDOWN_TIMEOUT + 1
+        hint = f"write {seconds if seconds <= MAX_SHUTDOWN_TIMEOUT else 'a number such as 60'}"
+        fail(node, f"{what} must be a whole number of seconds or infinity, not {describe(node)}", hint)
     return float(yamlnode.integer(node, what, 0, MAX_SHUTDOWN_TIMEOUT))
 
 

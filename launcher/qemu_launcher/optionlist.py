@@ -47,9 +47,8 @@ def _no_list(node: Node) -> str | None:
     """A hint for the section where it has its options as a map, or as a command line."""
     if isinstance(node, Map):
         return 'begin each option with "- "'
-    if isinstance(node, Scalar) and node.text.startswith("-"):
-        line = shortened(" ".join(node.text.split()))
-        return f"{PROGRAM} import -- qemu-system-x86_64 {line} makes a list of it"
+    if isinstance(node, Scalar) and node.text.startswith(("-", "qemu")):
+        return f"a list is what this makes of a command line: {PROGRAM} import -- qemu-system-x86_64 ..."
     return None
 
 
@@ -98,7 +97,7 @@ def is_name(text: str) -> bool:
 def _no_name(text: str, *, is_key: bool = False) -> tuple[str, str | None]:
     """Message and hint: mostly a command line's habits. `is_key`: a value stands behind it already."""
     bare = text.lstrip("-").strip()
-    name, *behind = re.split(r"[\s:]", bare, maxsplit=1)
+    name, *behind = re.split(r"\s*[\s:]\s*", bare, maxsplit=1)
     if text.split() == [text] and ":" not in text:
         hint = f"write it without hyphens: {shortened(name)}" if name else None
         return f"no option's name begins with hyphens: {shortened(text)!r}", hint
@@ -108,7 +107,7 @@ def _no_name(text: str, *, is_key: bool = False) -> tuple[str, str | None]:
     if not (name and words):
         return what, f"write - {name}" if name else None
     if is_key:
-        return what, f"write - {name}: [{rest}: VALUE, ...]"
+        return what, f"write - {name}: [{rest}: VALUE, ...]" if re.fullmatch(r"[a-z][\w-]*", rest) else None
     if any(word.startswith("-") and word[1:2].isalpha() for word in words):
         return what, f"each option has a line and a dash of its own: - {name}"
     if rest[0] in "{[&*!|>%@`#" or ": " in rest or " #" in rest:  # not text to YAML as it stands

@@ -29,6 +29,7 @@ _INNER = {"die": "dies", "cluster": "clusters", "module": "modules"}  # and thei
 _ORDER = ", ".join(LEVELS)
 _PART = "(?:0|[1-9][0-9]{0,99})"  # no leading zeros: 010 is eight to some
 _LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
+_ONE_RANGE = re.compile(rf"{_PART}(?:-{_PART})?")
 _RANGES = re.compile(rf"{_PART}(?:-{_PART})?(?:,{_PART}(?:-{_PART})?)*")
 
 
@@ -97,7 +98,7 @@ def vcpu_pinning(node: Node, what: str) -> Pinning | None:
             f"{what} must be a map or a list, not {describe(node)}",
             "write socket: {core: {thread: host CPU}}, or a list: [CPU of vCPU 0, CPU of vCPU 1, ...]",
         )
-    flat = [value.text for _key, value in node.pairs if isinstance(value, Scalar)]
+    flat = [value.text for _key, value in node.pairs if isinstance(value, Scalar) and _ONE_RANGE.fullmatch(value.text)]
     if flat and [key.text for key, _value in node.pairs] == [str(index) for index in range(len(flat))]:
         hint = f"for a list by virtual CPU write [{shortened(', '.join(flat))}]"
         yamlnode.entries(node.pairs[0][1], "socket 0", hint)  # which is none

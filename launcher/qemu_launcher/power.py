@@ -105,7 +105,11 @@ async def _power_down(vm: Found) -> str:
 async def _pause(vm: Found) -> str:
     async with control.linked(vm) as qmp:
         state = await control.state_behind(qmp)
+        if state == "inmigrate":
+            await qmp.execute("stop")  # else it would run as soon as it has arrived
+            return f"it will stand still when its migration has arrived; qemu-launcher resume {vm.name} lets it go on"
         if state in NOT_STARTED:
+            _refuse_held_now(vm)
             return f"it has not been started yet ({state}), and stands still already"
         if state == "paused":
             return f"it is paused already; it goes on with: qemu-launcher resume {vm.name}"
@@ -115,11 +119,15 @@ async def _pause(vm: Found) -> str:
         return f"paused; it goes on with: qemu-launcher resume {vm.name}"
 
 
+def _refuse_held_now(vm: Found) -> None:
+    """Once more: the VM behind a connection may be one that was started since we looked."""
+    if (now := runtime.find(vm.name)) is not None:
+        control.refuse_held(now)
+
+
 async def _resume(vm: Found) -> str:
     async with control.linked(vm) as qmp:
-        # Once more: the VM behind this connection may be one that was started since we looked.
-        if (now := runtime.find(vm.name)) is not None:
-            control.refuse_held(now)
+        _refuse_held_now(vm)
         before = await control.state_behind(qmp)
         if before == "running":
             return "it is running already"

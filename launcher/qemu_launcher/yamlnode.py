@@ -140,8 +140,10 @@ class _Composer:
             node = Scalar(event.value, self.scalar_kind(event), self.mark(event))
             if _UNUSABLE.search(node.text):
                 fail(node, "text with a NUL or an incomplete character (\\0, \\ud800) cannot be passed on")
-            if not event.style and (problem := _odd_space(node.text, node.mark)):  # unquoted
-                raise problem
+            if not event.style:  # unquoted
+                for at in (0, len(node.text) - 1):
+                    if problem := _odd_space(node.text[at:], node.mark._replace(column=node.mark.column + at)):
+                        raise problem
             self.finish(node, event.anchor)
         elif isinstance(event, SequenceStartEvent | MappingStartEvent):
             self.open(event)
@@ -299,7 +301,7 @@ def _odd_space(text: str, mark: Mark) -> DefinitionError | None:
         return None
     import unicodedata  # noqa: PLC0415  only for this message, and `command` is to be quick
 
-    what = f"U+{ord(found[1]):04X} ({unicodedata.name(found[1], 'a space').lower()}) is no indentation in YAML"
+    what = f"U+{ord(found[1]):04X} ({unicodedata.name(found[1], 'a space').lower()}) is no space to YAML"
     return DefinitionError(what, "use spaces", mark=mark._replace(column=mark.column + found.start(1)))
 
 

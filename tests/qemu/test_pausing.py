@@ -108,6 +108,20 @@ def test_user_s_own_stillness_is_ended_by_resume(home: Home, tuning: dict[str, A
     assert listed(home)[VM]["state"] == "running"
 
 
+def test_a_guest_that_is_to_come_stands_still_when_it_has(home: Home) -> None:
+    home.define(qemu=({"incoming": "defer"},))
+    run = home.start()
+    run.wait_line(rf"^{VM}: waiting for its migration")
+    done = home.ask("pause", VM)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{VM}: it will stand still when its migration has arrived; ")
+    qmp = run.qmp()
+    assert qmp("query-status")["status"] == "inmigrate"
+    qmp.close()
+    done = home.ask("resume", VM)
+    assert (done.returncode, done.stdout) == (0, f"{VM}: it runs as soon as its migration has arrived\n")
+
+
 def test_guest_that_is_down_is_neither_paused_nor_resumed(home: Home) -> None:
     """-no-reboot makes a shutdown of a reset, and -no-shutdown keeps QEMU then."""
     home.define(qemu=("no-reboot", "no-shutdown"))

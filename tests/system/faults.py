@@ -194,6 +194,7 @@ def try_all(
     say(f"{what}: {len(chosen) - len(wrong) - passed_by} passed, {passed_by} not come by, {seconds:.1f} s each")
     assert not wrong, "\n".join(wrong)
     assert passed_by <= max(1, len(chosen) // 4), "the steps are no longer the same ones"
+    assert passed_by < len(chosen) or not chosen, "nothing was tried"
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,8 @@ def test_argv(items: str, expected: list[str]) -> None:
         ("- drive:file: x", "3:3: an option's name has no colon: 'drive:file'\n    write - drive: [file: VALUE, ...]"),
         ("- m:4G -nographic", "3:3: an option's name has no colon: 'm:4G -nographic'\n"
          "    each option has a line and a dash of its own: - m"),
+        ("- m :64M", "3:3: an option's name has no space: 'm :64M'\n    write - m: 64M"),
+        ("- m:64M: 5", "3:3: an option's name has no colon: 'm:64M'"),
         ("- '::'", "3:3: an option's name has no colon: '::'"),
         ("- machine: [q35, accel:kvm]", "3:18: an element of machine has no space after its colon: 'accel:kvm'\n"
          "    write accel: kvm"),

@@ -198,6 +198,7 @@ NO_CPUS = "must be a number, a range or a list of these, not"
          "    for a list by virtual CPU write [1]"),
         ("vcpu_pinning: {0: 4, 1: 6-7}", "3:21: socket 0 must be a map (key: value), not the number 4\n"
          "    for a list by virtual CPU write [4, 6-7]"),
+        ("vcpu_pinning: {0: '4,12', 1: '5,13'}", "3:21: socket 0 must be a map (key: value), not '4,12'"),
         ("vcpu_pinning: {1: 4}", "3:21: socket 1 must be a map (key: value), not the number 4"),
         ("vcpu_pinning: {0: {1: 2}}", "3:25: socket 0, core 1 must be a map (key: value), not the number 2"),
         ("vcpu_pinning: {0: {1: {0: ~}}}", "3:29: the host CPU of vCPU (socket 0, core 1, thread 0) "
@@ -222,6 +223,8 @@ NO_CPUS = "must be a number, a range or a list of these, not"
         ("rlimit_memlock: 1023", f"3:19: rlimit_memlock: 1023 {MEMLOCK_RANGE}\n    did you mean 1023G?"),
         ("rlimit_memlock: 16384", f"3:19: rlimit_memlock: 16384 {MEMLOCK_RANGE}\n"
          "    did you mean 16384M (16 GiB)?"),
+        ("rlimit_memlock: 524288", f"3:19: rlimit_memlock: 524288 {MEMLOCK_RANGE}\n"
+         "    did you mean 524288K (512 MiB)?"),
         ("rlimit_memlock: 0", f"3:19: rlimit_memlock: 0 {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
         ("rlimit_memlock: 1K", f"3:19: rlimit_memlock: 1K {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
         ("rlimit_memlock: 9999999T", f"3:19: rlimit_memlock: 9999999T {MEMLOCK_RANGE}\n{MEMLOCK_HINT}"),
@@ -243,6 +246,7 @@ NO_CPUS = "must be a number, a range or a list of these, not"
         ("shutdown_timeout: 1.5", "3:21: shutdown_timeout must be a whole number of seconds or infinity, "
          "not the number 1.5\n    write a number such as 60"),
         ("shutdown_timeout: 1:30", f"3:21: {NO_SECONDS} '1:30'\n    write 90"),
+        ("shutdown_timeout: 999999999:00", f"3:21: {NO_SECONDS} '999999999:00'\n    write a number such as 60"),
         ("shutdown_timeout: 60s", f"3:21: {NO_SECONDS} '60s'\n    write 60"),
         ("shutdown_timeout: 08", f"3:21: {NO_SECONDS} '08'\n    write 8"),
         ("shutdown_timeout: 5min", f"3:21: {NO_SECONDS} '5min'\n    write a number such as 60"),
@@ -356,7 +360,7 @@ def test_preconfig_without_tuning(keys: str, item: str) -> None:
          '    begin each option with "- "'),
         ("launcher: {binary: q}\nqemu: -m 256M\n  -nographic",
          "2:7: the section qemu must be a list, not '-m 256M -nographic'\n"
-         "    qemu-launcher import -- qemu-system-x86_64 -m 256M -nographic makes a list of it"),
+         "    a list is what this makes of a command line: qemu-launcher import -- qemu-system-x86_64 ..."),
         ("launcher: {binary: q}\nqemu: []\nquemu: []", "3:1: unknown section 'quemu'\n    did you mean qemu?"),
         ("launcher: {binary: q}\nqemu: []\nbase: &b [x]", "3:1: unknown section 'base'\n    known are launcher, qemu"),
         ("b: &b {binary: q}\nlauncher: {<<: *b, binary: r}\nqemu: []", "2:12: unknown key in launcher: '<<'\n"

@@ -8,7 +8,7 @@ from qemu_launcher.yamlnode import List, Map, Scalar
 from unit.reading import argv, read, refusal
 
 HEAD = "launcher: {binary: q}\n"
-NO_BREAK = "U+00A0 (no-break space) is no indentation in YAML\n    use spaces"
+NO_BREAK = "U+00A0 (no-break space) is no space to YAML\n    use spaces"
 
 
 # fmt: off
@@ -101,6 +101,8 @@ def test_basic_tags(item: str, value: str) -> None:
         ("  -\xa0nographic", f"3:4: {NO_BREAK}"),
         ("  -\xa0a\n  -\xa0b: c", f"3:4: {NO_BREAK}"),
         ("- a\n\xa0- b: c", f"4:1: {NO_BREAK}"),
+        ("- a: 64M\xa0", f"3:9: {NO_BREAK}"),
+        ("- a: \xa064M", f"3:6: {NO_BREAK}"),
         ("- \u3000a: b", f"3:3: {NO_BREAK.replace('00A0 (no-break', '3000 (ideographic')}"),
     ],
 )  # fmt: skip

@@ -222,7 +222,10 @@ def sockets(definition: VmDefinition) -> list[str]:
 def leaves_display_open(definition: VmDefinition) -> bool:
     """Whether QEMU chooses by itself where the guest's screen is to be seen. The file of -readconfig may say it too."""
     named = ("nographic", "vnc", "spice", "sdl", "curses", "readconfig")  # sdl and curses: of older QEMUs
-    return not any(cmdline.has_option(definition, name) for name in named) and set(displays(definition)) <= {"default"}
+    ends_at_once = ("version", "help", "h")
+    if any(cmdline.has_option(definition, name) for name in (*named, *ends_at_once)):
+        return False
+    return all(one.get("type") == "default" for one in each(definition, "display"))
 
 
 def displays(definition: VmDefinition) -> list[str]:

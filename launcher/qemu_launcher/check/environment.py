@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Not needed to find the server, but to be let in.
 _ALSO = {"DISPLAY": ("XAUTHORITY",)}
+_ELSEWHERE = ("GDK_BACKEND", "WAYLAND_SOCKET", "WAYLAND_DISPLAY")
 _NO_WINDOW = "or, for no window, add - display: none, - nographic or - vnc: localhost:0 to the section qemu"
 
 
@@ -51,11 +52,15 @@ def window(
     *,
     certain: bool,
 ) -> Iterator[Finding]:
-    """The window that QEMU opens by itself. `kind`: which that is, as QEMU says; not `certain`: it might do without."""
+    """The window that QEMU opens by itself. `kind`: which that is, as QEMU says; not `certain`: it might do without.
+
+    So might SDL, which can draw without a desktop, and GTK with one of the variables that tell it where else to look.
+    """
     lacking = _lacking(_WINDOW, env)
     if all(lacking) and asked.leaves_display_open(definition) and (name := kind()) is not None:
         text = f"no option names a display, and QEMU's own choice, {name}, needs {_none_of(definition, _WINDOW)}"
         fix = f"{_fix(definition, lacking, ours)}\n{_NO_WINDOW}"
+        certain = certain and name == "gtk" and not any(map(env.get, _ELSEWHERE))
         yield Finding("error" if certain else "warning", "display", text, fix)
 
 

@@ -16,7 +16,6 @@ from .finding import MAY_COME, Finding
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
-_BY_DAEMONS = ("/dev", "/media", "/mnt", "/run")  # devices and mounts, which a hook may have udisks make
 
 
 def images(
@@ -35,8 +34,12 @@ def images(
             yield Finding("error", about, f"{path} (-{image.option}) cannot be reached: {closed} is closed to you", fix)
         elif state is None:
             text = f"there is no {path} (-{image.option})"
-            may_come = made_before and not unexpanded.hint(image.path) and _may_be_made(tree, path)
-            yield _absent(about, text, _near(tree, path, image), may_come=may_come)
+            may_come = made_before and not unexpanded.hint(image.path)
+            absent = _absent(about, text, _near(tree, path, image), may_come=may_come)
+            if may_come and not tree.may(_nearest(tree, path), WRITE):
+                fix = f"{_near(tree, path, image)}\nbefore_start may make it only with more rights than yours"
+                absent = absent._replace(severity="warning", fix=fix)
+            yield absent
         elif stat.S_ISDIR(state.st_mode):
             yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
         elif not tree.may(path, mode):
@@ -92,11 +95,6 @@ def _absent(about: str, text: str, fix: str | None, *, may_come: bool) -> Findin
     if may_come:
         return Finding("note", about, text, MAY_COME)
     return Finding("error", about, text, fix)
-
-
-def _may_be_made(tree: Tree, path: str) -> bool:
-    """Whether a program of this user's could have a file there, as far as the folders tell."""
-    return tree.may(_nearest(tree, path), WRITE) or any(Path(path).is_relative_to(folder) for folder in _BY_DAEMONS)
 
 
 def _nearest(tree: Tree, path: str) -> str:

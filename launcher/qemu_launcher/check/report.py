@@ -9,6 +9,7 @@ Exit status 2 when an error was found, else 0.
 """
 
 import asyncio
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -341,6 +342,8 @@ def c_library() -> Iterator[Finding]:
     try:
         os.sched_getscheduler(0)
     except OSError as err:
+        if err.errno != errno.ENOSYS:
+            return
         text = f"this host's C library cannot ask for a thread's policy ({err.strerror}), nor can the helper then"
         yield Finding("error", "libc", text, "use a host with glibc; musl has no scheduler calls")
 
