@@ -234,9 +234,10 @@ def _shutdown_timeout(node: Node, what: str) -> float | None:
     if isinstance(node, Scalar) and node.kind == "str" and node.text == "infinity":
         return None
     if not isinstance(node, Scalar) or node.kind != "int":
-        found = _DURATION.fullmatch(node.text) if isinstance(node, Scalar) else None
-        seconds = int(found[1] or 0) * 60 + int(found[2]) if found else MAX_SHUTDOWN_TIMEOUT + 1
-        hint = f"write {seconds if seconds <= MAX_SHUTDOWN_TIMEOUT else 'a number such as 60'}"
+        hint = "write a number such as 60"
+        if isinstance(node, Scalar) and (found := _DURATION.fullmatch(node.text)):
+            seconds = int(found[1] or 0) * 60 + int(found[2])
+            hint = f"write {seconds}" if seconds <= MAX_SHUTDOWN_TIMEOUT else hint
         fail(node, f"{what} must be a whole number of seconds or infinity, not {describe(node)}", hint)
     return float(yamlnode.integer(node, what, 0, MAX_SHUTDOWN_TIMEOUT))
 

@@ -29,8 +29,8 @@ _INNER = {"die": "dies", "cluster": "clusters", "module": "modules"}  # and thei
 _ORDER = ", ".join(LEVELS)
 _PART = "(?:0|[1-9][0-9]{0,99})"  # no leading zeros: 010 is eight to some
 _LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
-_ONE_RANGE = re.compile(rf"{_PART}(?:-{_PART})?")
-_RANGES = re.compile(rf"{_PART}(?:-{_PART})?(?:,{_PART}(?:-{_PART})?)*")
+_RANGE = f"{_PART}(?:-{_PART})?"
+_ONE_RANGE, _RANGES = re.compile(_RANGE), re.compile(f"{_RANGE}(?:,{_RANGE})*")
 
 
 # Where a vCPU is: levels and their numbers from the outside in, socket, core and thread among them.

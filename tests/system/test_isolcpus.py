@@ -11,24 +11,10 @@ import pytest
 
 from demo.terminal import observe
 from lab import Vm
+from system.small_vm import give_to_alice
 
 pytestmark = [pytest.mark.outside, pytest.mark.hosts(more=("isolcpus",), why="it is about how the host was booted")]
 
-DEFINITION = """\
-launcher:
-  binary: qemu-system-x86_64
-  vcpu_pinning: [4, 5]
-  scheduler: fifo
-  priority: 1
-qemu:
-  - name: [vm, debug-threads: on]
-  - machine: q35
-  - accel: tcg,thread=multi,tb-size=8
-  - smp: [2, cores: 1, threads: 2]
-  - m: 16M
-  - nodefaults
-  - display: none
-"""
 START = "setsid qemu-launcher ./vm.yml >vm.log 2>&1 </dev/null & disown"
 UNTIL = "for i in $(seq 600); do {} && exit; sleep 0.5; done; exit 1"
 
@@ -38,10 +24,7 @@ def test_shields_on_a_host_with_isolcpus(installed_lab: Vm, tmp_path: Path) -> N
     before = observe(vm)
     assert before["init_cpus"] == [0, 1, 2, 3, 4, 7]
 
-    vm.run("usermod -aG qemu-launcher alice")
-    (tmp_path / "vm.yml").write_text(DEFINITION)
-    vm.put(tmp_path / "vm.yml", "/home/alice/vm.yml")
-    vm.run("chown -R alice: /home/alice")
+    give_to_alice(vm, tmp_path)
     vm.run(START, user="alice")
     vm.run(UNTIL.format("grep -q 'vm: running' /home/alice/vm.log"), timeout=600)
     during = observe(vm)

@@ -12,26 +12,11 @@ import pytest
 
 from lab import Vm
 from system.legacy import FSTAB
+from system.small_vm import give_to_alice
 
 WHY = "it is about hosts without systemd whose kernel has cpusets of v1"
 pytestmark = [pytest.mark.outside, pytest.mark.hosts(more=("openrc-v1",), why=WHY)]
 
-DEFINITION = """\
-launcher:
-  binary: qemu-system-x86_64
-  vcpu_pinning: [4, 5]
-  scheduler: fifo
-  priority: 1
-  rlimit_memlock: 100M
-qemu:
-  - name: [vm, debug-threads: on]
-  - machine: q35
-  - accel: tcg,thread=multi,tb-size=8
-  - smp: [2, cores: 1, threads: 2]
-  - m: 16M
-  - nodefaults
-  - display: none
-"""
 WITHOUT = "sed -i 's/^rc_cgroup_mode=.*/rc_cgroup_mode=none/' /etc/rc.conf"
 MOUNTED = "findmnt --noheadings --output=TARGET --types=cgroup"
 OF_INIT = "sed -n 's/^Cpus_allowed_list://p' /proc/1/status"
@@ -44,10 +29,7 @@ def test_one_line_of_fstab(installed_lab: Vm, tmp_path: Path) -> None:
     vm.reboot()
     assert vm.run(MOUNTED).stdout.split() == ["/run/cpuset"]
 
-    vm.run("usermod -aG qemu-launcher alice")
-    (tmp_path / "vm.yml").write_text(DEFINITION)
-    vm.put(tmp_path / "vm.yml", "/home/alice/vm.yml")
-    vm.run("chown -R alice: /home/alice")
+    give_to_alice(vm, tmp_path, "  rlimit_memlock: 100M\n")
     checked = vm.run("qemu-launcher check ./vm.yml", user="alice").stdout
     assert "vm would start" in checked, checked
     vm.run("qemu-launcher start ./vm.yml", user="alice", timeout=600)

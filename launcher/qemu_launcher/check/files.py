@@ -16,6 +16,7 @@ from .finding import MAY_COME, Finding
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
+_WITH_RIGHTS = "before_start may make it only with more rights than yours"
 
 
 def images(
@@ -33,13 +34,12 @@ def images(
             fix = f"sudo setfacl -m u:{user}:x {closed}"
             yield Finding("error", about, f"{path} (-{image.option}) cannot be reached: {closed} is closed to you", fix)
         elif state is None:
-            text = f"there is no {path} (-{image.option})"
+            text, fix = f"there is no {path} (-{image.option})", _near(tree, path, image)
             may_come = made_before and not unexpanded.hint(image.path)
-            absent = _absent(about, text, _near(tree, path, image), may_come=may_come)
             if may_come and not tree.may(_nearest(tree, path), WRITE):
-                fix = f"{_near(tree, path, image)}\nbefore_start may make it only with more rights than yours"
-                absent = absent._replace(severity="warning", fix=fix)
-            yield absent
+                yield Finding("warning", about, text, f"{fix}\n{_WITH_RIGHTS}")
+            else:
+                yield _absent(about, text, fix, may_come=may_come)
         elif stat.S_ISDIR(state.st_mode):
             yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
         elif not tree.may(path, mode):

@@ -152,8 +152,11 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
     )
     yield Finding("ok", "limits", text)
     if limits.mechanism == "none":
-        fix = f"boot with {_switched('hybrid')}, or have fstab mount v1's cpusets (man qemu-launcher-helper, SHIELDS)"
-        fix = "use a host with cpusets" if absence.has_systemd() else fix
+        fix = "use a host with cpusets"
+        if not absence.has_systemd():
+            fix = (
+                f"boot with {_switched('hybrid')}, or have fstab mount v1's cpusets (man qemu-launcher-helper, SHIELDS)"
+            )
         fix += "; isolation: affinity pins without a shield, and without the helper"
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
     elif limits.mechanism in ("pool", "cpuset-v1"):
