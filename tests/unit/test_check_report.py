@@ -1,5 +1,6 @@
 """How findings are told, what they come to, and what is asked about programs, sessions and the installation."""
 
+import errno
 import json
 import os
 import sys
@@ -395,3 +396,25 @@ def test_other_vms_with_iommufd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert tuning(host, "rlimit_memlock: true", IOMMUFD) == []
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert tuning(host, "rlimit_memlock: 5G", IOMMUFD) == [], "CAP_IPC_LOCK"
+
+
+@pytest.mark.parametrize(
+    ("keys", "severities"),
+    [
+        ("", []),
+        ("rlimit_memlock: 5G", ["error"]),
+        ("rlimit_memlock: 5G\non_tuning_failure: continue", ["warning"]),
+    ],
+)
+def test_c_library_without_scheduler_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: str, severities: list[str]
+) -> None:
+    """Whoever needs the helper needs them: musl's say ENOSYS."""
+
+    def none(_: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "sched_getscheduler", none)
+    vm = report._Vm(launcher(keys, "[m: 1G]"), OtherHost(tmp_path).tree)
+    found = [one for one in vm._tuning(runs=True) if one.about == "libc"]
+    assert [one.severity for one in found] == severities

@@ -225,6 +225,7 @@ class _Vm:
             yield from self._cpus()
         yield from self._mildly(cpus.realtime(definition, tree, os.uname().release))
         if plan.needs_helper(definition, need):
+            yield from self._mildly(c_library())
             yield from self._place()
             yield from self._mildly(files.process_name(tree, self._path, definition.options))
             if not runs:
