@@ -421,7 +421,9 @@ def test_all_threads_of_the_scopes_processes_are_gathered(kernel: Kernel, monkey
     kernel.group("user", "0-7", me)  # as libpam-cgfs makes them, with all that there is
     kernel.pin(0, one(VCPU0, 4), others=frozenset({2}))
     assert kernel.where(me) == f"qemu-launcher/pool/{NAMES[0]}/2"
-    assert kernel.where(KTHREAD) == ".", "an io_uring worker of 6.1 refuses in this way, too"
+    assert kernel.where(KTHREAD) == ".", (
+        "as an io_uring worker did, from Linux 5.14 to 6.2 and until their stable updates"
+    )
     times = iter(range(100))
     monkeypatch.setattr(Target, "task_start_time", lambda *_: next(times))
     kernel.pin(0, one(VCPU0, 4))
