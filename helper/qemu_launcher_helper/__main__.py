@@ -13,7 +13,7 @@ import sys
 
 from . import bus, contract, limits, privileges, service
 from .operations import Operations
-from .records import reconcile
+from .records import logged, reconcile
 from .target import SYSTEMD
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
@@ -54,7 +54,8 @@ async def serve(path: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, act
         raise contract.Failed(f"{contract.BUS_NAME} has another owner")
     idling = asyncio.create_task(serving.idle.wait())
     while not (await asyncio.wait({idling, connection.reading}, timeout=idle, return_when="FIRST_COMPLETED"))[0]:
-        reconcile()  # a scope that ended could not start us while calls keep us here, be they refused ones
+        with logged("looking after VMs"):  # where nobody would start us again, we stay
+            reconcile()  # a scope that ended could not start us while calls keep us here, be they refused ones
     # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
     await connection.daemon("ReleaseName", contract.BUS_NAME, answer="u")
     await asyncio.wait({*serving.tasks, idling}, timeout=_STOP_SECONDS)

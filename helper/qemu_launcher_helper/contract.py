@@ -73,8 +73,9 @@ MIN_PID, MAX_PID, MAX_CPUS, MAX_TIDS = 2, 2**22, 8192, 1024
 
 # Largest message that is parsed at all, or kept until it is known whose it is; the largest sensible PinThreads fits.
 MAX_MESSAGE_BYTES = 24 * 1024
-# One launch makes four calls, one after the other. What is more than this is a mistake or an attack.
-CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS = 4, 60, 20.0
+# One launch makes four calls, one after the other. What is more than this is a mistake or an attack. The last: of all
+# users together, whose largest messages then fit into the unit's MemoryMax=; one user's connections make 1024.
+CALLS_IN_FLIGHT, CALLS_PER_WINDOW, WINDOW_SECONDS, MAX_CALLS = 4, 60, 20.0, 1536
 # Calls of one user that wait for his one password dialog, and dialogs on the whole host: at 128 unanswered ones the
 # bus would stop delivering our own calls (max_replies_per_connection, dbus-daemon(1)).
 DIALOG_QUEUE, MAX_DIALOGS = 8, 8
@@ -96,8 +97,8 @@ class Refusal(Exception):  # noqa: N818  a refusal is the helper working, not an
 
     wire_name: ClassVar[str]
 
-    def __init_subclass__(cls) -> None:
-        cls.wire_name = vars(cls).get("wire_name", f"org.qemulauncher.Error.{cls.__name__}")
+    def __init_subclass__(cls, wire_name: str = "") -> None:
+        cls.wire_name = wire_name or f"org.qemulauncher.Error.{cls.__name__}"
 
 
 class NotAuthorized(Refusal):
@@ -124,16 +125,12 @@ class Failed(Refusal):
     """org.qemulauncher.Error.Failed."""
 
 
-class InvalidArguments(Refusal):
+class InvalidArguments(Refusal, wire_name="org.freedesktop.DBus.Error.InvalidArgs"):
     """The bus's own name for this, so that every D-Bus tool knows it."""
 
-    wire_name = "org.freedesktop.DBus.Error.InvalidArgs"
 
-
-class UnknownMethod(Refusal):
+class UnknownMethod(Refusal, wire_name="org.freedesktop.DBus.Error.UnknownMethod"):
     """The bus's own name for this."""
-
-    wire_name = "org.freedesktop.DBus.Error.UnknownMethod"
 
 
 class CallFailed(Exception):  # noqa: N818  it names what happened to the call

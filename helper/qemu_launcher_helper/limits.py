@@ -78,8 +78,7 @@ class Settings(NamedTuple):
         """Return the first entry that names the user or one of his groups, or everybody; else the defaults."""
         name, gids = "", set[int | None]()  # a uid without a name is only ever everybody
         with suppress(KeyError):
-            user = pwd.getpwuid(uid)
-            name, gids = user.pw_name, {*os.getgrouplist(user.pw_name, user.pw_gid)}
+            name, gids = (user := pwd.getpwuid(uid)).pw_name, {*os.getgrouplist(user.pw_name, user.pw_gid)}
         his = (e for e in self.entries if not e.users + e.groups or name in e.users or gids & {*map(_number, e.groups)})
         return next(his, Limits())
 

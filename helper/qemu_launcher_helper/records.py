@@ -70,13 +70,14 @@ class Record(NamedTuple):
 
 def read_all() -> Iterator[Record]:
     """Yield every record. A file that is no record is reported, removed and skipped: its scope is then an orphan."""
-    for path in sorted(GRANTS.glob("*")):
+    # All are read before any is judged: one that cannot be read just now is no wrong one.
+    for path, text in [(path, path.read_bytes()) for path in sorted(GRANTS.iterdir() if GRANTS.exists() else ())]:
         try:
-            raw = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(path.read_text()).items()}
+            raw = {key: tuple(x) if isinstance(x, list) else x for key, x in json.loads(text).items()}
             record = Record(**raw | {"shielded": frozenset(raw["shielded"]), "pinned": frozenset(raw["pinned"])})
             if record.key != path.name:
                 raise ValueError("its name and its content differ")
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as err:
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
             logging.warning("removing %a, which is no record: %a", path.name, str(err))
             path.unlink(missing_ok=True)
         else:
@@ -92,11 +93,11 @@ def reconcile(release: str | None = None) -> list[Record]:
     live = [record for record in kept if record]
     for scope in MECHANISM.orphans(known := frozenset(record.scope for record in live)):
         logging.warning("withdrawing a shield without a record: %a", scope)
-        with _logged("giving CPUs back"):
+        with logged("giving CPUs back"):
             MECHANISM.take_realtime(scope)
             MECHANISM.withdraw(scope, end)
     MECHANISM.tidy(known)
-    with _logged("giving CPUs back"):
+    with logged("giving CPUs back"):
         settle(live)
     return live
 
@@ -114,20 +115,20 @@ def _withdraw(record: Record, end: float, *, stray: bool) -> Record | None:
     left = None
     with suppress(TargetRefused), Target(record.pid, record.start_time) as process:
         left = record._replace(settled=False, stray=stray)  # and stays so if a step fails: it is tried again next time
-        with _logged("taking real time and limits back"):
+        with logged("taking real time and limits back"):
             if record.rttime_before:
                 process.set_rttime(record.rttime_before)
             if record.memlock_before:
                 process.rlimit(RLIMIT_MEMLOCK, record.memlock_before)
             left = left._replace(memlock_before=None, rttime_before=None, realtime=())
-    with _logged("withdrawing a shield"):
+    with logged("withdrawing a shield"):
         if not left:
             # A child of QEMU's may live on. Not StopUnit: that would ask the launcher first, and wait for its answer.
             MECHANISM.kill(record.scope)
         left = left if stray or not left else left._replace(shielded=frozenset(), pinned=frozenset())
         MECHANISM.withdraw(record.scope, end)
         left = left and left._replace(settled=not (left.realtime or left.memlock_before or left.rttime_before))
-    with _logged("keeping the record"):
+    with logged("keeping the record"):
         left.write() if left else (GRANTS / record.key).unlink(missing_ok=True)
     named = record._asdict() | {"cpus": cpulist(record.cpus), "bytes": record.memlock or ""}
     facts = {name: str(named[name]) for name in ("uid", "pid", "vm", "cpus", "bytes")}
@@ -157,7 +158,7 @@ def tell(level: int, verdict: str, operation: str, facts: dict[str, str], reason
 
 
 @contextmanager
-def _logged(step: str) -> Iterator[None]:
+def logged(step: str) -> Iterator[None]:
     try:
         yield
     except Exception as err:  # noqa: BLE001  whatever it is, the other VMs are looked after

@@ -27,36 +27,32 @@ POLKIT = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority",
 
 
 class Service:
-    """Serves calls: `tasks`. `idle` is set when there has been none for `idle_seconds`."""
+    """Serves calls: `tasks`. `idle` is set when there has been none for `idle_seconds`, or half of that."""
 
     def __init__(self, bus: SystemBus, operations: Operations, idle_seconds: float = contract.IDLE_SECONDS) -> None:
         self._bus, self._operations, self._authority, self._quotas = bus, operations, Authority(bus), Quotas()
         self.tasks: set[asyncio.Task[None]] = set()
         self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
-        self.idle, self._idle_seconds = asyncio.Event(), idle_seconds
-        self._timer = asyncio.get_running_loop().call_later(idle_seconds, self._leave)
+        self.idle, self._look_seconds, self._called = asyncio.Event(), idle_seconds / 2, True
+        self._look()
 
     def receive(self, call: Call) -> None:
         """Begin to serve `call`. The bus calls this for every method call that reaches us."""
-        if self._strangers[call.header.sender] >= CALLS_IN_FLIGHT:
-            self._bus.reply(call, "s", ["Too many calls of this connection"], contract.LimitExceeded.wire_name)
+        if self._strangers[call.header.sender] >= CALLS_IN_FLIGHT or len(self.tasks) >= contract.MAX_CALLS:
+            self._bus.reply(call, "s", ["Too many calls at a time"], contract.LimitExceeded.wire_name)
             return
-        self._timer.cancel()
+        self._called = True
         self._strangers[call.header.sender] += 1
         task = asyncio.create_task(self._serve(call))
         self.tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self.tasks.discard)
 
-    def _finished(self, task: "asyncio.Task[None]") -> None:
-        self.tasks.discard(task)
-        if not self.tasks:
-            self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._leave)
-
-    def _leave(self) -> None:
-        """Be idle; but where nobody starts the helper when a VM ends, stay as long as there is one."""
-        self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._leave)
-        if not (MECHANISM.resident and any(read_all())):
+    def _look(self) -> None:
+        """Be idle if nothing came since the last look; but where nobody starts us when a VM ends, stay with each."""
+        asyncio.get_running_loop().call_later(self._look_seconds, self._look)
+        if not (self._called or self.tasks or (MECHANISM.resident and any(read_all()))):
             self.idle.set()
+        self._called = bool(self.tasks)
 
     async def _serve(self, call: Call) -> None:
         """Answer one call. Whatever happens, the caller gets an answer, and it is ours."""
@@ -75,8 +71,9 @@ class Service:
                 facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
                 facts |= (details := _details(caller, arguments))
-                pins = arguments.get("pins", ()) if "pid" in arguments else ()  # a check's are numbered, not threads
-                facts["tids"] = cpulist(arguments.get("tids") or [pin.tid for pin in pins])
+                # The pins of a check are numbered, and no threads.
+                named = arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ()) if "pid" in arguments]
+                facts["tids"] = cpulist(named)
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
                     await self._authorise(call, caller, action, details)

@@ -19,7 +19,9 @@ import resource
 import select
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from errno import EMFILE, ENFILE, ENOMEM
 from pathlib import Path
+from types import TracebackType
 
 from . import privileges
 from .contract import SCOPE, Caller, TargetRefused
@@ -31,6 +33,16 @@ PROC, SYSTEMD = Path("/proc"), Path("/run/systemd/system").exists()  # sd_booted
 UNLIMITED = "" in [path.read_text().strip() for path in Path("/sys/fs/cgroup").glob("unified/cgroup.controllers")]
 
 
+class Ended(suppress):
+    """Errors of something that has ended are suppressed; not such as say nothing of it: no file can be opened now.
+
+    Whoever has no CAP_SYS_ADMIN in effect meets the host's limit on open files (fs.file-max), which any user can reach.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> bool:
+        return super().__exit__(kind, err, tb) and getattr(err, "errno", 0) not in (EMFILE, ENFILE, ENOMEM)
+
+
 class Target(ExitStack):
     """One process, held by descriptors that leaving the context closes.
 
@@ -40,16 +52,17 @@ class Target(ExitStack):
     def __init__(self, pid: int, start_time: int | None = None) -> None:
         super().__init__()
         self.pid, self.start_time = pid, -1
-        with suppress(OSError):
+        with Ended(OSError), ExitStack() as opened:
             self.pidfd = os.pidfd_open(pid)
-            self.callback(os.close, self.pidfd)
+            opened.callback(os.close, self.pidfd)
             self.dirfd = os.open(PROC / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self.callback(os.close, self.dirfd)
+            opened.callback(os.close, self.dirfd)
             # Alive now, so the number was not free between the two opens: both name one process.
             self.start_time = self.task_start_time(pid) if self.is_alive() else -1
-        if self.start_time == -1 or start_time not in (None, self.start_time):
-            self.close()
-            raise TargetRefused(f"Process {pid} does not exist")
+            if self.start_time != -1 and start_time in (None, self.start_time):
+                self.push(opened.pop_all())
+                return
+        raise TargetRefused(f"Process {pid} does not exist")
 
     def is_alive(self) -> bool:
         """Tell whether the process has not exited (pidfd_open(2): readable once it has)."""
@@ -57,10 +70,9 @@ class Target(ExitStack):
 
     def read(self, name: str) -> str:
         """Return the text of /proc/PID/`name`; TargetRefused once the process is gone."""
-        try:
+        with Ended(OSError):
             return Path(f"/proc/self/fd/{self.dirfd}/{name}").read_text(errors="surrogateescape")
-        except OSError as err:
-            raise TargetRefused(f"Process {self.pid} is gone") from err
+        raise TargetRefused(f"Process {self.pid} is gone")
 
     def status(self) -> dict[str, str]:
         """Return the lines of proc_pid_status(5) by name; TargetRefused once the process is gone."""

@@ -158,7 +158,7 @@ def patch(counter: Counter) -> None:
     count_in(counter, Path, "write_text", lambda *_: "act", halves=True)
     for name in ("mkdir", "rmdir", "unlink", "chmod", "replace"):
         count_in(counter, Path, name, lambda *_: "act")
-    for name in ("read_text", "exists", "is_dir"):
+    for name in ("read_text", "read_bytes", "exists", "is_dir"):
         count_in(counter, Path, name, lambda *_: "look")
     count_in(counter, os, "listdir", lambda *_: "look")
     count_in(counter, os, "pidfd_open", lambda *_: "look")

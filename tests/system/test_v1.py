@@ -124,6 +124,19 @@ def test_vms_of_two_users_beside_a_container_end_in_either_order(
             assert legacy.said(container) == legacy.said(container.parent) == ALL
 
 
+def test_what_a_task_has_chosen_is_back_in_the_end(program: Claimant) -> None:
+    """Before Linux 6.2 the kernel forgets it, and what it has of it in its cpuset is all that can be asked for."""
+    chosen = frozenset(range(6))
+    with sleeping() as task:
+        os.sched_setaffinity(task, chosen)
+        for cpus in ((4, 5), (2, 3)):
+            child = program.spawn(2)
+            assert program.pin(child, "vm", *cpus).error == "ok"
+            assert host.cpus_of(task) == chosen - {*cpus}
+            end(program, child)
+            assert host.cpus_of(task) == chosen
+
+
 def test_pinned_cpus_go_offline_and_come_back(program: Claimant, carol: User) -> None:
     """The kernel puts their threads into our topmost cpuset, which has all CPUs; none stays on another VM's."""
     with Claimant(carol) as other:

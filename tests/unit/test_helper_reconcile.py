@@ -4,9 +4,11 @@ What the kernel makes of it is in tests/system/test_crash_only.py.
 """
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from qemu_launcher_helper import records, target
 from qemu_launcher_helper.cpuset.partition import Partition
 from qemu_launcher_helper.records import Record, reconcile
+from unit.alone import alone, descriptors
 from unit.proc_facts import Facts
 
 SCOPE = "/user.slice/user-1000.slice/qemu-launcher-1000-win11.scope"
@@ -87,6 +90,41 @@ def test_what_nobody_lived_to_finish_is_taken_back(record: Record, monkeypatch: 
     assert left() == [half], "unless it is just being done"
     monkeypatch.setattr(records, "PENDING", set())
     assert [one.stray for one in left()] == [True]
+
+
+@pytest.mark.parametrize("spare", range(6))
+def test_where_no_file_can_be_opened_nothing_is_taken_for_ended(
+    record: Record, places: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """Any user can fill the host's table of open files, where its limit is low, and others' VMs must not end of it."""
+    scope = places / "cgroup" / SCOPE[1:]
+    for group, file, text in [
+        (scope, "cgroup.kill", ""),
+        (scope / "vcpus", "cpuset.cpus.partition", "isolated\n"),
+        (scope / "vcpus", "cpuset.cpus.exclusive.effective", "4-5\n"),
+    ]:
+        group.mkdir(parents=True, exist_ok=True)
+        (group / file).write_text(text)
+    monkeypatch.setattr(Partition, "settle", lambda *_: None)
+    held = record._replace(shielded=frozenset({4, 5}))
+    held.write()
+
+    def act() -> None:
+        before = descriptors()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        [free] = [os.dup(0)]
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
+        try:
+            with suppress(OSError):  # EMFILE: no descriptor is left
+                assert reconcile() == [held]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert descriptors() == before
+        assert list(records.read_all()) == [held]
+        assert (scope / "cgroup.kill").read_text() == ""
+
+    alone(act)
 
 
 def test_all_vms_have_the_same_time_to_give_back_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:

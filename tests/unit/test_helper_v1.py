@@ -2,8 +2,8 @@
 
 A task is in one cpuset at a time; a cpuset has CPUs before it has tasks, no more of them than the one above and no
 fewer than those below; one with tasks is not removed. A task that is ending stays, and to move it is no error. With
-other CPUs all tasks of a cpuset have all of them, as before Linux 6.2. The real kernel's part is in
-tests/system/test_v1.py.
+other CPUs all tasks of a cpuset have all of them, as before Linux 6.2; from then on, those that they have asked for.
+The real kernel's part is in tests/system/test_v1.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qemu_launcher_helper import privileges
 from qemu_launcher_helper.contract import Conflict, Failed, Pin
 from qemu_launcher_helper.cpuset import v1
 from qemu_launcher_helper.cpuset.cpulist import cpulist, parse_cpulist
+from qemu_launcher_helper.cpuset.partition import Partition
 from qemu_launcher_helper.cpuset.v1 import V1
 from qemu_launcher_helper.target import Target
 from unit.proc_facts import UNIT_LINES
@@ -48,7 +49,8 @@ class Kernel:
         self.steps = -1  # writes until somebody is killed; -1: nobody is
         self.strangers: set[int] = set()  # numbers that are no thread of a VM's any more
         self.ending: set[int] = set()
-        self.affinity: dict[int, frozenset[int]] = {}
+        self.asked: dict[int, frozenset[int]] = {}  # for which CPUs: sched_setaffinity(2)
+        self.remembers = False  # it is Linux 6.2
         self._real: dict[str, Any] = {
             name: getattr(Path, name) for name in ("write_text", "read_text", "mkdir", "rmdir")
         }
@@ -65,8 +67,8 @@ class Kernel:
         mounts += [f"50 31 0:31 /docker {folder}/elsewhere rw - cgroup cgroup rw,cpuset"]
         (folder / "mountinfo").write_text("\n".join(mounts) + "\n")
         monkeypatch.setattr(privileges, "raised", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(os, "sched_getaffinity", lambda tid: self.affinity.get(tid) or self.cpus_of(tid))
-        monkeypatch.setattr(os, "sched_setaffinity", self.affinity.__setitem__)
+        monkeypatch.setattr(os, "sched_getaffinity", self.affinity)
+        monkeypatch.setattr(os, "sched_setaffinity", self._ask)
         for name in ("write_text", "read_text", "mkdir", "rmdir"):
             kernels = getattr(self, f"_{name}")
             monkeypatch.setattr(Path, name, lambda path, *a, _do=kernels, **k: _do(path, *a, **k))
@@ -117,6 +119,19 @@ class Kernel:
     def cpus_of(self, tid: int) -> frozenset[int]:
         return parse_cpulist(self.cpus(self.where(tid)))
 
+    def affinity(self, tid: int) -> frozenset[int]:
+        """What sched_getaffinity(2) tells: of what it has asked for, what its cpuset has."""
+        return self.asked.get(tid, frozenset()) & self.cpus_of(tid) or self.cpus_of(tid)
+
+    def _ask(self, tid: int, cpus: frozenset[int]) -> None:
+        if not cpus & self.cpus_of(tid):
+            raise OSError(errno.EINVAL, "none of them")
+        self.asked[tid] = cpus if self.remembers else cpus & self.cpus_of(tid)
+
+    def _forget(self, tid: int) -> None:
+        if not self.remembers:
+            self.asked.pop(tid, None)
+
     def tree(self) -> dict[str, str]:
         return {str(path.parent.relative_to(self.mount)): path.read_text() for path in self.mount.rglob("cpuset.cpus")}
 
@@ -164,7 +179,7 @@ class Kernel:
                 return len(text)
             old = self.mount / self.where(int(text)) / "tasks"
             real(old, "".join(f"{tid}\n" for tid in old.read_text().split() if tid != text))
-            self.affinity.pop(int(text), None)
+            self._forget(int(text))
             return int(real(path, path.read_text() + f"{text}\n"))
         if path.name == "cpuset.cpus" and path.parent != self.mount:
             cpus, group = parse_cpulist(text), path.parent
@@ -179,7 +194,7 @@ class Kernel:
             if not cpus and (group / "tasks").read_text().split():
                 raise OSError(errno.ENOSPC, "it has tasks")
             for tid in (group / "tasks").read_text().split():
-                self.affinity.pop(int(tid), None)
+                self._forget(int(tid))
         return int(real(path, text.strip() + "\n"))
 
     def _mkdir(self, path: Path, *args: int, **more: object) -> None:
@@ -286,7 +301,7 @@ def test_a_container_loses_the_cpus_and_gets_them_back(kernel: Kernel) -> None:
     with pytest.raises(Conflict, match=r"^CPUs 3-5 are all that there are in the cpuset 'docker/b'$"):
         kernel.v1.settle({SCOPES[0]: frozenset({3, 4, 5})})
     kernel.reconcile({})
-    assert kernel.tree() == {**before, "docker/late": "0-3,6-7\n"}
+    assert kernel.tree() == {**before, "docker/late": "0-7\n"}, "it has copied what was left of the one above"
     assert not kernel.memory.exists()
 
 
@@ -317,12 +332,88 @@ def test_a_pool_that_was_let_in_ends_the_shield(kernel: Kernel) -> None:
     assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {4}})
 
 
-def test_what_taskset_has_chosen_holds_on(kernel: Kernel) -> None:
-    kernel.affinity[HOST] = frozenset({1, 4})
+@pytest.mark.parametrize("remembers", [False, True])
+def test_what_taskset_has_chosen_holds_on(kernel: Kernel, remembers: bool) -> None:
+    """All of it is back in the end, however many shields there were."""
+    kernel.remembers = remembers
+    kernel.asked[HOST] = chosen = frozenset(range(6))
+    for cpus in ((4, 5), (2, 3)):
+        kernel.pin(0, one(VCPU0, cpus[0]), one(VCPU1, cpus[1]))
+        assert kernel.affinity(HOST) == chosen - {*cpus}
+        kernel.reconcile({})
+        assert kernel.affinity(HOST) == chosen
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_what_the_kernel_gives_all_tasks_but_not_all_cpus(kernel: Kernel, remembers: bool) -> None:
+    """With isolcpus=6,7: nobody has asked for it, so no kernel remembers it."""
+    forget = kernel._forget
+    kernel.remembers = remembers
+    kernel.asked[HOST] = chosen = frozenset(range(6))
+    kernel._forget = lambda tid: kernel.asked.pop(tid, None)  # type: ignore[assignment,method-assign]
     kernel.pin(0, one(VCPU0, 4))
-    assert kernel.affinity == {HOST: {1, 4}}
+    assert kernel.affinity(HOST) == chosen - {4}
+    kernel._forget = forget  # type: ignore[method-assign]
     kernel.reconcile({})
-    assert kernel.affinity == {HOST: {1, 4}}
+    assert kernel.affinity(HOST) == chosen
+
+
+def test_what_the_kernel_remembers_is_not_more_than_was_chosen(kernel: Kernel) -> None:
+    kernel.remembers = True
+    kernel.asked[HOST] = frozenset({0, 1})
+    kernel.asked[KTHREAD + 1] = frozenset({4})  # nothing is left of it meanwhile
+    kernel._real["write_text"](kernel.mount / "tasks", kernel._real["read_text"](kernel.mount / "tasks") + "3\n")
+    kernel.pin(0, one(VCPU0, 4))
+    assert kernel.affinity(HOST) == {0, 1}
+    assert kernel.affinity(3) == {0, 1, 2, 3, 5, 6, 7}
+    kernel.reconcile({})
+    assert kernel.affinity(HOST) == {0, 1}
+    assert kernel.affinity(3) == {4}
+
+
+def test_cpus_come_back_while_run_is_full(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel.group("docker", "0-7", 500)
+    kernel.pin(0, one(VCPU0, 4))
+    assert kernel.cpus("docker") == "0-3,5-7"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(v1, "remember", full)
+    kernel.reconcile({})
+    assert kernel.cpus("docker") == "0-7"
+    assert not kernel.memory.exists()
+
+
+def test_a_pool_without_cpus_is_refused(kernel: Kernel) -> None:
+    """Others have the rest for themselves alone."""
+    kernel.group("rt", "0-1", 500)
+    (kernel.mount / "rt/cpuset.cpu_exclusive").write_text("1")
+    with pytest.raises(Conflict, match=r"^CPUs 2-7 are all that no other cpuset has"):
+        kernel.pin(0, one(VCPU0, 2, 3, 4), one(VCPU1, 5, 6, 7))
+    kernel.reconcile({})
+    assert kernel.tree() == {".": "0-7\n", "rt": "0-1\n"}
+
+
+def test_processes_that_are_at_home_cost_one_look(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them there are: their user may have made thousands."""
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5))
+    monkeypatch.setattr(V1, "processes", lambda *_: [])
+    me = os.getpid()
+    monkeypatch.setattr(Partition, "processes", lambda *_: [me] * 50)
+    monkeypatch.setattr(Target, "cgroup", lambda _: SCOPES[0])
+    monkeypatch.setattr(Target, "tids", lambda _: {HOST})
+    monkeypatch.setattr(Target, "task_start_time", lambda *_: 1)
+    looks = list[Path]()
+    tasks = v1._tasks
+
+    def counted(place: Path) -> set[str]:
+        looks.append(place)
+        return tasks(place)
+
+    monkeypatch.setattr(v1, "_tasks", counted)
+    kernel.v1._gather(SCOPES[0], {kernel.mount}, kernel.mount / "qemu-launcher/pool", frozenset())
+    assert len(looks) == 1
 
 
 def test_who_is_ending_and_does_not_end_keeps_no_cpus(kernel: Kernel) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
-from ..target import Target
+from ..target import Ended, Target
 from .cpulist import cpulist, parse_cpulist
 
 # New threads may be born while the old ones move; a fork bomb must not keep us here, and everybody else waiting.
@@ -73,14 +73,10 @@ class Partition:
         One of the VM's own user stays, and ends with the scope: he can have it adopted by PID 1, where no limit of his
         holds. So does one in a user namespace that PID 1 has adopted: its user ID does not say whose it is.
         """
-        with (
-            suppress(OSError, TargetRefused),
-            Target(pid) as stranger,
-            Target(int(stranger.status()["PPid"])) as parent,
-        ):
-            own = f"/qemu-launcher-{stranger.status()['Uid'].split()[0]}-" in scope
-            alien = parent.pid == 1 and stranger.read("uid_map") != parent.read("uid_map")
-            if stranger.cgroup() == scope and not own and not alien:
+        with suppress(OSError, TargetRefused), Target(pid) as other, Target(int(other.status()["PPid"])) as parent:
+            own = f"/qemu-launcher-{other.status()['Uid'].split()[0]}-" in scope
+            alien = parent.pid == 1 and other.read("uid_map") != parent.read("uid_map")
+            if other.cgroup() == scope and not own and not alien:
                 (self._dir(parent.cgroup()) / "cgroup.procs").write_text(str(pid))
 
     def take_realtime(self, scope: str) -> None:
@@ -179,7 +175,7 @@ class Partition:
         if not self._reserved(vcpus):
             return None
         threads: dict[int, frozenset[int]] = {}
-        with suppress(OSError):  # it ends while we look
+        with Ended(OSError):  # it ends while we look
             for place in vcpus.glob("*/"):
                 effective = read(place / "cpuset.cpus.effective")
                 if effective != read(place / "cpuset.cpus"):
@@ -211,11 +207,10 @@ class Partition:
 
     def _reserved(self, vcpus: Path) -> frozenset[int]:
         """Return the CPUs of the partition when there is one and it is valid."""
-        try:
+        with Ended(OSError):
             state = (vcpus / "cpuset.cpus.partition").read_text().strip()
             return read(vcpus / "cpuset.cpus.exclusive.effective") if state in ("isolated", "root") else frozenset()
-        except OSError:
-            return frozenset()
+        return frozenset()
 
     def _reserve(self, base: Path, reserved: frozenset[int], kind: str) -> None:
         """Make the shield; `kind` as the kernel calls it. With no CPUs there is none, nor any trace of one."""
@@ -279,7 +274,7 @@ def threaded(path: Path) -> Path:
 
 def text(path: Path) -> str | None:
     """Return the list in the file; None for a group that has ended, of which a kernel says ENOENT or ENODEV."""
-    with suppress(OSError):
+    with Ended(OSError):
         return path.read_text().strip()
     return None
 

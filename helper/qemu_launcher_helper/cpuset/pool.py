@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..contract import Conflict, Failed, Pin
+from ..target import Ended
 from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, Partition, read, text, threaded, write
 
@@ -72,9 +73,7 @@ class Pool(Partition):
         if not shielded and not refused and not (alone and groups):
             self._memory.unlink(missing_ok=True)
         if refused:
-            raise Conflict(
-                f"The kernel does not let {refused[0]!a} leave CPUs {cpulist(shielded)}, or have others back"
-            )
+            raise Conflict(f"The kernel does not let {refused[0]!a} leave CPUs {cpulist(shielded)}, or have them back")
         if bare:
             raise Conflict(bare)
 
@@ -133,11 +132,10 @@ class Pool(Partition):
 
     def _reserved(self, vcpus: Path) -> frozenset[int]:
         """Return the CPUs of the shield when there is one and its threads have them all."""
-        try:
+        with Ended(OSError):
             cpus = read(vcpus / "cpuset.cpus")
             return cpus if cpus == read(vcpus / "cpuset.cpus.effective") != self.everything else frozenset()
-        except OSError:
-            return frozenset()
+        return frozenset()
 
     def _reserve(self, base: Path, reserved: frozenset[int], kind: str) -> None:
         del kind  # the kernel balances load in here as anywhere

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
-from ..target import PROC, Target
+from ..target import PROC, Ended, Target
 from .cpulist import cpulist, parse_cpulist
 from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read, text
 from .pool import MEMORY, change, remember, remembered
@@ -95,7 +95,10 @@ class V1(Partition):
             if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
                 with suppress(OSError, Failed):  # one that is ending, and does not end, is still in there
                     self._remove(place, end)
-        pool = self._ours - shielded
+        if not (pool := self._ours - shielded) and shielded:
+            raise Conflict(
+                f"CPUs {cpulist(shielded)} are all that no other cpuset has for itself alone (cpu_exclusive)"
+            )
         wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
         wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
         try:
@@ -134,10 +137,11 @@ class V1(Partition):
             if place.parent == self._prefix:
                 (place / name).mkdir(exist_ok=True)
         known, processes = {self._tree, self._pool, *self._places(scope)}, super().processes(scope)
+        end = time.monotonic() + SWEEP_SECONDS
         for place, tids in places.items():
             for tid in tids:
+                _still_in_time(end)
                 self._take(tid, processes, known, place)
-        end = time.monotonic() + SWEEP_SECONDS
         for place in {*self._places(scope)} - {home}:
             self._move(place, home, end, places.get(place, ()))
             if place not in places:
@@ -157,7 +161,7 @@ class V1(Partition):
 
     def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
         """Return the threads inside the shield with the CPUs they have; None when there is no valid shield."""
-        with suppress(OSError):  # it ends while we look
+        with Ended(OSError):  # it ends while we look
             places = [place for place in self._places(scope) if place.parent == self._prefix]
             shared = read(self._pool / "cpuset.cpus")
             # The kernel takes a CPU that goes offline out of a cpuset for good, and the tasks of an empty one as well.
@@ -207,7 +211,9 @@ class V1(Partition):
             name, now = str(path.relative_to(self._tree)), _cpus(path)
             if not now:  # it is still being made, or has ended
                 continue
-            before, *written = [cpulist(self.everything), cpulist(now)] if known is None else known.get(name, [""])
+            # Whoever has come meanwhile has what the one above it had then: runc and others copy that list.
+            above = memory.get(str(path.parent.relative_to(self._tree)), [""])[:2]
+            before, *written = [cpulist(self.everything), cpulist(now)] if known is None else known.get(name, above)
             # The kernel takes offline CPUs from all lists. What is neither ours nor that, an administrator has written.
             ours = [parse_cpulist(list_) & those for list_ in written for those in (self.everything, stayed)]
             before = before if now in ours else cpulist(now)
@@ -216,7 +222,7 @@ class V1(Partition):
             if shielded or left != now:
                 wanted[path] = left or now
                 memory[name] = [before, *map(cpulist, (now, now | left, left))]
-        if shielded or memory:
+        if shielded:  # else what is remembered says all, also when /run is full
             remember(self._memory, memory)
         # Grow from the top down, then shrink from the leaves up: no cpuset may have less than those below it.
         for path in sorted(wanted, key=lambda path: len(path.parts)):
@@ -256,11 +262,11 @@ class V1(Partition):
         Each is tried once: the kernel keeps some where they are, and of one that is ending says that it was moved. That
         is waited for, but not for ever.
         """
-        tried, moved, late, all_here = set(keep), set[str](), math.inf, read(source / "cpuset.cpus")
+        tried, moved, late, here, there = set(keep), set[str](), math.inf, _cpus(source), _cpus(target)
         while tids := _tasks(source) - tried:
             for tid in tids:
                 _still_in_time(late)  # those of the first round are no more than there are
-                if _put(tid, target, all_here):
+                if _put(tid, target, here, there):
                     moved.add(tid)
             tried, late = tried | tids, min(late, end, time.monotonic() + SWEEP_SECONDS)
         while self._looks and not moved.isdisjoint(_tasks(source)):
@@ -285,16 +291,15 @@ class V1(Partition):
 
     def _gather(self, scope: str, known: Collection[Path], home: Path, named: frozenset[str]) -> None:
         """Move all threads of the scope's processes but the named ones into `home`."""
-        stuck, end = set(named), time.monotonic() + SWEEP_SECONDS
+        tried, end = {*named, *_tasks(home)}, time.monotonic() + SWEEP_SECONDS
         for pid in super().processes(scope):
             with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
-                while process.cgroup() == scope and (tids := {*map(str, process.tids())} - stuck - _tasks(home)):
+                while process.cgroup() == scope and (tids := {*map(str, process.tids())} - tried):
                     for tid in tids:
                         _still_in_time(end)
+                        tried.add(tid)
                         born = process.task_start_time(int(tid))
-                        if born == -1 or not self._take(tid, [pid], known, home):
-                            stuck.add(tid)
-                        elif process.task_start_time(int(tid)) != born:
+                        if self._take(tid, [pid], known, home) and process.task_start_time(int(tid)) != born:
                             _put(tid, self._pool)  # it has ended; if that moved somebody, then to where all others are
 
 
@@ -303,19 +308,21 @@ def hierarchies(mounts: Path) -> list[tuple[str, str, str]]:
     return re.findall(r"^\S+ \S+ \S+ / (\S+) .* - (cgroup2?) \S+ (\S+)$", mounts.read_text(), re.MULTILINE)
 
 
-def _put(tid: str, place: Path, unchosen: Collection[int] = ()) -> bool:
+def _put(tid: str, place: Path, here: frozenset[int] = frozenset(), there: frozenset[int] = frozenset()) -> bool:
     """Move one task; tell whether that worked. It does not with one that has ended, nor with PF_NO_SETAFFINITY.
 
-    The kernel gives it all CPUs of its new cpuset. If it had others than the `unchosen`, somebody's taskset(1) has made
-    it so, and that holds on where it can.
+    The kernel gives it all CPUs of its new cpuset, which are `there`. If it had others than all that are `here`,
+    somebody's taskset(1) has made it so, and that holds on where it can. What the kernel keeps to itself (since Linux
+    6.2) is better, as nobody can ask for it: what a cpuset has left of it is all that we see. So a task gets the CPUs
+    back that none could have here.
     """
     try:
         with privileges.raised("sys_nice"):
             chosen = os.sched_getaffinity(int(tid))
             (place / "tasks").write_text(tid)
-            if unchosen and chosen != unchosen:
-                with suppress(OSError):
-                    os.sched_setaffinity(int(tid), chosen)
+            with suppress(OSError):
+                if chosen != here and os.sched_getaffinity(int(tid)) == there:
+                    os.sched_setaffinity(int(tid), chosen | (there - here))
     except OSError as err:
         if err.errno not in (errno.ESRCH, errno.EINVAL):
             raise
