@@ -249,10 +249,13 @@ def test_prefixes() -> None:
         ("taskset 0xc Q -smp 2", ["vcpu_pinning: [2, 3]"]),
         ("taskset c Q -smp 2", ["vcpu_pinning: [2, 3]"]),
         ("taskset -ac 2 Q", ["vcpu_pinning: [2]"]),
+        ("taskset -c 3,1,8-10,2 Q -smp 6", ["vcpu_pinning: [3, 1, 8, 9, 10, 2]"]),
+        ("taskset -c 3,2,3 Q -smp 2", ["vcpu_pinning: [3, 2]"]),
         ("taskset -c 2,3 Q -smp 4", []),
         ("taskset -c 0-6:2 Q", []),
         ("numactl -C 2 -m 0 Q", ["vcpu_pinning: [2]"]),
         ("numactl --physcpubind=2,4 Q -smp 2", ["vcpu_pinning: [2, 4]"]),
+        ("numactl -C 4,2 Q -smp 2", ["vcpu_pinning: [4, 2]"]),
         ("numactl -C all Q", []),
         ("taskset -c 2 chrt -f 5 Q", ["vcpu_pinning: [2]", "scheduler: fifo", "priority: 5"]),
         ("chrt 5 taskset -c 2 Q", ["vcpu_pinning: [2]", "scheduler: rr", "priority: 5"]),
@@ -277,7 +280,27 @@ def test_pinning_is_suggested_out_of_the_cpus_that_were_given() -> None:
     text = imported("taskset", "-c", "0-3", QEMU, "-smp", "2")
     assert "# To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in text
     assert "# vcpu_pinning: [0, 1]\n" in text
+    assert "# vcpu_pinning: [9, 1]\n" in imported("taskset", "-c", "9,1,8,0", QEMU, "-smp", "2")
     assert "# vcpu_pinning: [4, 5, 6, 7]\n" in imported("taskset", "-c", "2,3", QEMU, "-smp", "4")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "smp", "siblings"),
+    [
+        ("taskset -c 8,20,9,21", "4,sockets=1,cores=2,threads=2", "0-1"),
+        ("taskset -c 0-7", "8,sockets=1,cores=2,threads=4", "0-3"),
+        ("taskset -c 0-7", "4,threads=2", "0-1"),
+        ("", "4,threads=2", "0-1"),
+        ("taskset -c 0-3", "4,sockets=4", None),
+        ("taskset -c 0-3", "4", None),
+        ("taskset -c 0-3", "cores=2", None),
+    ],
+)
+def test_siblings_are_to_be_pinned_to_siblings(prefix: str, smp: str, siblings: str | None) -> None:
+    text = " ".join(imported(*prefix.split(), QEMU, "-smp", smp).replace("\n  # ", " ").split())
+    said = f"To the guest, virtual CPUs {siblings} are siblings, and so on: pin them to siblings of the host."
+    assert (said in text) == (siblings is not None)
+    assert "lscpu -e=CPU,CORE shows which are siblings" in text or siblings is None
 
 
 def test_a_program_that_is_not_called_as_qemu_is() -> None:

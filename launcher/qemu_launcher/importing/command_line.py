@@ -8,10 +8,11 @@ what a definition must not have, and that is said on stderr too.
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import cmdline, definition, ram, stdout
+from ..cpulist import format_cpulist
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, vm_name
@@ -23,6 +24,7 @@ from .prefixes import Prefix, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
+_LSCPU = "lscpu -e=CPU,CORE shows which are siblings"
 MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
 _QEMU = re.compile(r"qemu-(?:system-[a-z0-9_]+|kvm)")
 NO_MARK = Mark("", 0, 0)
@@ -162,13 +164,17 @@ def kept(draft: Draft) -> list[QemuOption]:
 def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     """Pinning and scheduling as far as taskset and chrt make them clear; else as suggestions."""
     options = kept(draft)
-    vcpus = 1 if smp_numbers(options) == {} else vcpu_limit(options)
+    numbers = smp_numbers(options)
+    vcpus = 1 if numbers == {} else vcpu_limit(options)
+    siblings = _siblings(vcpus, (numbers or {}).get("threads", 1))
     is_clear = vcpus is not None and len(prefix.cpus) == vcpus
     if is_clear:
-        cpus = ", ".join(map(str, sorted(prefix.cpus)))
-        pinning = Key("vcpu_pinning", (f"[{cpus}]",), ("A CPU of its own for each virtual CPU, out of those given.",))
+        text = "A CPU of its own for each virtual CPU, out of those given, in their order."
+        told = (text, *siblings, f"{_LSCPU}.") if siblings else (text,)
+        pinning = Key("vcpu_pinning", (_in_flow(prefix.cpus),), (" ".join(told),))
     else:
         pinning = suggested_pinning(vcpus, prefix.cpus)
+        pinning = pinning._replace(comments=(*pinning.comments, *siblings))
     keys = [pinning]
     if prefix.policy is not None:
         real_time = prefix.policy in REALTIME_POLICIES
@@ -180,17 +186,30 @@ def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     return keys + memlock_key(options)
 
 
-def suggested_pinning(vcpus: int | None, given: frozenset[int] = frozenset()) -> Key:
+def _siblings(vcpus: int | None, threads: int) -> tuple[str, ...]:
+    if vcpus is None or not 1 < threads <= vcpus:
+        return ()
+    others = ", and so on" if vcpus > threads else ""
+    first = format_cpulist(range(threads))
+    return (f"To the guest, virtual CPUs {first} are siblings{others}: pin them to siblings of the host.",)
+
+
+def _in_flow(cpus: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, cpus))}]"
+
+
+def suggested_pinning(vcpus: int | None, given: Sequence[int] = ()) -> Key:
     """The key as a comment: which CPUs of the host, its owner must say. `given`: those that all of QEMU had."""
-    how = "lscpu -e=CPU,CORE shows which are siblings"
     if vcpus is None or vcpus > MOST_EXAMPLES:
         count = "each virtual CPU" if vcpus is None else f"each of the {vcpus} virtual CPUs"
-        return Key("vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {how}.",), only_suggested=True)
+        return Key(
+            "vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {_LSCPU}.",), only_suggested=True
+        )
     enough = len(given) > vcpus
-    example = ", ".join(map(str, sorted(given)[:vcpus] if enough else range(vcpus, 2 * vcpus)))
+    example = _in_flow(given[:vcpus] if enough else range(vcpus, 2 * vcpus))
     count = "the virtual CPU" if vcpus == 1 else f"each of the {vcpus} virtual CPUs"
-    text = f"To pin, as an example: {'one of the CPUs given' if enough else 'a CPU of the host'} for {count}; {how}."
-    return Key("vcpu_pinning", (f"[{example}]",), (text,), only_suggested=True)
+    text = f"To pin, as an example: {'one of the CPUs given' if enough else 'a CPU of the host'} for {count}; {_LSCPU}."
+    return Key("vcpu_pinning", (example,), (text,), only_suggested=True)
 
 
 def memlock_key(options: Sequence[QemuOption]) -> list[Key]:

@@ -21,7 +21,7 @@ class Prefix(NamedTuple):
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     clear_env: bool
-    cpus: frozenset[int]  # of taskset or numactl; empty: nothing is said
+    cpus: tuple[int, ...]  # of taskset or numactl, in their order; empty: nothing is said
     policy: str | None  # of chrt
     priority: int
     notes: tuple[str, ...]
@@ -77,7 +77,7 @@ _PROGRAMS = {
 def peel(words: Sequence[str]) -> Prefix:
     """QEMU's own command line, and what was before it. Raises UsageError."""
     rest = list(words)
-    found = Prefix((), (), clear_env=False, cpus=frozenset(), policy=None, priority=0, notes=())
+    found = Prefix((), (), clear_env=False, cpus=(), policy=None, priority=0, notes=())
     while rest:
         if _ASSIGNMENT.fullmatch(rest[0]):
             name, _equals, value = rest.pop(0).partition("=")
@@ -119,14 +119,20 @@ def _taskset(found: Prefix, own: Sequence[str]) -> Prefix:
     as_list = any(word == "--cpu-list" or (word[:1] == "-" and word[1:2] != "-" and "c" in word) for word in own[1:-1])
     text = own[-1]
     try:
-        return found._replace(cpus=parse_cpulist(text) if as_list else _mask(text))
+        return found._replace(cpus=_in_order(text) if as_list else _mask(text))
     except ValueError:  # a stride such as 0-6:2, or nothing that taskset would take
         return found
 
 
-def _mask(text: str) -> frozenset[int]:
+def _in_order(text: str) -> tuple[int, ...]:
+    """The CPUs of a list as its author has ordered them: 8,20,9,21 has siblings side by side. ValueError."""
+    parse_cpulist(text)
+    return tuple(dict.fromkeys(cpu for part in text.split(",") for cpu in sorted(parse_cpulist(part))))
+
+
+def _mask(text: str) -> tuple[int, ...]:
     bits = int(text.replace(",", "")[:2100], 16)
-    return frozenset(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
+    return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
 
 
 def _numactl(found: Prefix, own: Sequence[str]) -> Prefix:
@@ -134,7 +140,7 @@ def _numactl(found: Prefix, own: Sequence[str]) -> Prefix:
         name, equals, behind = option.partition("=")
         if name in ("-C", "--physcpubind"):
             try:
-                return found._replace(cpus=parse_cpulist(behind if equals else value))
+                return found._replace(cpus=_in_order(behind if equals else value))
             except ValueError:  # "all", "+0": relative to what we are allowed
                 return found
     return found
