@@ -257,6 +257,11 @@ def test_prefixes() -> None:
         ("numactl --physcpubind=2,4 Q -smp 2", ["vcpu_pinning: [2, 4]"]),
         ("numactl -C 4,2 Q -smp 2", ["vcpu_pinning: [4, 2]"]),
         ("numactl -C all Q", []),
+        ("numactl -lC0-1 -c 0 Q -smp 2", ["vcpu_pinning: [0, 1]"]),
+        ("numactl --cpubind 0 --membind 0 Q", []),
+        ("sudo -Eu root taskset -ac 2 Q", ["vcpu_pinning: [2]"]),
+        ("sudo -uroot taskset -c 2 Q", ["vcpu_pinning: [2]"]),
+        ("taskset -c Q", []),
         ("taskset -c 2 chrt -f 5 Q", ["vcpu_pinning: [2]", "scheduler: fifo", "priority: 5"]),
         ("chrt 5 taskset -c 2 Q", ["vcpu_pinning: [2]", "scheduler: rr", "priority: 5"]),
         ("chrt --fifo 5 Q", []),
@@ -278,10 +283,71 @@ def test_what_prefixes_become(words: str, lines: list[str]) -> None:
 
 def test_pinning_is_suggested_out_of_the_cpus_that_were_given() -> None:
     text = imported("taskset", "-c", "0-3", QEMU, "-smp", "2")
-    assert "# To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in text
+    assert "To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in flowing(text)
     assert "# vcpu_pinning: [0, 1]\n" in text
     assert "# vcpu_pinning: [9, 1]\n" in imported("taskset", "-c", "9,1,8,0", QEMU, "-smp", "2")
     assert "# vcpu_pinning: [4, 5, 6, 7]\n" in imported("taskset", "-c", "2,3", QEMU, "-smp", "4")
+
+
+def flowing(text: str) -> str:
+    """The comments without their line breaks."""
+    return " ".join(text.replace("\n  #", "\n#").replace("\n# ", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("taskset -c 0-1 Q -smp 2", "# Out of taskset -c 0-1, which was for all of QEMU: a CPU of its own for each "),
+        (
+            "taskset -c 0-3 Q -smp 2",
+            "# Not kept: taskset -c 0-3, which was for all of QEMU. To pin, as an example: one ",
+        ),
+        ("taskset -c 2 Q -smp 2", "# Not kept: taskset -c 2, which was for all of QEMU. To pin, as an example: a CPU "),
+        (
+            "taskset -c 0-3 Q -smp 99",
+            "# Not kept: taskset -c 0-3, which was for all of QEMU. To pin: a CPU of the host ",
+        ),
+        ("taskset -c 0-3 numactl -C2 Q", "# Out of taskset -c 0-3, numactl -C2, which was for all of QEMU: a CPU of "),
+        ("taskset -c 2 chrt -r 1 Q", "# Of chrt -r 1, which was for all of QEMU: here for its virtual CPUs alone."),
+        ("chrt -r 1 Q -smp 2", "# Not kept: chrt -r 1, which was for all of QEMU. Real time needs the pinning above: "),
+    ],
+)
+def test_what_became_of_a_prefix_is_said_where_it_is(words: str, said: str) -> None:
+    text = flowing(imported(*words.replace("Q", QEMU).split()))
+    assert said.removeprefix("# ") in text
+    assert "Stood before QEMU" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("taskset -c 0-6:2 Q", "taskset -c 0-6:2. It was for all of QEMU; vcpu_pinning is for its virtual CPUs."),
+        ("chrt -d -T 1 -P 2 0 Q", "chrt -d -T 1 -P 2 0. It was for all of QEMU; scheduler and priority are for its "),
+        (
+            "sudo -E Q",
+            "sudo -E. QEMU runs as you. What root could open must be yours: /dev/vfio, block devices, input ",
+        ),
+        (
+            "doas Q",
+            "qemu-launcher check NAME says which are not, save for tap devices. Pinning, locked memory and real ",
+        ),
+        ("numactl -N 0 -m 0 Q", "numactl -N 0. For its CPUs see vcpu_pinning and emulator_pinning; lscpu -e=CPU,NODE "),
+        (
+            "numactl -N 0 -m 0 Q",
+            "numactl -m 0. To bind the guest's memory, give QEMU a memory-backend with host-nodes ",
+        ),
+        ("numactl -C all Q", "numactl -C all. For its CPUs see vcpu_pinning"),
+        ("numactl --physcpubind=2 --membind=1 Q", "numactl --membind=1. To bind the guest's memory"),
+        ("numactl Q", None),
+        ("env -i -u X Q", "env -u X. See the keys env, clear_env and working_directory."),
+        ("env -i Q", None),
+        ("env A=b Q", None),
+    ],
+)
+def test_what_is_not_kept_of_a_prefix(words: str, said: str | None) -> None:
+    text = flowing(imported(*words.replace("Q", QEMU).split()))
+    assert ("Stood before QEMU, and is not kept: " in text) == (said is not None)
+    assert said is None or said in text
 
 
 @pytest.mark.parametrize(
@@ -297,7 +363,7 @@ def test_pinning_is_suggested_out_of_the_cpus_that_were_given() -> None:
     ],
 )
 def test_siblings_are_to_be_pinned_to_siblings(prefix: str, smp: str, siblings: str | None) -> None:
-    text = " ".join(imported(*prefix.split(), QEMU, "-smp", smp).replace("\n  # ", " ").split())
+    text = flowing(imported(*prefix.split(), QEMU, "-smp", smp))
     said = f"To the guest, virtual CPUs {siblings} are siblings, and so on: pin them to siblings of the host."
     assert (said in text) == (siblings is not None)
     assert "lscpu -e=CPU,CORE shows which are siblings" in text or siblings is None

@@ -25,6 +25,7 @@ from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
 _LSCPU = "lscpu -e=CPU,CORE shows which are siblings"
+_NOT_KEPT = "Not kept: {}, which was for all of QEMU."
 MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
 _QEMU = re.compile(r"qemu-(?:system-[a-z0-9_]+|kvm)")
 NO_MARK = Mark("", 0, 0)
@@ -167,23 +168,32 @@ def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     numbers = smp_numbers(options)
     vcpus = 1 if numbers == {} else vcpu_limit(options)
     siblings = _siblings(vcpus, (numbers or {}).get("threads", 1))
+    given = ", ".join(prefix.cpus_of)
     is_clear = vcpus is not None and len(prefix.cpus) == vcpus
     if is_clear:
-        text = "A CPU of its own for each virtual CPU, out of those given, in their order."
+        text = f"Out of {given}, which was for all of QEMU: a CPU of its own for each virtual CPU, in that order."
         told = (text, *siblings, f"{_LSCPU}.") if siblings else (text,)
         pinning = Key("vcpu_pinning", (_in_flow(prefix.cpus),), (" ".join(told),))
     else:
         pinning = suggested_pinning(vcpus, prefix.cpus)
-        pinning = pinning._replace(comments=(*pinning.comments, *siblings))
-    keys = [pinning]
-    if prefix.policy is not None:
-        real_time = prefix.policy in REALTIME_POLICIES
-        missing = real_time and not is_clear
-        why = ("Real time needs the pinning above: a shielded CPU for each virtual CPU.",) if missing else ()
-        keys.append(Key("scheduler", (prefix.policy,), why, only_suggested=missing))
-        if real_time:
-            keys.append(Key("priority", (str(prefix.priority),), only_suggested=missing))
-    return keys + memlock_key(options)
+        lost = (_NOT_KEPT.format(given),) if given else ()
+        pinning = pinning._replace(comments=(" ".join((*lost, *pinning.comments, *siblings)),))
+    return [pinning, *_scheduling(prefix, is_pinned=is_clear), *memlock_key(options)]
+
+
+def _scheduling(prefix: Prefix, *, is_pinned: bool) -> list[Key]:
+    if prefix.policy is None:
+        return []
+    real_time = prefix.policy in REALTIME_POLICIES
+    missing = real_time and not is_pinned
+    why = f"Of {prefix.policy_of}, which was for all of QEMU: here for its virtual CPUs alone."
+    if missing:
+        needed = "Real time needs the pinning above: a shielded CPU for each virtual CPU."
+        why = f"{_NOT_KEPT.format(prefix.policy_of)} {needed}"
+    keys = [Key("scheduler", (prefix.policy,), (why,), only_suggested=missing)]
+    if real_time:
+        keys.append(Key("priority", (str(prefix.priority),), only_suggested=missing))
+    return keys
 
 
 def _siblings(vcpus: int | None, threads: int) -> tuple[str, ...]:
