@@ -24,7 +24,9 @@ CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-
 
 def imported(*words: str) -> str:
     """The definition for a command line."""
-    draft = command_line.draft_of(prefixes.peel(words))
+    prefix = prefixes.peel(words)
+    command_line.check_program(prefix.argv)
+    draft = command_line.draft_of(prefix)
     return command_line.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
 
 
@@ -189,8 +191,12 @@ def test_no_option_is_both() -> None:
     [
         ([QEMU, "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, "-m", "2G", "disk.img", "-S"], "'disk.img' stands where an option must"),
-        (["strace", "-f", QEMU, "-m", "2G"], "'strace' stands before 'qemu-system-x86_64', and is not known here"),
-        (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb' stands before '/opt/qemu-kvm', and is not known here"),
+        (["strace", "-f", QEMU, "-m", "2G"], "'strace -f' stands before 'qemu-system-x86_64', and is not known here"),
+        (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb --args' stands before '/opt/qemu-kvm', and is not known here"),
+        (["screen", "-dmS", "win10", QEMU, "-S"], f"'screen -dmS win10' stands before '{QEMU}', and is not known here"),
+        (["screen", "-dmS", "a b", "kvm", "-S"], "\"screen -dmS 'a b'\" stands before 'kvm', and is not known here"),
+        (["cset", "shield", "-e", "--", "nice", "-5", QEMU], f"'cset shield -e --' stands before '{QEMU}', and is not"),
+        (["gamemoderun", "A=b", "taskset", "-c", "1", QEMU], f"'gamemoderun' stands before '{QEMU}', and is not known"),
         ([QEMU, "-daemonize", "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, ""], "'' stands where an option must"),
         ([QEMU, "-"], "'-' is no option of QEMU's"),
@@ -209,6 +215,17 @@ def test_refused_words(words: list[str], message: str) -> None:
         imported(*words)
     assert message in caught.value.message
     assert caught.value.exit_status == 2
+
+
+def test_cset_has_its_counterpart() -> None:
+    with pytest.raises(UsageError) as caught:
+        imported("cset", "proc", "-s", "x", "-e", QEMU)
+    assert caught.value.hint == "leave it out: vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+
+
+def test_kvm_is_an_accelerator_too() -> None:
+    assert read(imported("my-emulator", "-accel", "kvm")).binary == "my-emulator"
+    assert "not called as QEMU is" not in imported("kvm", "-S")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +287,9 @@ def test_prefixes() -> None:
         ("chrt -b 0 Q", ["scheduler: batch"]),
         ("chrt --idle Q", ["scheduler: idle"]),
         ("env -i Q", ["clear_env: true"]),
+        ("systemd-inhibit --what=sleep --who vm Q", ["inhibit_sleep: true"]),
+        ("systemd-inhibit Q", ["inhibit_sleep: true"]),
+        ("systemd-inhibit --what handle-lid-switch:idle Q", []),
         ("env - A=b Q", ["clear_env: true", "env:", "A: b"]),
         ("env A=b C=d Q", ["env:", "A: b", "C: d"]),
         ("/usr/bin/sudo -E /usr/bin/nice -5 Q", []),
@@ -308,6 +328,7 @@ def flowing(text: str) -> str:
             "# Not kept: taskset -c 0-3, which was for all of QEMU. To pin: a CPU of the host ",
         ),
         ("taskset -c 0-3 numactl -C2 Q", "# Out of taskset -c 0-3, numactl -C2, which was for all of QEMU: a CPU of "),
+        ("systemd-inhibit --what=idle:sleep Q", "# Of systemd-inhibit --what=idle:sleep: here against sleep alone."),
         ("taskset -c 2 chrt -r 1 Q", "# Of chrt -r 1, which was for all of QEMU: here for its virtual CPUs alone."),
         ("chrt -r 1 Q -smp 2", "# Not kept: chrt -r 1, which was for all of QEMU. Real time needs the pinning above: "),
     ],
@@ -339,6 +360,7 @@ def test_what_became_of_a_prefix_is_said_where_it_is(words: str, said: str) -> N
         ("numactl -C all Q", "numactl -C all. For its CPUs see vcpu_pinning"),
         ("numactl --physcpubind=2 --membind=1 Q", "numactl --membind=1. To bind the guest's memory"),
         ("numactl Q", None),
+        ("systemd-inhibit --what=idle Q", "systemd-inhibit --what=idle. The key inhibit_sleep is about sleep."),
         ("env -i -u X Q", "env -u X. See the keys env, clear_env and working_directory."),
         ("env -i Q", None),
         ("env A=b Q", None),
@@ -528,6 +550,66 @@ def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> N
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"qemu-launcher: {said.replace('{}', f'{tmp_path}/{name}')}")
         assert list(tmp_path.iterdir()) == []
+
+
+HOW_TO_IMPORT_A_SCRIPT = (
+    "in a copy of it put 'qemu-launcher import -- ' before the line with QEMU, and run that: it does all else as before"
+)
+WITHOUT_SHELL = "give the command line that the shell is to run, without the shell and its quotes"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["./win10.sh"], "'./win10.sh' is a script, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["sudo", "win10.sh", "-S"], "'win10.sh' is a script, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["sudo", "sh", "-c", f"{QEMU} -m 1G"], "'sh' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["/bin/bash", "-xec", f"exec {QEMU}"], "'/bin/bash' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["busybox", "sh", "-c", QEMU + " -S"], "'busybox' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["bash", "win10"], "'bash' is a shell, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["zsh"], "'zsh' is a shell, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (
+            ["/tmp/win 11.xml"],
+            "'/tmp/win 11.xml' is XML by its name, and not QEMU",
+            "of a VM of libvirt's: qemu-launcher import --libvirt '/tmp/win 11.xml'",
+        ),
+        (
+            ["win11.yml"],
+            "'win11.yml' is a definition by its name, and not QEMU",
+            "to start it: qemu-launcher win11.yml; to write it: qemu-launcher import -o win11.yml -- QEMU...",
+        ),
+        (["./x.yaml", "-S"], "'./x.yaml' is a definition by its name, and not QEMU", None),
+    ],
+)
+def test_what_is_not_qemu(words: list[str], message: str, hint: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        imported(*words)
+    assert caught.value.message == message
+    assert hint in (None, caught.value.hint)
+
+
+def test_scripts_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    names = ("win10", QEMU, "qemu-system-x86_64-wrapped", "qemu-kvm", "kvm")
+    for name in names:
+        (tmp_path / name).write_text("#!/bin/sh\nqemu-system-x86_64 -S\n")
+        (tmp_path / name).chmod(0o755)
+    for name in names[1:]:
+        assert launch("--", f"{tmp_path}/{name}", "-S").returncode == 0
+    done = launch("--", "sudo", f"{tmp_path}/win10")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"qemu-launcher: '{tmp_path}/win10' is a script, and not QEMU\n    {HOW_TO_IMPORT_A_SCRIPT}"
+    assert done.stderr == f"{said}\n"
+    done = launch("--", "win10", "-S", PATH=f"/nowhere:{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    wrapper = (
+        "; for one that QEMU's options are given to, write QEMU's name here, and the script's at binary: afterwards"
+    )
+    assert done.stderr.endswith(f"{HOW_TO_IMPORT_A_SCRIPT}{wrapper}\n")
+    done = launch("--", "win10", QEMU, "-S", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert f"'win10' stands before '{QEMU}'" in done.stderr
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "", "no", "no\n"):
+        assert launch("--", f"{tmp_path}/{name}", "-S").returncode == 0
 
 
 def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

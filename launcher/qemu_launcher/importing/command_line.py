@@ -6,12 +6,13 @@ what a definition must not have, and that is said on stderr too.
 """
 
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
-from .. import cmdline, definition, ram, stdout
+from .. import cmdline, definition, noqemu, ram, stdout
 from ..cpulist import format_cpulist
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
@@ -27,7 +28,6 @@ from .yamltext import LONGEST_KEY
 _LSCPU = "lscpu -e=CPU,CORE shows which are siblings"
 _NOT_KEPT = "Not kept: {}, which was for all of QEMU."
 MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
-_QEMU = re.compile(r"qemu-(?:system-[a-z0-9_]+|kvm)")
 NO_MARK = Mark("", 0, 0)
 
 
@@ -35,6 +35,7 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     """Print the definition for the command line `words`, or write it to the new file `output`."""
     check_output(output)
     prefix = peel([_utf8(word) for word in words])
+    check_program(prefix.argv)
     draft = draft_of(prefix, is_saved=output is not None)
     # Of the words as they were given, not as we have read them: this is what the check is worth.
     text = written(draft, [word for option in draft.options if not option.left_out for word in option.given])
@@ -46,19 +47,54 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     return 0
 
 
+def check_program(argv: Sequence[str]) -> None:
+    """Raises UsageError for a command line of another program's than QEMU, as far as that can be told."""
+    program = argv[0]
+    if " -" in program:
+        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
+    at = None if noqemu.may_be_qemu(program) else _place_of_qemu(argv)
+    if at is not None:
+        stranger = argv[: _first_known(argv, at)]
+        what = f"{shortened(shlex.join(stranger), MOST_OF_A_PATH)!r} stands before {shortened(argv[at])!r}"
+        shield = ": vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+        is_cset = program.rpartition("/")[2] == "cset"
+        raise UsageError(f"{what}, and is not known here", "leave it out" + shield * is_cset)
+    if (refused := noqemu.by_name(argv) or noqemu.by_content(argv)) is not None:
+        raise refused
+
+
+def _place_of_qemu(argv: Sequence[str]) -> int | None:
+    """Where behind the first word a QEMU is named. kvm is none as the value of an option: -accel kvm."""
+    for at, (before, word) in enumerate(pairwise(argv), 1):
+        if noqemu.is_qemu(word) or (word.rpartition("/")[2] == "kvm" and before.lstrip("-") not in TAKE_VALUE):
+            return at
+    return None
+
+
+def _first_known(argv: Sequence[str], end: int) -> int:
+    """From where on all that stands before the QEMU at `end` is known."""
+    for start in range(1, end):
+        with suppress(UsageError):
+            if len(peel(argv[start:]).argv) == len(argv) - end:
+                return start
+    return end
+
+
 def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:
     """The definition for a command line as a person writes it. Raises UsageError. `is_saved`: it has its file."""
     program, *words = prefix.argv
-    if " -" in program:
-        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
-    if not _is_qemu(program) and (behind := next(filter(_is_qemu, words), None)):
-        raise UsageError(f"{shortened(program)!r} stands before {behind!r}, and is not known here", "leave it out")
     options = tuple(_remarked(option) for option in options_of(words))
-    other = () if _is_qemu(program) else (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    other = (
+        ()
+        if noqemu.may_be_qemu(program)
+        else (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    )
     notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes, *other)
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
     keys += [env_key(prefix.env)] if prefix.env else []
+    if prefix.inhibited_by:
+        keys.append(Key("inhibit_sleep", ("true",), (f"Of {prefix.inhibited_by}: here against sleep alone.",)))
     return draft._replace(keys=(*keys, *_tuning(draft, prefix)))
 
 
@@ -112,11 +148,6 @@ def _no_name(word: str) -> UsageError:
         what = f"{shortened(word)!r} is one word here, and no option of QEMU's has a space in it"
         return UsageError(what, "leave out the quotes around option and value")
     return UsageError(f"{shortened(word)!r} is no option of QEMU's")
-
-
-def _is_qemu(word: str) -> bool:
-    """Whether it has the name of one: qemu-system-x86_64, /usr/libexec/qemu-kvm."""
-    return _QEMU.fullmatch(word.rpartition("/")[2]) is not None
 
 
 # What needs a choice

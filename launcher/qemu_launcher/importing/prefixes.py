@@ -19,7 +19,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 class Prefix(NamedTuple):
     """What stood before QEMU. `argv` is QEMU's own command line, never empty.
 
-    `cpus_of`, `policy_of`: the words that said it.
+    `cpus_of`, `policy_of`, `inhibited_by`: the words that said it.
     """
 
     argv: tuple[str, ...]
@@ -30,6 +30,7 @@ class Prefix(NamedTuple):
     policy: str | None  # of chrt
     priority: int
     policy_of: str
+    inhibited_by: str  # systemd-inhibit against sleep; empty: none
     notes: tuple[str, ...]
 
 
@@ -102,6 +103,7 @@ _PROGRAMS = {
         _valued("-p --property -u --unit --slice --description --uid --gid --nice -E --setenv --working-directory"),
         _ITSELF,
     ),
+    "systemd-inhibit": _Program(_valued("--what --who --why --mode"), "The key inhibit_sleep is about sleep"),
     "setsid": _Program(frozenset(), _ITSELF),
     "nohup": _Program(frozenset(), _ITSELF),
     "exec": _Program(_valued("-a"), "It is a word of the shell's"),
@@ -112,7 +114,9 @@ _PROGRAMS = {
 def peel(words: Sequence[str]) -> Prefix:
     """QEMU's own command line, and what was before it. Raises UsageError."""
     rest = list(words)
-    found = Prefix((), (), clear_env=False, cpus=(), cpus_of=(), policy=None, priority=0, policy_of="", notes=())
+    found = Prefix(
+        (), (), clear_env=False, cpus=(), cpus_of=(), policy=None, priority=0, policy_of="", notes=(), inhibited_by=""
+    )
     while rest:
         if _ASSIGNMENT.fullmatch(rest[0]):
             name, _equals, value = rest.pop(0).partition("=")
@@ -230,10 +234,16 @@ def _chrt(found: Prefix, own: _Own) -> Prefix | None:
     return found._replace(policy=policy, priority=priority, policy_of=" ".join(own.words))
 
 
+def _inhibit(found: Prefix, own: _Own) -> Prefix | None:
+    what = [option.value for option in own.options if option.name == "--what"] or ["idle:sleep:shutdown"]
+    return found._replace(inhibited_by=" ".join(own.words)) if "sleep" in what[-1].split(":") else None
+
+
 # None for what they do not understand: it is not kept, as of all other programs.
 _READERS: dict[str, Callable[[Prefix, _Own], Prefix | None]] = {
     "env": _env,
     "taskset": _taskset,
     "numactl": _numactl,
     "chrt": _chrt,
+    "systemd-inhibit": _inhibit,
 }
