@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from qemu_launcher import cmdline, yamlnode
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
@@ -49,6 +50,11 @@ WORD = TEXT.filter(lambda text: text[:1] != "-" or text == "-" or is_name(text[1
 OPTIONS = st.lists(st.tuples(st.sampled_from(["-", "--"]), NAME, WORD | st.none()), max_size=6)
 
 
+def looks_mistyped(argv: list[str]) -> bool:
+    """Whether a word behind a flag begins with a space, as behind a backslash that was to end the line."""
+    return any(flag.lstrip("-") in FLAGS and word.startswith((" ", "\t")) for flag, word in pairwise(argv))
+
+
 @settings(max_examples=200, deadline=None)
 @given(OPTIONS)
 @example([("-", "append", "-daemonize")])
@@ -61,6 +67,7 @@ def test_argv_comes_back(options: list[tuple[str, str, str | None]]) -> None:
     for dash, name, value in options:
         if name.removeprefix("-") != "daemonize":
             argv += [dash + name] if value is None else [dash + name, value]
+    assume(not looks_mistyped(argv))
     found = cmdline.qemu_argv(read(imported(*argv)))
     assert [w for w in found if w.strip("-") != "daemonize"] == [w for w in argv if w.strip("-") != "daemonize"]
 
@@ -78,6 +85,7 @@ def test_definition_comes_back(
     kept = [drafting.Option(name, value) for name, value in options if name.strip("-") not in ("daemonize", "")]
     definition = read(drafting.render(drafting.Draft(QEMU, tuple(kept))))
     argv = cmdline.qemu_argv(definition)
+    assume(not looks_mistyped(argv))
     assert argv[1:] == [w for o in kept for w in cmdline.option_argv(command_line.as_read(o))]
     assert cmdline.qemu_argv(read(imported(*argv))) == argv
 
@@ -215,6 +223,42 @@ def test_refused_words(words: list[str], message: str) -> None:
         imported(*words)
     assert message in caught.value.message
     assert caught.value.exit_status == 2
+
+
+A_SPACE = "most often a space that follows the \\ at the end of a line: remove it, nothing may follow the \\ there"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["-machine", "q35", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
+        (["-enable-kvm", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
+        (["-machine", "q35", " -m", "1G"], "' -m' stands where an option must, and begins with a space", A_SPACE),
+        (
+            ["-m", "1G", "my disk.img"],
+            "'my disk.img' stands where an option must: QEMU takes it for a disk image",
+            "give it its option, -hda 'my disk.img' or -drive 'file=my disk.img'; an option of QEMU begins with -",
+        ),
+        (
+            ["-m", "1G", "a,b.img"],
+            "'a,b.img' stands where an option must: QEMU takes it for a disk image",
+            "give it its option, -hda a,b.img or -drive file=a,,b.img; an option of QEMU begins with -",
+        ),
+        (
+            ["-m", "1G", ""],
+            "'' stands where an option must: QEMU takes it for a disk image",
+            "most often a variable of the shell's that is empty: leave it out",
+        ),
+    ],
+)
+def test_words_that_a_shell_has_made(words: list[str], message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        imported(QEMU, *words)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_values_may_begin_with_a_space() -> None:
+    assert read(imported(QEMU, "-append", " ", "-name", " x")).binary == QEMU
 
 
 def test_cset_has_its_counterpart() -> None:
@@ -437,6 +481,16 @@ def test_comments(words: str, comment: str) -> None:
     text = imported(QEMU, *words.split())
     assert comment in text.replace("\n  # ", "\n# ")
     assert cmdline.qemu_argv(read(text)) == [QEMU, *words.split()]
+
+
+def test_a_process_name_that_the_helper_does_not_know() -> None:
+    allowed = (
+        "Processes called qemu-system-*, qemu-kvm or kvm are tuned, unless comm in qemu-launcher-helper.toml(5) says "
+    )
+    assert f"{allowed}otherwise: remove process= there. - name:" in flowing(imported(QEMU, "-name", "a,process=win"))
+    assert "Processes called" not in imported(QEMU, "-name", "a,process=", "-name")
+    assert "Processes called" not in imported(QEMU, "-name", "win,process=qemu-system-win", "-S")
+    assert "Processes called" not in imported(QEMU, "-name", "win", "-append", "process=x")
 
 
 def test_daemonize_is_left_out_and_said() -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from .. import cmdline, definition, noqemu, ram, stdout
+from .. import cmdline, definition, noqemu, ram, restrictions, stdout
 from ..cpulist import format_cpulist
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
@@ -111,6 +111,8 @@ def options_of(words: Sequence[str]) -> list[Option]:
         if len(name) > LONGEST_KEY:
             raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
         takes = _takes_value(name.removeprefix("-"), following)
+        if takes and name in FLAGS and _begins_with_space(following[0]):
+            raise _no_option(following[0])
         value = split_value(name, following[0]) if takes else None
         options.append(Option(name, value, given=tuple(words[position : position + 1 + takes])))
         position += 1 + takes
@@ -137,10 +139,19 @@ def _takes_value(name: str, following: Sequence[str]) -> bool:
 def _no_option(word: str) -> UsageError:
     if word == "-":
         return UsageError("'-' is no option of QEMU's", "a value stands behind its option")
-    return UsageError(
-        f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image",
-        f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
-    )
+    what = f"{shortened(word)!r} stands where an option must"
+    if _begins_with_space(word):
+        hint = "most often a space that follows the \\ at the end of a line: remove it, nothing may follow the \\ there"
+        return UsageError(f"{what}, and begins with a space", hint)
+    what = f"{what}: QEMU takes it for a disk image"
+    if not word:
+        return UsageError(what, "most often a variable of the shell's that is empty: leave it out")
+    hda, drive = (shlex.quote(shortened(text)) for text in (word, f"file={cmdline.double_commas(word)}"))
+    return UsageError(what, f"give it its option, -hda {hda} or -drive {drive}; an option of QEMU begins with -")
+
+
+def _begins_with_space(word: str) -> bool:
+    return word.startswith((" ", "\t"))
 
 
 def _no_name(word: str) -> UsageError:
@@ -166,9 +177,18 @@ def _remarked(option: Option) -> Option:
     if name in TAKE_VALUE and option.value is None:
         remark = "Its value is missing: QEMU takes the next word for it, and a word after that for a disk image."
     text = option.value if isinstance(option.value, str) else ",".join(map(str, option.value or ()))
+    if name == "name":
+        remark = remark or _process_name(option)
     if remark is None and ("/dev/fd/" in text or (name not in ("append", "name") and _has_descriptor(option))):
         remark = "A descriptor of the shell's: QEMU is started without it. Name the file or device instead."
     return option._replace(comments=(remark,)) if remark else option
+
+
+def _process_name(option: Option) -> str | None:
+    """What to say where the helper will not know this QEMU by the name that it gives itself: proc(5), comm."""
+    renamed = dict(as_read(option).properties()).get("process")
+    _mark, hint = restrictions.helper_refused([as_read(option)], renamed[:15] if renamed else None, is_own=True)
+    return f"{hint[0].upper()}{hint[1:]}." if hint else None
 
 
 _REMARKS = {
