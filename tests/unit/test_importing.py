@@ -233,6 +233,7 @@ A_SPACE = "most often a space that follows the \\ at the end of a line: remove i
     [
         (["-machine", "q35", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
         (["-enable-kvm", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
+        (["--mem-prealloc", "\t"], "'\\t' stands where an option must, and begins with a space", A_SPACE),
         (["-machine", "q35", " -m", "1G"], "' -m' stands where an option must, and begins with a space", A_SPACE),
         (
             ["-m", "1G", "my disk.img"],
@@ -259,6 +260,11 @@ def test_words_that_a_shell_has_made(words: list[str], message: str, hint: str) 
 
 def test_values_may_begin_with_a_space() -> None:
     assert read(imported(QEMU, "-append", " ", "-name", " x")).binary == QEMU
+
+
+def test_a_long_line_of_another_program_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="stands before 'qemu-kvm'"):
+        imported("my-emulator", *["-x"] * 200_000, "-name", "qemu-kvm")
 
 
 def test_cset_has_its_counterpart() -> None:

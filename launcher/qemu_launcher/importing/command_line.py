@@ -21,7 +21,7 @@ from ..names import VM_NAME
 from ..optionlist import is_name
 from ..options import QemuOption, has_mem_lock, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
-from .prefixes import Prefix, peel
+from .prefixes import Prefix, is_known, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
@@ -75,7 +75,7 @@ def _first_known(argv: Sequence[str], end: int) -> int:
     """From where on all that stands before the QEMU at `end` is known."""
     for start in range(1, end):
         with suppress(UsageError):
-            if len(peel(argv[start:]).argv) == len(argv) - end:
+            if is_known(argv[start]) and len(peel(argv[start : end + 1]).argv) == 1:
                 return start
     return end
 
@@ -84,12 +84,12 @@ def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:
     """The definition for a command line as a person writes it. Raises UsageError. `is_saved`: it has its file."""
     program, *words = prefix.argv
     options = tuple(_remarked(option) for option in options_of(words))
-    other = (
-        ()
-        if noqemu.may_be_qemu(program)
-        else (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    other = (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    notes = (
+        headline(_guest_name(options), is_saved=is_saved),
+        *prefix.notes,
+        *(() if noqemu.may_be_qemu(program) else other),
     )
-    notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes, *other)
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
     keys += [env_key(prefix.env)] if prefix.env else []
@@ -111,7 +111,7 @@ def options_of(words: Sequence[str]) -> list[Option]:
         if len(name) > LONGEST_KEY:
             raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
         takes = _takes_value(name.removeprefix("-"), following)
-        if takes and name in FLAGS and _begins_with_space(following[0]):
+        if takes and name.removeprefix("-") in FLAGS and _begins_with_space(following[0]):
             raise _no_option(following[0])
         value = split_value(name, following[0]) if takes else None
         options.append(Option(name, value, given=tuple(words[position : position + 1 + takes])))

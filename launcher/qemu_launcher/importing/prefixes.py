@@ -133,6 +133,11 @@ def peel(words: Sequence[str]) -> Prefix:
     raise UsageError("there is no QEMU in this command line", "write it after --, the program first")
 
 
+def is_known(word: str) -> bool:
+    """Whether `peel` would step over it."""
+    return word.rpartition("/")[2] in _PROGRAMS or _ASSIGNMENT.fullmatch(word) is not None
+
+
 def _not_kept(found: Prefix, words: str, note: str) -> Prefix:
     return found._replace(notes=(*found.notes, f"Stood before QEMU, and is not kept: {words}. {note}."))
 
