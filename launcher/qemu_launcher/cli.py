@@ -322,6 +322,10 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
     if stray is not None and stray.startswith("--"):
         parser.error(f"unrecognized arguments: {stray}")
     if stray is not None and "--" not in words:
+        from . import noqemu  # noqa: PLC0415  only where something is wrong
+
+        if (refused := noqemu.by_name(words[words.index(stray) :])) is not None:
+            raise refused
         hint = f"write -- before QEMU's command line: {PROGRAM} import -- {shortened(stray)} ..."
         raise UsageError(f"import does not know {shortened(stray)!r}", hint)
     if stray is not None:

@@ -182,6 +182,22 @@ def test_import_without_two_hyphens(words: str, stray: str) -> None:
     assert caught.value.hint == f"write -- before QEMU's command line: qemu-launcher import -- {stray} ..."
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("import ./win10.sh", "'./win10.sh' is a script, and not QEMU"),
+        ("import win11.xml", "'win11.xml' is XML by its name, and not QEMU"),
+        ("import -o x.yml win11.yml", "'win11.yml' is a definition by its name, and not QEMU"),
+        ("import bash -c qemu", "'bash' is a shell, and not QEMU"),
+    ],
+)
+def test_import_of_what_two_hyphens_would_not_help(words: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_arguments(words.split())
+    assert caught.value.message == message
+    assert "write -- before" not in (caught.value.hint or "")
+
+
 NO_SLIP = "qemu-launcher --help shows what can be said"
 
 

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from qemu_launcher import cmdline, yamlnode
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
@@ -24,7 +25,9 @@ CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-
 
 def imported(*words: str) -> str:
     """The definition for a command line."""
-    draft = command_line.draft_of(prefixes.peel(words))
+    prefix = prefixes.peel(words)
+    command_line.check_program(prefix.argv)
+    draft = command_line.draft_of(prefix)
     return command_line.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
 
 
@@ -47,6 +50,11 @@ WORD = TEXT.filter(lambda text: text[:1] != "-" or text == "-" or is_name(text[1
 OPTIONS = st.lists(st.tuples(st.sampled_from(["-", "--"]), NAME, WORD | st.none()), max_size=6)
 
 
+def looks_mistyped(argv: list[str]) -> bool:
+    """Whether a word behind a flag begins with a space, as behind a backslash that was to end the line."""
+    return any(flag.lstrip("-") in FLAGS and word.startswith((" ", "\t")) for flag, word in pairwise(argv))
+
+
 @settings(max_examples=200, deadline=None)
 @given(OPTIONS)
 @example([("-", "append", "-daemonize")])
@@ -59,6 +67,7 @@ def test_argv_comes_back(options: list[tuple[str, str, str | None]]) -> None:
     for dash, name, value in options:
         if name.removeprefix("-") != "daemonize":
             argv += [dash + name] if value is None else [dash + name, value]
+    assume(not looks_mistyped(argv))
     found = cmdline.qemu_argv(read(imported(*argv)))
     assert [w for w in found if w.strip("-") != "daemonize"] == [w for w in argv if w.strip("-") != "daemonize"]
 
@@ -76,6 +85,7 @@ def test_definition_comes_back(
     kept = [drafting.Option(name, value) for name, value in options if name.strip("-") not in ("daemonize", "")]
     definition = read(drafting.render(drafting.Draft(QEMU, tuple(kept))))
     argv = cmdline.qemu_argv(definition)
+    assume(not looks_mistyped(argv))
     assert argv[1:] == [w for o in kept for w in cmdline.option_argv(command_line.as_read(o))]
     assert cmdline.qemu_argv(read(imported(*argv))) == argv
 
@@ -189,8 +199,12 @@ def test_no_option_is_both() -> None:
     [
         ([QEMU, "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, "-m", "2G", "disk.img", "-S"], "'disk.img' stands where an option must"),
-        (["strace", "-f", QEMU, "-m", "2G"], "'strace' stands before 'qemu-system-x86_64', and is not known here"),
-        (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb' stands before '/opt/qemu-kvm', and is not known here"),
+        (["strace", "-f", QEMU, "-m", "2G"], "'strace -f' stands before 'qemu-system-x86_64', and is not known here"),
+        (["gdb", "--args", "/opt/qemu-kvm", "-S"], "'gdb --args' stands before '/opt/qemu-kvm', and is not known here"),
+        (["screen", "-dmS", "win10", QEMU, "-S"], f"'screen -dmS win10' stands before '{QEMU}', and is not known here"),
+        (["screen", "-dmS", "a b", "kvm", "-S"], "\"screen -dmS 'a b'\" stands before 'kvm', and is not known here"),
+        (["cset", "shield", "-e", "--", "nice", "-5", QEMU], f"'cset shield -e --' stands before '{QEMU}', and is not"),
+        (["gamemoderun", "A=b", "taskset", "-c", "1", QEMU], f"'gamemoderun' stands before '{QEMU}', and is not known"),
         ([QEMU, "-daemonize", "disk.img"], "'disk.img' stands where an option must"),
         ([QEMU, ""], "'' stands where an option must"),
         ([QEMU, "-"], "'-' is no option of QEMU's"),
@@ -209,6 +223,59 @@ def test_refused_words(words: list[str], message: str) -> None:
         imported(*words)
     assert message in caught.value.message
     assert caught.value.exit_status == 2
+
+
+A_SPACE = "most often a space that follows the \\ at the end of a line: remove it, nothing may follow the \\ there"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["-machine", "q35", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
+        (["-enable-kvm", " "], "' ' stands where an option must, and begins with a space", A_SPACE),
+        (["--mem-prealloc", "\t"], "'\\t' stands where an option must, and begins with a space", A_SPACE),
+        (["-machine", "q35", " -m", "1G"], "' -m' stands where an option must, and begins with a space", A_SPACE),
+        (
+            ["-m", "1G", "my disk.img"],
+            "'my disk.img' stands where an option must: QEMU takes it for a disk image",
+            "give it its option, -hda 'my disk.img' or -drive 'file=my disk.img'; an option of QEMU begins with -",
+        ),
+        (
+            ["-m", "1G", "a,b.img"],
+            "'a,b.img' stands where an option must: QEMU takes it for a disk image",
+            "give it its option, -hda a,b.img or -drive file=a,,b.img; an option of QEMU begins with -",
+        ),
+        (
+            ["-m", "1G", ""],
+            "'' stands where an option must: QEMU takes it for a disk image",
+            "most often a variable of the shell's that is empty: leave it out",
+        ),
+    ],
+)
+def test_words_that_a_shell_has_made(words: list[str], message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        imported(QEMU, *words)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_values_may_begin_with_a_space() -> None:
+    assert read(imported(QEMU, "-append", " ", "-name", " x")).binary == QEMU
+
+
+def test_a_long_line_of_another_program_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="stands before 'qemu-kvm'"):
+        imported("my-emulator", *["-x"] * 200_000, "-name", "qemu-kvm")
+
+
+def test_cset_has_its_counterpart() -> None:
+    with pytest.raises(UsageError) as caught:
+        imported("cset", "proc", "-s", "x", "-e", QEMU)
+    assert caught.value.hint == "leave it out: vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+
+
+def test_kvm_is_an_accelerator_too() -> None:
+    assert read(imported("my-emulator", "-accel", "kvm")).binary == "my-emulator"
+    assert "not called as QEMU is" not in imported("kvm", "-S")
 
 
 @pytest.mark.parametrize(
@@ -249,11 +316,19 @@ def test_prefixes() -> None:
         ("taskset 0xc Q -smp 2", ["vcpu_pinning: [2, 3]"]),
         ("taskset c Q -smp 2", ["vcpu_pinning: [2, 3]"]),
         ("taskset -ac 2 Q", ["vcpu_pinning: [2]"]),
+        ("taskset -c 3,1,8-10,2 Q -smp 6", ["vcpu_pinning: [3, 1, 8, 9, 10, 2]"]),
+        ("taskset -c 3,2,3 Q -smp 2", ["vcpu_pinning: [3, 2]"]),
         ("taskset -c 2,3 Q -smp 4", []),
         ("taskset -c 0-6:2 Q", []),
         ("numactl -C 2 -m 0 Q", ["vcpu_pinning: [2]"]),
         ("numactl --physcpubind=2,4 Q -smp 2", ["vcpu_pinning: [2, 4]"]),
+        ("numactl -C 4,2 Q -smp 2", ["vcpu_pinning: [4, 2]"]),
         ("numactl -C all Q", []),
+        ("numactl -lC0-1 -c 0 Q -smp 2", ["vcpu_pinning: [0, 1]"]),
+        ("numactl --cpubind 0 --membind 0 Q", []),
+        ("sudo -Eu root taskset -ac 2 Q", ["vcpu_pinning: [2]"]),
+        ("sudo -uroot taskset -c 2 Q", ["vcpu_pinning: [2]"]),
+        ("taskset -c Q", []),
         ("taskset -c 2 chrt -f 5 Q", ["vcpu_pinning: [2]", "scheduler: fifo", "priority: 5"]),
         ("chrt 5 taskset -c 2 Q", ["vcpu_pinning: [2]", "scheduler: rr", "priority: 5"]),
         ("chrt --fifo 5 Q", []),
@@ -262,6 +337,9 @@ def test_prefixes() -> None:
         ("chrt -b 0 Q", ["scheduler: batch"]),
         ("chrt --idle Q", ["scheduler: idle"]),
         ("env -i Q", ["clear_env: true"]),
+        ("systemd-inhibit --what=sleep --who vm Q", ["inhibit_sleep: true"]),
+        ("systemd-inhibit Q", ["inhibit_sleep: true"]),
+        ("systemd-inhibit --what handle-lid-switch:idle Q", []),
         ("env - A=b Q", ["clear_env: true", "env:", "A: b"]),
         ("env A=b C=d Q", ["env:", "A: b", "C: d"]),
         ("/usr/bin/sudo -E /usr/bin/nice -5 Q", []),
@@ -275,9 +353,92 @@ def test_what_prefixes_become(words: str, lines: list[str]) -> None:
 
 def test_pinning_is_suggested_out_of_the_cpus_that_were_given() -> None:
     text = imported("taskset", "-c", "0-3", QEMU, "-smp", "2")
-    assert "# To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in text
+    assert "To pin, as an example: one of the CPUs given for each of the 2 virtual CPUs;" in flowing(text)
     assert "# vcpu_pinning: [0, 1]\n" in text
+    assert "# vcpu_pinning: [9, 1]\n" in imported("taskset", "-c", "9,1,8,0", QEMU, "-smp", "2")
     assert "# vcpu_pinning: [4, 5, 6, 7]\n" in imported("taskset", "-c", "2,3", QEMU, "-smp", "4")
+
+
+def flowing(text: str) -> str:
+    """The comments without their line breaks."""
+    return " ".join(text.replace("\n  #", "\n#").replace("\n# ", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("taskset -c 0-1 Q -smp 2", "# Out of taskset -c 0-1, which was for all of QEMU: a CPU of its own for each "),
+        (
+            "taskset -c 0-3 Q -smp 2",
+            "# Not kept: taskset -c 0-3, which was for all of QEMU. To pin, as an example: one ",
+        ),
+        ("taskset -c 2 Q -smp 2", "# Not kept: taskset -c 2, which was for all of QEMU. To pin, as an example: a CPU "),
+        (
+            "taskset -c 0-3 Q -smp 99",
+            "# Not kept: taskset -c 0-3, which was for all of QEMU. To pin: a CPU of the host ",
+        ),
+        ("taskset -c 0-3 numactl -C2 Q", "# Out of taskset -c 0-3, numactl -C2, which was for all of QEMU: a CPU of "),
+        ("systemd-inhibit --what=idle:sleep Q", "# Of systemd-inhibit --what=idle:sleep: here against sleep alone."),
+        ("taskset -c 2 chrt -r 1 Q", "# Of chrt -r 1, which was for all of QEMU: here for its virtual CPUs alone."),
+        ("chrt -r 1 Q -smp 2", "# Not kept: chrt -r 1, which was for all of QEMU. Real time needs the pinning above: "),
+    ],
+)
+def test_what_became_of_a_prefix_is_said_where_it_is(words: str, said: str) -> None:
+    text = flowing(imported(*words.replace("Q", QEMU).split()))
+    assert said.removeprefix("# ") in text
+    assert "Stood before QEMU" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("taskset -c 0-6:2 Q", "taskset -c 0-6:2. It was for all of QEMU; vcpu_pinning is for its virtual CPUs."),
+        ("chrt -d -T 1 -P 2 0 Q", "chrt -d -T 1 -P 2 0. It was for all of QEMU; scheduler and priority are for its "),
+        (
+            "sudo -E Q",
+            "sudo -E. QEMU runs as you. What root could open must be yours: /dev/vfio, block devices, input ",
+        ),
+        (
+            "doas Q",
+            "qemu-launcher check NAME says which are not, save for tap devices. Pinning, locked memory and real ",
+        ),
+        ("numactl -N 0 -m 0 Q", "numactl -N 0. For its CPUs see vcpu_pinning and emulator_pinning; lscpu -e=CPU,NODE "),
+        (
+            "numactl -N 0 -m 0 Q",
+            "numactl -m 0. To bind the guest's memory, give QEMU a memory-backend with host-nodes ",
+        ),
+        ("numactl -C all Q", "numactl -C all. For its CPUs see vcpu_pinning"),
+        ("numactl --physcpubind=2 --membind=1 Q", "numactl --membind=1. To bind the guest's memory"),
+        ("numactl Q", None),
+        ("systemd-inhibit --what=idle Q", "systemd-inhibit --what=idle. The key inhibit_sleep is about sleep."),
+        ("env -i -u X Q", "env -u X. See the keys env, clear_env and working_directory."),
+        ("env -i Q", None),
+        ("env A=b Q", None),
+    ],
+)
+def test_what_is_not_kept_of_a_prefix(words: str, said: str | None) -> None:
+    text = flowing(imported(*words.replace("Q", QEMU).split()))
+    assert ("Stood before QEMU, and is not kept: " in text) == (said is not None)
+    assert said is None or said in text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "smp", "siblings"),
+    [
+        ("taskset -c 8,20,9,21", "4,sockets=1,cores=2,threads=2", "0-1"),
+        ("taskset -c 0-7", "8,sockets=1,cores=2,threads=4", "0-3"),
+        ("taskset -c 0-7", "4,threads=2", "0-1"),
+        ("", "4,threads=2", "0-1"),
+        ("taskset -c 0-3", "4,sockets=4", None),
+        ("taskset -c 0-3", "4", None),
+        ("taskset -c 0-3", "cores=2", None),
+    ],
+)
+def test_siblings_are_to_be_pinned_to_siblings(prefix: str, smp: str, siblings: str | None) -> None:
+    text = flowing(imported(*prefix.split(), QEMU, "-smp", smp))
+    said = f"To the guest, virtual CPUs {siblings} are siblings, and so on: pin them to siblings of the host."
+    assert (said in text) == (siblings is not None)
+    assert "lscpu -e=CPU,CORE shows which are siblings" in text or siblings is None
 
 
 def test_a_program_that_is_not_called_as_qemu_is() -> None:
@@ -326,6 +487,16 @@ def test_comments(words: str, comment: str) -> None:
     text = imported(QEMU, *words.split())
     assert comment in text.replace("\n  # ", "\n# ")
     assert cmdline.qemu_argv(read(text)) == [QEMU, *words.split()]
+
+
+def test_a_process_name_that_the_helper_does_not_know() -> None:
+    allowed = (
+        "Processes called qemu-system-*, qemu-kvm or kvm are tuned, unless comm in qemu-launcher-helper.toml(5) says "
+    )
+    assert f"{allowed}otherwise: remove process= there. - name:" in flowing(imported(QEMU, "-name", "a,process=win"))
+    assert "Processes called" not in imported(QEMU, "-name", "a,process=", "-name")
+    assert "Processes called" not in imported(QEMU, "-name", "win,process=qemu-system-win", "-S")
+    assert "Processes called" not in imported(QEMU, "-name", "win", "-append", "process=x")
 
 
 def test_daemonize_is_left_out_and_said() -> None:
@@ -439,6 +610,66 @@ def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> N
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"qemu-launcher: {said.replace('{}', f'{tmp_path}/{name}')}")
         assert list(tmp_path.iterdir()) == []
+
+
+HOW_TO_IMPORT_A_SCRIPT = (
+    "in a copy of it put 'qemu-launcher import -- ' before the line with QEMU, and run that: it does all else as before"
+)
+WITHOUT_SHELL = "give the command line that the shell is to run, without the shell and its quotes"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["./win10.sh"], "'./win10.sh' is a script, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["sudo", "win10.sh", "-S"], "'win10.sh' is a script, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["sudo", "sh", "-c", f"{QEMU} -m 1G"], "'sh' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["/bin/bash", "-xec", f"exec {QEMU}"], "'/bin/bash' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["busybox", "sh", "-c", QEMU + " -S"], "'busybox' is a shell, and not QEMU", WITHOUT_SHELL),
+        (["bash", "win10"], "'bash' is a shell, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (["zsh"], "'zsh' is a shell, and not QEMU", HOW_TO_IMPORT_A_SCRIPT),
+        (
+            ["/tmp/win 11.xml"],
+            "'/tmp/win 11.xml' is XML by its name, and not QEMU",
+            "of a VM of libvirt's: qemu-launcher import --libvirt '/tmp/win 11.xml'",
+        ),
+        (
+            ["win11.yml"],
+            "'win11.yml' is a definition by its name, and not QEMU",
+            "to start it: qemu-launcher win11.yml; to write it: qemu-launcher import -o win11.yml -- QEMU...",
+        ),
+        (["./x.yaml", "-S"], "'./x.yaml' is a definition by its name, and not QEMU", None),
+    ],
+)
+def test_what_is_not_qemu(words: list[str], message: str, hint: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        imported(*words)
+    assert caught.value.message == message
+    assert hint in (None, caught.value.hint)
+
+
+def test_scripts_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    names = ("win10", QEMU, "qemu-system-x86_64-wrapped", "qemu-kvm", "kvm")
+    for name in names:
+        (tmp_path / name).write_text("#!/bin/sh\nqemu-system-x86_64 -S\n")
+        (tmp_path / name).chmod(0o755)
+    for name in names[1:]:
+        assert launch("--", f"{tmp_path}/{name}", "-S").returncode == 0
+    done = launch("--", "sudo", f"{tmp_path}/win10")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"qemu-launcher: '{tmp_path}/win10' is a script, and not QEMU\n    {HOW_TO_IMPORT_A_SCRIPT}"
+    assert done.stderr == f"{said}\n"
+    done = launch("--", "win10", "-S", PATH=f"/nowhere:{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    wrapper = (
+        "; for one that QEMU's options are given to, write QEMU's name here, and the script's at binary: afterwards"
+    )
+    assert done.stderr.endswith(f"{HOW_TO_IMPORT_A_SCRIPT}{wrapper}\n")
+    done = launch("--", "win10", QEMU, "-S", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert f"'win10' stands before '{QEMU}'" in done.stderr
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "", "no", "no\n"):
+        assert launch("--", f"{tmp_path}/{name}", "-S").returncode == 0
 
 
 def test_a_definition_that_would_be_another_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

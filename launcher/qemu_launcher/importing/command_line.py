@@ -6,12 +6,14 @@ what a definition must not have, and that is said on stderr too.
 """
 
 import os
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
-from .. import cmdline, definition, ram, stdout
+from .. import cmdline, definition, noqemu, ram, restrictions, stdout
+from ..cpulist import format_cpulist
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, vm_name
@@ -19,12 +21,13 @@ from ..names import VM_NAME
 from ..optionlist import is_name
 from ..options import QemuOption, has_mem_lock, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
-from .prefixes import Prefix, peel
+from .prefixes import Prefix, is_known, peel
 from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
+_LSCPU = "lscpu -e=CPU,CORE shows which are siblings"
+_NOT_KEPT = "Not kept: {}, which was for all of QEMU."
 MOST_EXAMPLES = 16  # vCPUs for which an example of a pinning is still read by anybody
-_QEMU = re.compile(r"qemu-(?:system-[a-z0-9_]+|kvm)")
 NO_MARK = Mark("", 0, 0)
 
 
@@ -32,6 +35,7 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     """Print the definition for the command line `words`, or write it to the new file `output`."""
     check_output(output)
     prefix = peel([_utf8(word) for word in words])
+    check_program(prefix.argv)
     draft = draft_of(prefix, is_saved=output is not None)
     # Of the words as they were given, not as we have read them: this is what the check is worth.
     text = written(draft, [word for option in draft.options if not option.left_out for word in option.given])
@@ -43,19 +47,54 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
     return 0
 
 
+def check_program(argv: Sequence[str]) -> None:
+    """Raises UsageError for a command line of another program's than QEMU, as far as that can be told."""
+    program = argv[0]
+    if " -" in program:
+        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
+    at = None if noqemu.may_be_qemu(program) else _place_of_qemu(argv)
+    if at is not None:
+        stranger = argv[: _first_known(argv, at)]
+        what = f"{shortened(shlex.join(stranger), MOST_OF_A_PATH)!r} stands before {shortened(argv[at])!r}"
+        shield = ": vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+        is_cset = program.rpartition("/")[2] == "cset"
+        raise UsageError(f"{what}, and is not known here", "leave it out" + shield * is_cset)
+    if (refused := noqemu.by_name(argv) or noqemu.by_content(argv)) is not None:
+        raise refused
+
+
+def _place_of_qemu(argv: Sequence[str]) -> int | None:
+    """Where behind the first word a QEMU is named. kvm is none as the value of an option: -accel kvm."""
+    for at, (before, word) in enumerate(pairwise(argv), 1):
+        if noqemu.is_qemu(word) or (word.rpartition("/")[2] == "kvm" and before.lstrip("-") not in TAKE_VALUE):
+            return at
+    return None
+
+
+def _first_known(argv: Sequence[str], end: int) -> int:
+    """From where on all that stands before the QEMU at `end` is known."""
+    for start in range(1, end):
+        with suppress(UsageError):
+            if is_known(argv[start]) and len(peel(argv[start : end + 1]).argv) == 1:
+                return start
+    return end
+
+
 def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:
     """The definition for a command line as a person writes it. Raises UsageError. `is_saved`: it has its file."""
     program, *words = prefix.argv
-    if " -" in program:
-        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
-    if not _is_qemu(program) and (behind := next(filter(_is_qemu, words), None)):
-        raise UsageError(f"{shortened(program)!r} stands before {behind!r}, and is not known here", "leave it out")
     options = tuple(_remarked(option) for option in options_of(words))
-    other = () if _is_qemu(program) else (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
-    notes = (headline(_guest_name(options), is_saved=is_saved), *prefix.notes, *other)
+    other = (f"{shortened(program)} is not called as QEMU is: it gets QEMU's options.",)
+    notes = (
+        headline(_guest_name(options), is_saved=is_saved),
+        *prefix.notes,
+        *(() if noqemu.may_be_qemu(program) else other),
+    )
     draft = Draft(prefix.argv[0], options, (), notes)
     keys = [Key("clear_env", ("true",))] if prefix.clear_env else []
     keys += [env_key(prefix.env)] if prefix.env else []
+    if prefix.inhibited_by:
+        keys.append(Key("inhibit_sleep", ("true",), (f"Of {prefix.inhibited_by}: here against sleep alone.",)))
     return draft._replace(keys=(*keys, *_tuning(draft, prefix)))
 
 
@@ -72,6 +111,8 @@ def options_of(words: Sequence[str]) -> list[Option]:
         if len(name) > LONGEST_KEY:
             raise UsageError(f"'-{shortened(name)}' is too long for the name of an option")
         takes = _takes_value(name.removeprefix("-"), following)
+        if takes and name.removeprefix("-") in FLAGS and _begins_with_space(following[0]):
+            raise _no_option(following[0])
         value = split_value(name, following[0]) if takes else None
         options.append(Option(name, value, given=tuple(words[position : position + 1 + takes])))
         position += 1 + takes
@@ -98,10 +139,19 @@ def _takes_value(name: str, following: Sequence[str]) -> bool:
 def _no_option(word: str) -> UsageError:
     if word == "-":
         return UsageError("'-' is no option of QEMU's", "a value stands behind its option")
-    return UsageError(
-        f"{shortened(word)!r} stands where an option must: QEMU takes it for a disk image",
-        f"give it its option, -hda {shortened(word)} or -drive file={shortened(word)}; an option of QEMU begins with -",
-    )
+    what = f"{shortened(word)!r} stands where an option must"
+    if _begins_with_space(word):
+        hint = "most often a space that follows the \\ at the end of a line: remove it, nothing may follow the \\ there"
+        return UsageError(f"{what}, and begins with a space", hint)
+    what = f"{what}: QEMU takes it for a disk image"
+    if not word:
+        return UsageError(what, "most often a variable of the shell's that is empty: leave it out")
+    hda, drive = (shlex.quote(shortened(text)) for text in (word, f"file={cmdline.double_commas(word)}"))
+    return UsageError(what, f"give it its option, -hda {hda} or -drive {drive}; an option of QEMU begins with -")
+
+
+def _begins_with_space(word: str) -> bool:
+    return word.startswith((" ", "\t"))
 
 
 def _no_name(word: str) -> UsageError:
@@ -109,11 +159,6 @@ def _no_name(word: str) -> UsageError:
         what = f"{shortened(word)!r} is one word here, and no option of QEMU's has a space in it"
         return UsageError(what, "leave out the quotes around option and value")
     return UsageError(f"{shortened(word)!r} is no option of QEMU's")
-
-
-def _is_qemu(word: str) -> bool:
-    """Whether it has the name of one: qemu-system-x86_64, /usr/libexec/qemu-kvm."""
-    return _QEMU.fullmatch(word.rpartition("/")[2]) is not None
 
 
 # What needs a choice
@@ -132,9 +177,18 @@ def _remarked(option: Option) -> Option:
     if name in TAKE_VALUE and option.value is None:
         remark = "Its value is missing: QEMU takes the next word for it, and a word after that for a disk image."
     text = option.value if isinstance(option.value, str) else ",".join(map(str, option.value or ()))
+    if name == "name":
+        remark = remark or _process_name(option)
     if remark is None and ("/dev/fd/" in text or (name not in ("append", "name") and _has_descriptor(option))):
         remark = "A descriptor of the shell's: QEMU is started without it. Name the file or device instead."
     return option._replace(comments=(remark,)) if remark else option
+
+
+def _process_name(option: Option) -> str | None:
+    """What to say where the helper will not know this QEMU by the name that it gives itself: proc(5), comm."""
+    renamed = dict(as_read(option).properties()).get("process")
+    _mark, hint = restrictions.helper_refused([as_read(option)], renamed[:15] if renamed else None, is_own=True)
+    return f"{hint[0].upper()}{hint[1:]}." if hint else None
 
 
 _REMARKS = {
@@ -162,35 +216,61 @@ def kept(draft: Draft) -> list[QemuOption]:
 def _tuning(draft: Draft, prefix: Prefix) -> list[Key]:
     """Pinning and scheduling as far as taskset and chrt make them clear; else as suggestions."""
     options = kept(draft)
-    vcpus = 1 if smp_numbers(options) == {} else vcpu_limit(options)
+    numbers = smp_numbers(options)
+    vcpus = 1 if numbers == {} else vcpu_limit(options)
+    siblings = _siblings(vcpus, (numbers or {}).get("threads", 1))
+    given = ", ".join(prefix.cpus_of)
     is_clear = vcpus is not None and len(prefix.cpus) == vcpus
     if is_clear:
-        cpus = ", ".join(map(str, sorted(prefix.cpus)))
-        pinning = Key("vcpu_pinning", (f"[{cpus}]",), ("A CPU of its own for each virtual CPU, out of those given.",))
+        text = f"Out of {given}, which was for all of QEMU: a CPU of its own for each virtual CPU, in that order."
+        told = (text, *siblings, f"{_LSCPU}.") if siblings else (text,)
+        pinning = Key("vcpu_pinning", (_in_flow(prefix.cpus),), (" ".join(told),))
     else:
         pinning = suggested_pinning(vcpus, prefix.cpus)
-    keys = [pinning]
-    if prefix.policy is not None:
-        real_time = prefix.policy in REALTIME_POLICIES
-        missing = real_time and not is_clear
-        why = ("Real time needs the pinning above: a shielded CPU for each virtual CPU.",) if missing else ()
-        keys.append(Key("scheduler", (prefix.policy,), why, only_suggested=missing))
-        if real_time:
-            keys.append(Key("priority", (str(prefix.priority),), only_suggested=missing))
-    return keys + memlock_key(options)
+        lost = (_NOT_KEPT.format(given),) if given else ()
+        pinning = pinning._replace(comments=(" ".join((*lost, *pinning.comments, *siblings)),))
+    return [pinning, *_scheduling(prefix, is_pinned=is_clear), *memlock_key(options)]
 
 
-def suggested_pinning(vcpus: int | None, given: frozenset[int] = frozenset()) -> Key:
+def _scheduling(prefix: Prefix, *, is_pinned: bool) -> list[Key]:
+    if prefix.policy is None:
+        return []
+    real_time = prefix.policy in REALTIME_POLICIES
+    missing = real_time and not is_pinned
+    why = f"Of {prefix.policy_of}, which was for all of QEMU: here for its virtual CPUs alone."
+    if missing:
+        needed = "Real time needs the pinning above: a shielded CPU for each virtual CPU."
+        why = f"{_NOT_KEPT.format(prefix.policy_of)} {needed}"
+    keys = [Key("scheduler", (prefix.policy,), (why,), only_suggested=missing)]
+    if real_time:
+        keys.append(Key("priority", (str(prefix.priority),), only_suggested=missing))
+    return keys
+
+
+def _siblings(vcpus: int | None, threads: int) -> tuple[str, ...]:
+    if vcpus is None or not 1 < threads <= vcpus:
+        return ()
+    others = ", and so on" if vcpus > threads else ""
+    first = format_cpulist(range(threads))
+    return (f"To the guest, virtual CPUs {first} are siblings{others}: pin them to siblings of the host.",)
+
+
+def _in_flow(cpus: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, cpus))}]"
+
+
+def suggested_pinning(vcpus: int | None, given: Sequence[int] = ()) -> Key:
     """The key as a comment: which CPUs of the host, its owner must say. `given`: those that all of QEMU had."""
-    how = "lscpu -e=CPU,CORE shows which are siblings"
     if vcpus is None or vcpus > MOST_EXAMPLES:
         count = "each virtual CPU" if vcpus is None else f"each of the {vcpus} virtual CPUs"
-        return Key("vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {how}.",), only_suggested=True)
+        return Key(
+            "vcpu_pinning", ("[...]",), (f"To pin: a CPU of the host for {count}; {_LSCPU}.",), only_suggested=True
+        )
     enough = len(given) > vcpus
-    example = ", ".join(map(str, sorted(given)[:vcpus] if enough else range(vcpus, 2 * vcpus)))
+    example = _in_flow(given[:vcpus] if enough else range(vcpus, 2 * vcpus))
     count = "the virtual CPU" if vcpus == 1 else f"each of the {vcpus} virtual CPUs"
-    text = f"To pin, as an example: {'one of the CPUs given' if enough else 'a CPU of the host'} for {count}; {how}."
-    return Key("vcpu_pinning", (f"[{example}]",), (text,), only_suggested=True)
+    text = f"To pin, as an example: {'one of the CPUs given' if enough else 'a CPU of the host'} for {count}; {_LSCPU}."
+    return Key("vcpu_pinning", (example,), (text,), only_suggested=True)
 
 
 def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
