@@ -176,7 +176,7 @@ def test_every_example_of_the_trail_asks_who_wrote_it() -> None:
 def test_numbers() -> None:
     """No number stands in the page's text but these, which are the code's."""
     phrases = [
-        f"leaves {contract.IDLE_SECONDS:.0f} seconds after the last call",
+        f"leaves within {contract.IDLE_SECONDS:.0f} seconds of the last call",
         f"{contract.CALLS_IN_FLIGHT} calls at a time and {contract.CALLS_PER_WINDOW} in "
         f"{contract.WINDOW_SECONDS:.0f} seconds",
         "one of five words",

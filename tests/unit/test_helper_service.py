@@ -148,6 +148,18 @@ def test_a_flood_of_one_connection_is_answered_without_asking_the_bus() -> None:
     assert [error for error, _ in bus.replies].count("org.qemulauncher.Error.LimitExceeded") == 496
 
 
+def test_all_connections_together_have_a_limit() -> None:
+    """Of any number of users: what they send is kept until it is known whose it is."""
+    bus = FakeBus([GOOD])
+    calls = [a_call() for _ in range(contract.MAX_CALLS + 2)]
+    for number, call in enumerate(calls):
+        call.header.sender = f":1.{number}"
+    serve(bus, *calls)
+    assert [(error, body) for error, body in bus.replies if "Too many calls at a time" in body] == [
+        ("org.qemulauncher.Error.LimitExceeded", ["Too many calls at a time"])
+    ] * 2
+
+
 def test_a_user_without_a_harmless_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     class Entry:
         pw_name = "<b>evil\x1b[31m"
