@@ -14,6 +14,7 @@ from ..keys import POLICIES
 from ..pinning import MAX_PINNED
 
 MAX_DEPTH = 64  # libvirt's own go about ten levels deep
+MAX_NODE = 1023  # of a guest's NUMA nodes; QEMU has up to 128
 NO_LIMIT = 1 << 60  # bytes; libvirt writes 2^53-1 KiB
 QEMU_NAMESPACE = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _UNITS = {"b": 1, "bytes": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4} | {
@@ -28,6 +29,13 @@ class Schedule(NamedTuple):
     priority: int
 
 
+class HugePage(NamedTuple):
+    """Huge pages of `size` bytes (None: the host's usual one) for these nodes of the guest's; None: for all others."""
+
+    size: int | None
+    nodes: frozenset[int] | None
+
+
 class Tuning(NamedTuple):
     """What the XML says about threads and memory. `vcpus`: how many there are when the guest starts."""
 
@@ -39,6 +47,7 @@ class Tuning(NamedTuple):
     vcpu_schedules: dict[int, Schedule]
     emulator_schedule: Schedule | None
     memory_limit: int | None  # bytes, memtune's hard_limit
+    huge_pages: tuple[HugePage, ...]
     not_carried: tuple[str, ...]  # elements with no counterpart
 
 
@@ -117,6 +126,7 @@ def tuning(root: ET.Element) -> Tuning:
         vcpu_schedules={index: schedule for index, schedule in schedules.items() if index < vcpus},
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
         memory_limit=None if limit is None else size(limit),
+        huge_pages=_huge_pages(root.find("memoryBacking/hugepages")),
         not_carried=tuple(dict.fromkeys(_without_counterpart(root))),
     )
 
@@ -134,6 +144,17 @@ def _without_counterpart(root: ET.Element) -> Iterator[str]:
         yield "vcpu placement=auto"
     yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
     yield from (f"cpu {element.tag}" for element in root.iterfind("cpu/cache[@mode='emulate']"))
+
+
+def _huge_pages(element: ET.Element | None) -> tuple[HugePage, ...]:
+    if element is None:
+        return ()
+    found = (
+        HugePage(size(page) or None, None if nodes is None else _set(nodes, "page nodeset", MAX_NODE))
+        for page in element.iterfind("page")
+        for nodes in [page.get("nodeset")]
+    )
+    return tuple(found) or (HugePage(None, None),)
 
 
 def _topology(root: ET.Element) -> tuple[int, int]:
@@ -172,11 +193,11 @@ def _number(text: str | None, what: str, least: int, most: int) -> int:
 
 
 def _cpus(text: str | None, what: str) -> frozenset[int]:
-    return _set(text, what, MAX_CPU)
+    return _set(text, f"a CPU of {what}", MAX_CPU)
 
 
 def _members(text: str | None, what: str) -> frozenset[int]:
-    return _set(text, what, MAX_PINNED)
+    return _set(text, f"a CPU of {what}", MAX_PINNED)
 
 
 def _set(text: str | None, what: str, most: int) -> frozenset[int]:
@@ -184,9 +205,9 @@ def _set(text: str | None, what: str, most: int) -> frozenset[int]:
     found: set[int] = set()
     for part in (text or "").split(","):
         first, dash, last = part.strip().removeprefix("^").partition("-")
-        low = _number(first, f"a CPU of {what}", 0, most)
-        high = _number(last, f"a CPU of {what}", low, most) if dash else low
+        low = _number(first, what, 0, most)
+        high = _number(last, what, low, most) if dash else low
         (found.difference_update if part.strip().startswith("^") else found.update)(range(low, high + 1))
     if not found:
-        raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, which leaves no CPU")
+        raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, which leaves none")
     return frozenset(found)

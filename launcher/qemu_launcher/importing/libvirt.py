@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element
 from .. import cmdline, definition
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainxml, virsh
+from . import domaindevices, domainkeys, domainmemory, domainxml, virsh
 from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
@@ -58,8 +58,8 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
         options = [_readable(option) for option in options_of(prefix.argv[1:])]
     except (ValueError, LauncherError) as err:
         raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
-    huge = root.find("memoryBacking/hugepages")
-    options = [_hugepages(option, huge) for option in options if not _is_libvirts(option)]
+    options = [option for option in options if not _is_libvirts(option)]
+    options = list(domainmemory.in_no_folder(options, found.huge_pages))
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
@@ -136,20 +136,6 @@ def _placed(device: Option, others: Sequence[Option]) -> Option:
 
 def _properties(option: Option) -> list[Property]:
     return [element for element in option.value or () if isinstance(element, Property)]
-
-
-def _hugepages(option: Option, huge: Element | None) -> Option:
-    """Memory in huge pages without libvirt's own folder for them, which is root's."""
-    value = option.value
-    if huge is None or option.bare_name != "object" or not isinstance(value, tuple):
-        return option
-    if value[0] not in ("memory-backend-ram", "memory-backend-memfd"):
-        return option
-    page = huge.find("page")
-    size = domainxml.size(page) if page is not None and page.get("nodeset") is None else None
-    more = [Property("hugetlb", "on"), *([Property("hugetlbsize", str(size))] if size else [])]
-    remark = "Huge pages: as many must be free as this needs, see HugePages_Free in /proc/meminfo."
-    return option._replace(value=("memory-backend-memfd", *value[1:], *more), comments=(remark,))
 
 
 def _remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
