@@ -377,6 +377,16 @@ def test_passed_through_pci_gets_the_driver_that_libvirt_chooses_late() -> None:
     assert root.find("devices/hostdev[1]/driver") is None  # ours is a copy
 
 
+def test_a_disk_that_forgets_is_refused() -> None:
+    """As another disk it would keep what the guest writes, and nobody would notice until it is too late."""
+    disk = "<disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/>{}</disk>"
+    with pytest.raises(DefinitionError, match="the disk vda is transient in libvirt") as caught:
+        domaindevices.prepared(domain(f"<devices>{disk.format('<transient/>')}</devices>"))
+    assert caught.value.hint is not None
+    assert "snapshot: on" in caught.value.hint
+    domaindevices.prepared(domain(f"<devices>{disk.format('')}</devices>"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
+from ..errors import DefinitionError
 from ..options import Property
 from .drafting import Option
 
@@ -20,7 +21,14 @@ _SAFE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
 def prepared(root: ET.Element) -> bytes:
-    """The XML that virsh shall see."""
+    """The XML that virsh shall see. Raises DefinitionError for disks that would not be what they are."""
+    for disk in root.iterfind("devices/disk[transient]"):
+        name = _safe(_attribute(disk, "target", "dev"), "?")
+        raise DefinitionError(
+            f"the disk {name} is transient in libvirt, which throws away what the guest writes: here it would stay",
+            "if it may, take <transient/> out of a copy of the XML, and import the copy; QEMU's own way to throw it "
+            "away is - drive: [..., snapshot: on] in place of the disk's blockdevs",
+        )
     whole = copy.deepcopy(root)
     for path in _NOT_FOR_VIRSH:
         folder, _slash, tag = path.rpartition("/")
