@@ -95,8 +95,8 @@ def test_what_becomes_of_a_domain(host: Host) -> None:
     assert vm.binary == "/usr/bin/qemu-system-x86_64"
     assert vm.env == (("FOO", "a b"),)
     assert vm.pinning is not None
-    assert vm.pinning.by_index is not None
-    assert [cpus.cpus for cpus in vm.pinning.by_index] == [{4}, {5}]
+    assert vm.pinning.topology is not None
+    assert {dict(place)["socket"]: cpus.cpus for place, cpus in vm.pinning.topology.items()} == {0: {4}, 1: {5}, 3: {7}}
     assert vm.emulator_pinning is not None
     assert vm.emulator_pinning.cpus == {0, 1}
     assert {name: cpus.cpus for name, cpus in (vm.iothread_pinning or {}).items()} == {"iothread1": {0, 2}}

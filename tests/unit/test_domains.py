@@ -64,13 +64,43 @@ def pins(*cpus: str) -> str:
     return "".join(f"<vcpupin vcpu='{index}' cpuset='{text}'/>" for index, text in enumerate(cpus))
 
 
+def vcpus(enabled: str) -> str:
+    """A vCPU for each letter; the first is always there, the others can be plugged in."""
+    each = "".join(
+        f"<vcpu id='{index}' enabled='{'yes' if letter == 'y' else 'no'}' hotpluggable='{'yes' if index else 'no'}'/>"
+        for index, letter in enumerate(enabled)
+    )
+    return f"<vcpu current='{enabled.count('y')}'>{len(enabled)}</vcpu><vcpus>{each}</vcpus>"
+
+
 @pytest.mark.parametrize(
     ("inside", "lines"),
     [
         ("", ["# vcpu_pinning: [4, 5, 6, 7]"]),
         (f"<cputune>{pins('4', '5', '6', '7')}</cputune>", ["vcpu_pinning: [4, 5, 6, 7]"]),
         (f"<cputune>{pins('0-3,^1-2', '4-6,^5', '8,9', '10')}</cputune>", ["vcpu_pinning: ['0,3', '4,6', 8-9, 10]"]),
-        ("<vcpu current='1'>4</vcpu><cputune>" + pins("4", "5") + "</cputune>", ["vcpu_pinning: [4]"]),
+        # Those that can be plugged in later are named too.
+        ("<vcpu current='1'>4</vcpu><cputune>" + pins("4", "5") + "</cputune>", ["vcpu_pinning: [4, 5]"]),
+        (
+            "<vcpu current='1' cpuset='4-5'>2</vcpu>",
+            ["vcpu_pinning: [4-5, 4-5]", "isolation: cpuset", "emulator_pinning: 4-5"],
+        ),
+        (
+            "<vcpu current='2'>3</vcpu><cputune>"
+            + pins("4", "5", "6")
+            + "<vcpusched vcpus='0-2' scheduler='fifo' priority='1'/><emulatorpin cpuset='6'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6]", "# emulator_pinning: 6", "scheduler: fifo", "priority: 1"],
+        ),
+        # Which there are is said one by one.
+        (
+            vcpus("yyn") + "<cputune><vcpusched vcpus='0-1' scheduler='batch'/></cputune>",
+            ["# vcpu_pinning: [2, 3]", "scheduler: batch"],
+        ),
+        (
+            vcpus("yny") + "<cputune><vcpupin vcpu='0' cpuset='8'/><vcpupin vcpu='2' cpuset='10'/>"
+            "<vcpusched vcpus='0,2' scheduler='fifo' priority='1'/></cputune>",
+            ["vcpu_pinning:", "0:", "0: {0: 8}", "2:", "0: {0: 10}", "scheduler: fifo", "priority: 1"],
+        ),
         (f"<cputune>{pins('4', '5')}</cputune>", ["vcpu_pinning: [4, 5]"]),
         ("<cputune><vcpupin vcpu='3' cpuset='4'/></cputune>", ["vcpu_pinning:", "3:", "0: {0: 4}"]),
         (
@@ -151,11 +181,23 @@ def test_what_is_written_can_be_read(inside: str) -> None:
     """With the suggestions' comment signs, and without a single one of them lost."""
     root = domain(inside)
     found = domainxml.tuning(root)
-    text = definition_of(inside, LINE.replace("-smp 4,sockets=1,cores=2,threads=2", f"-smp {found.vcpus}"))
+    text = definition_of(inside, LINE.replace("-smp 4,sockets=1,cores=2,threads=2", f"-smp {len(found.started)}"))
     vm = read(text)
     sets = {} if vm.pinning is None else dict(enumerate(cpus.cpus for cpus in vm.pinning.sets))
     assert list(sets.values()) == list(found.vcpu_pins.values())
     assert vm.pinning is None or vm.pinning.by_index is None or list(sets) == list(found.vcpu_pins)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "smp", "said"),
+    [("yyyn", "3,maxcpus=4", None), ("yyyy", "4,maxcpus=4", None), ("ynny", "1,maxcpus=4", "virtual CPU 3")],
+)
+def test_virtual_cpus_that_libvirt_plugs_in_are_there_at_the_start(enabled: str, smp: str, said: str | None) -> None:
+    text = definition_of(vcpus(enabled), LINE.replace("-smp 4", "-smp 1,maxcpus=4"))
+    assert f"{smp},sockets=1,cores=2,threads=2" in cmdline.qemu_argv(read(text))
+    comment = "In libvirt these too are there when the guest starts: {}. Here they must be plugged in, by device_add."
+    assert (comment.format(said) in text.replace("\n  # ", " ")) == (said is not None)
+    assert said is not None or "these too" not in text
 
 
 def test_unpinned_and_different_ones_are_named() -> None:
@@ -417,11 +459,15 @@ def test_hostile_xml(text: str, message: str | None) -> None:
         ("<vcpu>x</vcpu>", "vcpu in the XML is 'x', and must be a number (1-8192)"),
         ("<vcpu>99999999999999999999</vcpu>", "must be a number (1-8192)"),
         ("<vcpu current='5'>4</vcpu>", "vcpu current in the XML is '5', and must be a number (1-4)"),
+        (
+            "<vcpu>2</vcpu><vcpus><vcpu id='2' enabled='yes'/></vcpus>",
+            "vcpus id in the XML is '2', and must be a number (0-1)",
+        ),
         ("<cputune><vcpupin vcpu='0' cpuset='0-99999999'/></cputune>", "must be a number (0-8191)"),
         ("<cputune><vcpupin vcpu='0' cpuset='3-1'/></cputune>", "is '1', and must be a number (3-8191)"),
         (
             "<cputune><vcpupin vcpu='0' cpuset='1,^1'/></cputune>",
-            "a CPU of vcpupin in the XML is '1,^1', which leaves none",
+            "vcpupin in the XML is '1,^1', which leaves no CPU",
         ),
         ("<cputune><vcpupin vcpu='0'/></cputune>", "is '', and must be a number"),
         ("<cputune><vcpupin cpuset='0'/></cputune>", "vcpupin vcpu in the XML is ''"),
@@ -430,7 +476,7 @@ def test_hostile_xml(text: str, message: str | None) -> None:
         ("<memoryBacking><hugepages><page size='x'/></hugepages></memoryBacking>", "page in the XML is 'x'"),
         (
             "<memoryBacking><hugepages><page size='2' nodeset='x'/></hugepages></memoryBacking>",
-            "page nodeset in the XML",
+            "a node of page nodeset in the XML is 'x'",
         ),
         ("<memtune><hard_limit unit='parsec'>1</hard_limit></memtune>", "has the unit 'parsec'"),
         ("<cpu><topology cores='-1'/></cpu>", "topology cores in the XML is '-1'"),

@@ -39,17 +39,19 @@ def thread_keys(found: Tuning) -> list[Key]:
         clashes = any(shield & cpus for cpus in found.iothread_pins.values())
         lines = tuple(f"{name}: {_in_flow(cpus)}" for name, cpus in found.iothread_pins.items())
         keys.append(Key("iothread_pinning", ("", *lines), (_CLASH,) if clashes else (), only_suggested=clashes))
-    return keys + _schedules(found, may_be_real_time=bool(shield) and len(pins) == found.vcpus)
+    return keys + _schedules(found, may_be_real_time=bool(shield) and found.started <= pins.keys())
 
 
 def _pinning(found: Tuning, *, is_shared: bool) -> Key:
     pins = found.vcpu_pins
     if not pins:
-        return suggested_pinning(found.vcpus)
-    unpinned = frozenset(range(found.vcpus)) - frozenset(pins)
+        return suggested_pinning(len(found.started))
+    unpinned = found.started - pins.keys()
     remarks: tuple[str, ...] = (_SHARED if is_shared else _SHIELDED,)
     if unpinned:
         remarks += (f"Not pinned in libvirt: virtual CPU {format_cpulist(unpinned)}.",)
+    if later := pins.keys() - found.started:
+        remarks += (f"May be plugged in later: virtual CPU {format_cpulist(later)}.",)
     if max(pins) >= len(pins):
         return Key("vcpu_pinning", ("", *_by_topology(found)), remarks)
     texts = [_in_flow(pins[index]) for index in range(len(pins))]
@@ -81,7 +83,7 @@ def _in_flow(cpus: frozenset[int]) -> str:
 def _schedules(found: Tuning, *, may_be_real_time: bool) -> list[Key]:
     keys = []
     kinds = set(found.vcpu_schedules.values())
-    if len(kinds) == 1 and len(found.vcpu_schedules) == found.vcpus:
+    if len(kinds) == 1 and found.vcpu_schedules.keys() == found.started:
         (kind,) = kinds
         real_time = kind.policy in REALTIME_POLICIES
         missing = real_time and not may_be_real_time

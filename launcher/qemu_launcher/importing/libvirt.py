@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from .. import cmdline, definition
+from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
 from . import domaindevices, domainkeys, domainmemory, domainxml, virsh
@@ -59,6 +60,7 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     except (ValueError, LauncherError) as err:
         raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
     options = [option for option in options if not _is_libvirts(option)]
+    options = [_with_plugged(option, found) for option in options]
     options = list(domainmemory.in_no_folder(options, found.huge_pages))
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
@@ -136,6 +138,22 @@ def _placed(device: Option, others: Sequence[Option]) -> Option:
 
 def _properties(option: Option) -> list[Property]:
     return [element for element in option.value or () if isinstance(element, Property)]
+
+
+def _with_plugged(option: Option, found: Tuning) -> Option:
+    """-smp with the virtual CPUs too that libvirt plugs in while the guest is still paused."""
+    value = option.value
+    if option.bare_name != "smp" or not found.plugged or not isinstance(value, tuple):
+        return option
+    count = len(found.started)
+    if found.started == frozenset(range(count)):
+        return option._replace(value=(str(count), *value[1:]))
+    return option._replace(comments=(_MISSING.format(format_cpulist(found.plugged)),))
+
+
+_MISSING = (
+    "In libvirt these too are there when the guest starts: virtual CPU {}. Here they must be plugged in, by device_add."
+)
 
 
 def _remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
