@@ -131,6 +131,11 @@ def vcpus(enabled: str) -> str:
             ["vcpu_pinning: [4, 5, 6, 7]", "# emulator_pinning: 4", "# iothread_pinning:"],
         ),
         (
+            f"<cputune>{pins('4', '5', '6', '7')}<iothreadpin iothread='1' cpuset='5'/>"
+            "<iothreadpin iothread='2' cpuset='0-1'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "iothread_pinning:", "iothread2: 0-1", "# iothread1: 5"],
+        ),
+        (
             f"<cputune>{pins('4', '5', '6', '7')}<vcpusched vcpus='0-3' scheduler='fifo' priority='7'/></cputune>",
             ["vcpu_pinning: [4, 5, 6, 7]", "scheduler: fifo", "priority: 7"],
         ),
@@ -212,6 +217,52 @@ def test_unpinned_and_different_ones_are_named() -> None:
         in text
     )
     assert "# Not carried over from libvirt: shares, quota, soft_limit, blkiotune.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("inside", "names"),
+    [
+        ("<devices><disk><target dev='vda'/><iotune/></disk><disk><iotune/></disk></devices>", "iotune of vda, iotune"),
+        ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>2048</currentMemory>", "currentMemory"),
+        ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>4096</currentMemory>", None),
+        ("<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>", None),
+        ("<on_poweroff>restart</on_poweroff><on_crash>preserve</on_crash>", "on_poweroff=restart, on_crash=preserve"),
+        ("<on_crash>a b</on_crash>", "on_crash"),
+        (
+            "<numatune><memory mode='restrictive' nodeset='0'/><memnode cellid='0' mode='restrictive'/></numatune>",
+            "numatune memory restrictive, numatune memnode restrictive",
+        ),
+        ("<numatune><memory mode='strict' nodeset='0'/></numatune>", None),
+        ("<vcpu placement='auto'>4</vcpu><numatune><memory placement='auto'/></numatune>", "placement=auto"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(inside: str, names: str | None) -> None:
+    lines = definition_of(inside).splitlines()
+    found = [line for line in lines if line.startswith("# Not carried over from libvirt: ")]
+    assert found == ([] if names is None else [f"# Not carried over from libvirt: {names}."])
+
+
+@pytest.mark.parametrize(
+    ("inside", "line", "count"),
+    [
+        ("", LINE, 0),
+        ("<on_reboot>restart</on_reboot>", LINE, 0),
+        ("<on_reboot>destroy</on_reboot>", LINE, 1),
+        ("<on_reboot>destroy</on_reboot>", LINE + " -no-reboot", 1),
+    ],
+)
+def test_a_guest_that_ends_instead_of_rebooting(inside: str, line: str, count: int) -> None:
+    assert cmdline.qemu_argv(read(definition_of(inside, line))).count("-no-reboot") == count
+
+
+def test_what_numad_would_have_to_say_is_not_asked_for() -> None:
+    """virsh has no command line otherwise: "Advice from numad is needed"."""
+    auto = "<vcpu placement='auto'>4</vcpu><numatune><memory mode='strict' placement='auto'/><memnode/></numatune>"
+    shown = domainxml.parse(domaindevices.prepared(domain(auto)).decode(), "x")
+    assert [(part.tag, part.attrib) for part in shown.iter() if part.tag in ("vcpu", "memory", "memnode")] == [
+        ("vcpu", {}),
+        ("memnode", {}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def prepared(root: ET.Element) -> bytes:
         parent = whole if not folder else whole.find(folder)
         for element in [] if parent is None else parent.findall(tag):
             parent.remove(element)  # type: ignore[union-attr]  # None has no elements
+    _without_numad(whole)
     devices = whole.find("devices")
     for element in [] if devices is None else list(devices):
         if _is_replaced(element):
@@ -42,6 +43,16 @@ def prepared(root: ET.Element) -> bytes:
         elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
             element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
     return ET.tostring(whole)
+
+
+def _without_numad(whole: ET.Element) -> None:
+    """placement=auto means that numad says where, and only to a libvirt that starts the VM."""
+    numatune, vcpu = whole.find("numatune"), whole.find("vcpu")
+    for memory in [] if numatune is None else numatune.findall("memory"):
+        if memory.get("nodeset") is None:
+            numatune.remove(memory)  # type: ignore[union-attr]  # as above
+    if vcpu is not None and vcpu.get("placement") == "auto":
+        del vcpu.attrib["placement"]
 
 
 def _is_replaced(element: ET.Element) -> bool:

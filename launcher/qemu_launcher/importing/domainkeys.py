@@ -19,6 +19,7 @@ MOST_ON_A_LINE = 16  # vCPUs whose CPUs are written on one line
 _SHIELDED = "In libvirt other tasks could run on these CPUs too. Here they cannot, unless isolation is cpuset."
 _SHARED = "As in libvirt, the virtual CPUs share these CPUs, with each other and with other tasks."
 _CLASH = "These are CPUs of the shield, which is for virtual CPUs alone: choose others, or isolation: cpuset."
+_SOME_CLASH = "Behind # are CPUs of the shield, for virtual CPUs alone: choose others, or isolation: cpuset."
 _NO_REAL_TIME = "Real time needs a shielded CPU for each virtual CPU, and each its own."
 _OUTSIDE = "The helper refuses real time outside the shield, unless the administrator allows it (realtime = anywhere)."
 
@@ -36,9 +37,7 @@ def thread_keys(found: Tuning) -> list[Key]:
         why = (_CLASH,) if clashes else ()
         keys.append(Key("emulator_pinning", (_in_flow(found.emulator_pin),), why, only_suggested=clashes))
     if found.iothread_pins:
-        clashes = any(shield & cpus for cpus in found.iothread_pins.values())
-        lines = tuple(f"{name}: {_in_flow(cpus)}" for name, cpus in found.iothread_pins.items())
-        keys.append(Key("iothread_pinning", ("", *lines), (_CLASH,) if clashes else (), only_suggested=clashes))
+        keys.append(_iothread_pinning(found.iothread_pins, shield))
     return keys + _schedules(found, may_be_real_time=bool(shield) and found.started <= pins.keys())
 
 
@@ -58,6 +57,16 @@ def _pinning(found: Tuning, *, is_shared: bool) -> Key:
     if len(texts) <= MOST_ON_A_LINE:
         return Key("vcpu_pinning", (f"[{', '.join(texts)}]",), remarks)
     return Key("vcpu_pinning", ("", *(f"- {text}" for text in texts)), remarks)
+
+
+def _iothread_pinning(pins: dict[str, frozenset[int]], shield: frozenset[int]) -> Key:
+    """Those that clash with the shield are suggestions, below the others."""
+    lines = [f"{name}: {_in_flow(cpus)}" for name, cpus in pins.items() if not shield & cpus]
+    clashing = [f"{name}: {_in_flow(cpus)}" for name, cpus in pins.items() if shield & cpus]
+    if not lines:
+        return Key("iothread_pinning", ("", *clashing), (_CLASH,), only_suggested=True)
+    why = (_SOME_CLASH,) if clashing else ()
+    return Key("iothread_pinning", ("", *lines, *(f"# {line}" for line in clashing)), why)
 
 
 def _by_topology(found: Tuning) -> list[str]:

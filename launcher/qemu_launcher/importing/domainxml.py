@@ -5,7 +5,6 @@ much out of little, and a domain has none), is nested too deep, or holds numbers
 """
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..cpulist import MAX_CPU
@@ -49,7 +48,6 @@ class Tuning(NamedTuple):
     emulator_schedule: Schedule | None
     memory_limit: int | None  # bytes, memtune's hard_limit
     huge_pages: tuple[HugePage, ...]
-    not_carried: tuple[str, ...]  # elements with no counterpart
 
 
 class _Shallow(ET.TreeBuilder):
@@ -129,7 +127,6 @@ def tuning(root: ET.Element) -> Tuning:
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
         memory_limit=None if limit is None else size(limit),
         huge_pages=_huge_pages(root.find("memoryBacking/hugepages")),
-        not_carried=tuple(dict.fromkeys(_without_counterpart(root))),
     )
 
 
@@ -144,21 +141,6 @@ def _started(root: ET.Element, most: int) -> tuple[frozenset[int], frozenset[int
     vcpu = root.find("vcpu")
     now = most if vcpu is None else _number(vcpu.get("current", str(most)), "vcpu current", 1, most)
     return frozenset(range(now)), frozenset()
-
-
-_KNOWN = ("vcpupin", "emulatorpin", "iothreadpin", "vcpusched", "emulatorsched")
-
-
-def _without_counterpart(root: ET.Element) -> Iterator[str]:
-    for element in root.iterfind("cputune/*"):
-        if element.tag not in _KNOWN:
-            yield str(element.tag)
-    yield from (str(element.tag) for element in root.iterfind("memtune/*") if element.tag != "hard_limit")
-    vcpu = root.find("vcpu")
-    if vcpu is not None and vcpu.get("placement") == "auto":
-        yield "vcpu placement=auto"
-    yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
-    yield from (f"cpu {element.tag}" for element in root.iterfind("cpu/cache[@mode='emulate']"))
 
 
 def _huge_pages(element: ET.Element | None) -> tuple[HugePage, ...]:

@@ -16,7 +16,7 @@ from .. import cmdline, definition
 from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainmemory, domainxml, virsh
+from . import domaindevices, domainkeys, domainlosses, domainmemory, domainxml, virsh
 from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
@@ -65,9 +65,11 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
-    if found.not_carried:
-        notes.append(f"Not carried over from libvirt: {', '.join(found.not_carried)}.")
+    if lost := domainlosses.not_carried(root):
+        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     options = [*_remarked(options, root), *(_placed(new, options) for new in domaindevices.replacements(root))]
+    if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
+        options.append(Option("no-reboot", None))
     draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
     keys = [env_key(env)] if env else []
     return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *domainkeys.memory_keys(found, kept(draft))))
