@@ -15,7 +15,16 @@ from hypothesis import given, settings, strategies as st
 from qemu_launcher import cmdline
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, LauncherError
-from qemu_launcher.importing import command_line, domaindevices, domainkeys, domainxml, drafting, libvirt, virsh
+from qemu_launcher.importing import (
+    command_line,
+    domaindevices,
+    domainkeys,
+    domainshown,
+    domainxml,
+    drafting,
+    libvirt,
+    virsh,
+)
 from unit.reading import ROOT, read
 
 # What virsh 9.0 of Debian 12 printed, in its order; of its devices only some.
@@ -258,7 +267,7 @@ def test_a_guest_that_ends_instead_of_rebooting(inside: str, line: str, count: i
 def test_what_numad_would_have_to_say_is_not_asked_for() -> None:
     """virsh has no command line otherwise: "Advice from numad is needed"."""
     auto = "<vcpu placement='auto'>4</vcpu><numatune><memory mode='strict' placement='auto'/><memnode/></numatune>"
-    shown = domainxml.parse(domaindevices.prepared(domain(auto)).decode(), "x")
+    shown = domainxml.parse(domainshown.prepared(domain(auto)).decode(), "x")
     assert [(part.tag, part.attrib) for part in shown.iter() if part.tag in ("vcpu", "memory", "memnode")] == [
         ("vcpu", {}),
         ("memnode", {}),
@@ -425,7 +434,7 @@ def test_shared_memory_is_not_said_to_need_access() -> None:
 def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
     root = domain(f"<os><type machine='{machine}'>hvm</type></os><devices>{devices}</devices>")
     options = [option for option in domaindevices.replacements(root) if not option.left_out]
-    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
     assert shown.find("devices/interface") is None
     return [w for o in options for w in cmdline.option_argv(command_line.as_read(o))]
 
@@ -449,7 +458,32 @@ def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
             "<hostdev type='usb'><source><vendor id='0x12'/><product id='0x34'/></source></hostdev>",
             "-device usb-host,vendorid=0x12,productid=0x34",
         ),
+        (
+            "<hostdev type='usb'><source guestReset='off'><vendor id='0x12'/><product id='0x34'/></source>"
+            "<boot order='1'/><address type='usb' bus='1' port='2.3'/><alias name='ua-key'/></hostdev>",
+            "-device usb-host,vendorid=0x12,productid=0x34,id=ua-key,guest-reset=off,bootindex=1,bus=usb1.0,port=2.3",
+        ),
+        (
+            "<hostdev type='usb'><source guestReset='uninitialized'><vendor id='0x12'/></source>"
+            "<address type='usb' bus='0' port='1'/></hostdev>",
+            "-device usb-host,vendorid=0x12,guest-reset=on,guest-resets-all=off,bus=usb.0,port=1",
+        ),
         ("<hostdev type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
+        (
+            "<interface type='user'><model type='virtio-transitional'/></interface>"
+            "<interface type='user'><model type='virtio-non-transitional'/><rom file='/a,b'/></interface>",
+            "-netdev user,id=hostnet0 -device virtio-net-pci-transitional,netdev=hostnet0,id=net0 "
+            "-netdev user,id=hostnet1 -device virtio-net-pci-non-transitional,netdev=hostnet1,id=net1,romfile=/a,,b",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' bus='7'/></source><boot order='1'/><rom bar='off'/>"
+            "<address type='pci' bus='5' slot='0' function='0'/></interface>",
+            "-device vfio-pci,host=0000:07:00.0,bootindex=1,bus=pci.5,addr=0x0,rombar=0",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' bus='7'/></source><rom enabled='no'/></interface>",
+            "-device vfio-pci,host=0000:07:00.0,romfile=",
+        ),
         ("<tpm model='tpm-crb'><backend type='emulator'/></tpm><filesystem><driver type='virtiofs'/></filesystem>", ""),
         ("<tpm model='tpm-tis'><backend type='passthrough'/></tpm><filesystem type='mount'/>", ""),
         (
@@ -463,9 +497,51 @@ def test_replaced_devices(devices: str, argv: str) -> None:
     assert " ".join(replaced(devices)) == argv
 
 
+def comments_on(devices: str, line: str = LINE) -> str:
+    """All comments on QEMU's options, each on one line."""
+    return definition_of(f"<devices>{devices}</devices>", line).replace("\n  # ", " ")
+
+
+def test_a_function_of_a_card() -> None:
+    function = (
+        "<source><address type='pci' bus='7' slot='0x10' function='2'/></source><mac address='52:54:00:6d:90:02'/>"
+    )
+    text = comments_on(
+        f"<interface type='hostdev'>{function}<vlan><tag id='42'/></vlan><teaming/></interface>",
+        LINE.replace("0000:01:00.0", "0000:02:00.0").replace("vfio-pci", "e1000"),
+    )
+    assert "and you must now: ip link set PF vf N mac 52:54:00:6d:90:02 vlan 42. PF is the card" in text
+    assert "its function 0000:07:10.2" in text
+    assert "Not carried over from the interface: teaming." in text
+    assert "libvirt binds it to vfio-pci" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"), [("", 1), ("startupPolicy='requisite'", 1), ("startupPolicy='optional'", 0)]
+)
+def test_a_usb_device_may_be_missing(policy: str, said: int) -> None:
+    usb = f"<hostdev type='usb'><source {policy}><vendor id='0x12'/></source></hostdev>"
+    assert comments_on(usb).count("libvirt does not start the VM without it.") == said
+
+
+def test_a_port_that_is_not_there_or_given_away() -> None:
+    usb = (
+        "<hostdev type='usb'><source><vendor id='1'/></source><address type='usb' bus='0' port='1'/></hostdev>"
+        "<hostdev type='usb'><source><vendor id='2'/></source><address type='usb' bus='0' port='2'/></hostdev>"
+        "<hostdev type='usb'><source><vendor id='3'/></source><address type='usb' bus='1' port='2'/></hostdev>"
+    )
+    more = " -device qemu-xhci,id=usb -device usb-tablet,bus=usb.0,port=1"
+    words = cmdline.qemu_argv(read(definition_of(f"<devices>{usb}</devices>", LINE + more)))
+    assert [word for word in words if word.startswith("usb-host")] == [
+        "usb-host,vendorid=1",
+        "usb-host,vendorid=2,bus=usb.0,port=2",
+        "usb-host,vendorid=3",
+    ]
+
+
 def test_passed_through_pci_gets_the_driver_that_libvirt_chooses_late() -> None:
     root = domain("<devices><hostdev type='pci'/><hostdev type='pci'><driver name='xen'/></hostdev></devices>")
-    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
     assert [driver.get("name") for driver in shown.iter("driver")] == ["vfio", "xen"]
     assert root.find("devices/hostdev[1]/driver") is None  # ours is a copy
 
@@ -474,10 +550,10 @@ def test_a_disk_that_forgets_is_refused() -> None:
     """As another disk it would keep what the guest writes, and nobody would notice until it is too late."""
     disk = "<disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/>{}</disk>"
     with pytest.raises(DefinitionError, match="the disk vda is transient in libvirt") as caught:
-        domaindevices.prepared(domain(f"<devices>{disk.format('<transient/>')}</devices>"))
+        domainshown.prepared(domain(f"<devices>{disk.format('<transient/>')}</devices>"))
     assert caught.value.hint is not None
     assert "snapshot: on" in caught.value.hint
-    domaindevices.prepared(domain(f"<devices>{disk.format('')}</devices>"))
+    domainshown.prepared(domain(f"<devices>{disk.format('')}</devices>"))
 
 
 @pytest.mark.parametrize(
@@ -543,8 +619,12 @@ def test_numbers_that_cannot_be(inside: str, message: str) -> None:
 TAGS = """
     domain vcpu cputune vcpupin emulatorpin iothreadpin vcpusched devices interface mac source model address hostdev tpm
     backend memtune hard_limit cpu topology memoryBacking hugepages page os type name controller boot
+    rom vlan tag vcpus iotune numatune memory currentMemory on_reboot on_crash
 """
-NAMES = "type vcpu cpuset current scheduler vcpus id bus slot iothread cores address order unit size"
+NAMES = """
+    enabled guestReset bar file mode placement unit nodeset type vcpu cpuset
+    current scheduler vcpus id bus slot iothread cores address order size
+"""
 TAG = st.sampled_from(TAGS.split())
 VALUE = st.sampled_from(
     ["", "0", "1", "0-1", "^0", "pci", "usb", "user", "fifo", "emulator", "-1", "0x1", "x" * 99, "é,\n"]
@@ -576,7 +656,7 @@ def test_odd_domains_give_a_definition_or_a_message(trees: list[Tree]) -> None:
     try:
         draft = libvirt._draft(root, domainxml.tuning(root), LINE)
         read(command_line.written(draft, [w for o in command_line.kept(draft) for w in cmdline.option_argv(o)]))
-        domaindevices.prepared(root)
+        domainshown.prepared(root)
     except LauncherError:
         pass
 

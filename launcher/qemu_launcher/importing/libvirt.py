@@ -16,7 +16,7 @@ from .. import cmdline, definition
 from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainlosses, domainmemory, domainxml, virsh
+from . import domaindevices, domainkeys, domainlosses, domainmemory, domainshown, domainxml, virsh
 from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
@@ -38,7 +38,7 @@ def import_domain(source: str, output: str | None) -> int:
     text = _file(source) if is_file else virsh.domain_xml(source)
     root = domainxml.parse(text, source if is_file else f"the XML of {source}")
     found = domainxml.tuning(root)  # before virsh is asked for more: these mistakes are the cheaper ones
-    draft = _draft(root, found, virsh.command_line(domaindevices.prepared(root)), is_saved=output is not None)
+    draft = _draft(root, found, virsh.command_line(domainshown.prepared(root)), is_saved=output is not None)
     deliver(written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)]), output)
     return 0
 
@@ -67,7 +67,8 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
     if lost := domainlosses.not_carried(root):
         notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
-    options = [*_remarked(options, root), *(_placed(new, options) for new in domaindevices.replacements(root))]
+    options += [_placed(new, options) for new in domaindevices.replacements(root)]
+    options = list(_remarked(options, root))
     if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
         options.append(Option("no-reboot", None))
     draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
@@ -129,9 +130,10 @@ def _placed(device: Option, others: Sequence[Option]) -> Option:
     """
     if not isinstance(device.value, tuple):
         return device
-    place = {element for element in _properties(device) if element.name in ("bus", "addr", "multifunction")}
+    place = {element for element in _properties(device) if element.name in ("bus", "addr", "port", "multifunction")}
     slot = {element for element in place if element.name != "multifunction"}
-    buses = {"pci.0", "pcie.0", *(element.value for o in others for element in _properties(o) if element.name == "id")}
+    ids = [element.value for other in others for element in _properties(other) if element.name == "id"]
+    buses = {"pci.0", "pcie.0", *ids, *(f"{ident}.0" for ident in ids)}  # usb.0 is the bus of usb
     is_there = all(element.value in buses for element in slot if element.name == "bus")
     if not slot or (is_there and not any(slot <= set(_properties(other)) for other in others)):
         return device
