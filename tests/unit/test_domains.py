@@ -19,6 +19,7 @@ from qemu_launcher.importing import (
     command_line,
     domaindevices,
     domainkeys,
+    domainremarks,
     domainshown,
     domainxml,
     drafting,
@@ -500,6 +501,65 @@ def test_replaced_devices(devices: str, argv: str) -> None:
 def comments_on(devices: str, line: str = LINE) -> str:
     """All comments on QEMU's options, each on one line."""
     return definition_of(f"<devices>{devices}</devices>", line).replace("\n  # ", " ")
+
+
+@pytest.mark.parametrize(
+    ("tpm", "swtpm", "device", "state"),
+    [
+        ("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>", "socket --tpm2", "tpm-crb", "tpm2"),
+        ("<tpm model='tpm-tis'><backend type='emulator' version='1.2'/></tpm>", "socket", "tpm-tis", "tpm1.2"),
+        ("<tpm><backend type='emulator'/></tpm>", "socket --tpm2", "tpm-tis", "tpm2"),
+    ],
+)
+def test_an_emulated_tpm(tpm: str, swtpm: str, device: str, state: str) -> None:
+    text = definition_of(f"<uuid>11111111-2222</uuid><devices>{tpm}</devices>").replace("\n  # ", " ")
+    assert f"Start swtpm {swtpm} --tpmstate dir=DIR" in text
+    assert f"- device: [{device}, tpmdev: tpm0]" in text
+    assert f"/var/lib/libvirt/swtpm/11111111-2222/{state}, or" in text
+
+
+def test_folders_of_virtiofs() -> None:
+    one = "<filesystem><driver type='virtiofs'/><source {}/><target dir='{}'/></filesystem>"
+    text = comments_on(
+        "".join((one.format("dir='/srv/a'", "a"), one.format("dir='/a b'", "b]"), one.format("socket='/run/s'", "c")))
+    )
+    for said in (
+        "Start virtiofsd --socket-path=DIR/fs0 --shared-dir=/srv/a yourself, and add - chardev: [socket, id: fs0, "
+        "path: DIR/fs0] and - device: [vhost-user-fs-pci, chardev: fs0, tag: a]",
+        "--socket-path=DIR/fs1 --shared-dir=FOLDER yourself",
+        "- device: [vhost-user-fs-pci, chardev: fs1, tag: TAG]",
+        "with virtiofs. Add - chardev: [socket, id: fs2, path: /run/s] and - device: [vhost-user-fs-pci, chardev: fs2, "
+        "tag: c]",
+    ):
+        assert said in text
+
+
+PASSWORD = "libvirt sets the password later"
+NO_VIEWER = "libvirt itself lets viewers in here."
+CHOSEN = "virsh has chosen this port"
+MDEV = "An mdev, which is gone"
+BOUND = "libvirt binds it to vfio-pci"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("-vnc 0.0.0.0:5,password=on,audiodev=a", {PASSWORD, CHOSEN}),
+        ("-vnc 0.0.0.0:5,password", {PASSWORD, CHOSEN}),
+        ("-vnc 127.0.0.1:0", {CHOSEN}),
+        ("-spice port=5900", {PASSWORD, CHOSEN}),
+        ("-spice port=0,disable-ticketing=on,gl=on", {NO_VIEWER}),
+        ("-spice port=0,tls-port=5901,disable-ticketing=on", {CHOSEN}),
+        ("-spice unix=on,addr=/tmp/s,disable-ticketing=on", set()),
+        ("-device vfio-pci,sysfsdev=/sys/bus/mdev/devices/c2177883", {MDEV}),
+        ("-device vfio-pci,host=0000:02:00.0", {BOUND}),
+    ],
+)
+def test_what_libvirt_would_do_later(option: str, said: set[str]) -> None:
+    (read_option,) = command_line.options_of(option.split(" "))
+    root = domain("<devices><graphics autoport='yes'/></devices>")
+    (remarked,) = domainremarks.remarked([read_option], root)
+    assert {text for text in (PASSWORD, NO_VIEWER, CHOSEN, MDEV, BOUND) if text in " ".join(remarked.comments)} == said
 
 
 def test_a_function_of_a_card() -> None:

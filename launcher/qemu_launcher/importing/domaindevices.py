@@ -3,6 +3,7 @@
 Which they are is said here too: virsh is not shown them, see `domainshown`. Pure.
 """
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
@@ -29,20 +30,21 @@ def is_replaced(element: ET.Element) -> bool:
 
 def replacements(root: ET.Element) -> Iterator[Option]:
     """QEMU's options for what virsh is not shown, with what there is to choose."""
-    number = 0
+    cards = folders = 0
     for element in root.iterfind("devices/*"):
         if not is_replaced(element):
             continue
         match element.tag:
             case "interface":
-                yield from interface(root, element, number)
-                number += 1
+                yield from interface(root, element, cards)
+                cards += 1
             case "hostdev":
                 yield _usb(element)
             case "tpm":
-                yield Option("tpmdev", None, (_TPM,), left_out=True)
+                yield _tpm(root, element)
             case _:
-                yield Option("device", None, (_VIRTIOFS,), left_out=True)
+                yield _virtiofs(element, folders)
+                folders += 1
 
 
 _GUEST_RESET = {  # of <source>, as libvirt writes it
@@ -68,12 +70,43 @@ def _usb(element: ET.Element) -> Option:
     return Option("device", ("usb-host", *properties), tuple(remarks))
 
 
-_TPM = (
-    "Left out: the emulated TPM. Start swtpm socket --tpm2 --tpmstate dir=DIR --ctrl type=unixio,path=DIR/sock "
-    "yourself, and add - chardev: [socket, id: tpm, path: DIR/sock], - tpmdev: [emulator, id: tpm0, chardev: tpm] "
-    "and - device: [tpm-crb, tpmdev: tpm0]"
-)
-_VIRTIOFS = (
-    "Left out: a folder shared with virtiofs. Start virtiofsd --socket-path=DIR/sock --shared-dir=FOLDER yourself, and "
-    "add - chardev: [socket, id: fs0, path: DIR/sock] and - device: [vhost-user-fs-pci, chardev: fs0, tag: TAG]"
-)
+def _tpm(root: ET.Element, element: ET.Element) -> Option:
+    """swtpm is started by libvirt, and keeps what it knows in a folder of libvirt's."""
+    version = "1.2" if attribute(element, "backend", "version") == "1.2" else "2"
+    model = safe(element.get("model", ""), "tpm-tis")
+    if model == "tpm-tis" and attribute(root, "os/type", "arch") == "aarch64":
+        model = "tpm-tis-device"
+    uuid = safe((root.findtext("uuid") or "").strip(), "UUID")
+    two = "--tpm2 " if version == "2" else ""
+    return Option(
+        "tpmdev",
+        None,
+        (
+            f"Left out: the emulated TPM. Start swtpm socket {two}--tpmstate dir=DIR --ctrl type=unixio,path=DIR/sock "
+            "yourself, and add - chardev: [socket, id: tpm, path: DIR/sock], - tpmdev: [emulator, id: tpm0, "
+            f"chardev: tpm] and - device: [{model}, tpmdev: tpm0]",
+            f"What the TPM knows, keys of the guest's disks too, is in /var/lib/libvirt/swtpm/{uuid}/tpm{version}, or "
+            f"if the VM is of your own libvirt, in ~/.config/libvirt/qemu/swtpm/{uuid}/tpm{version}: copy it to DIR.",
+        ),
+        left_out=True,
+    )
+
+
+def _virtiofs(element: ET.Element, number: int) -> Option:
+    """virtiofsd is started by libvirt too, unless the XML names its socket."""
+    ident = f"fs{number}"
+    tag = safe(attribute(element, "target", "dir"), "TAG")
+    folder = _path(attribute(element, "source", "dir"), "FOLDER")
+    given = attribute(element, "source", "socket")
+    socket = _path(given, f"DIR/{ident}")
+    start = "A" if given else f"Start virtiofsd --socket-path={socket} --shared-dir={folder} yourself, and a"
+    text = (
+        f"Left out: a folder shared with virtiofs. {start}dd - chardev: [socket, id: {ident}, path: {socket}] and "
+        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}]"
+    )
+    return Option("device", None, (text,), left_out=True)
+
+
+def _path(text: str, default: str) -> str:
+    """`text` if it can be pasted as it is, into a shell's line too."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./+-]{1,256}", text) else default

@@ -16,8 +16,8 @@ from .. import cmdline, definition
 from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainlosses, domainmemory, domainshown, domainxml, virsh
-from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
+from . import domaindevices, domainkeys, domainlosses, domainmemory, domainremarks, domainshown, domainxml, virsh
+from .command_line import check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
 from .prefixes import peel
@@ -68,7 +68,7 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     if lost := domainlosses.not_carried(root):
         notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     options += [_placed(new, options) for new in domaindevices.replacements(root)]
-    options = list(_remarked(options, root))
+    options = list(domainremarks.remarked(options, root))
     if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
         options.append(Option("no-reboot", None))
     draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
@@ -158,37 +158,3 @@ def _with_plugged(option: Option, found: Tuning) -> Option:
 _MISSING = (
     "In libvirt these too are there when the guest starts: virtual CPU {}. Here they must be plugged in, by device_add."
 )
-
-
-def _remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
-    """The same options; the first of each kind that needs a choice with a comment."""
-    said: set[str] = set()
-    auto = root.find("devices/graphics[@autoport='yes']") is not None
-    for option in options:
-        remark = _remark(option, auto_port=auto)
-        if remark is None or remark in said:
-            yield option
-            continue
-        said.add(remark)
-        yield option._replace(comments=(*option.comments, remark))
-
-
-def _remark(option: Option, *, auto_port: bool) -> str | None:
-    known = as_read(option)
-    text = cmdline.option_argv(known)[-1]
-    name = option.bare_name
-    if name == "object" and "masterKey0" in text:
-        return "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
-    if "/domain-" in text:
-        return "libvirt makes this folder when it starts the VM: choose a path of yours."
-    if "/libvirt/" in text or "/dev/disk/" in text:
-        return "libvirt gives QEMU access to this when it starts the VM: you must have it yourself."
-    if name == "device" and "vfio-pci" in text:
-        return "libvirt binds it to vfio-pci when it starts the VM: do that first, and give yourself /dev/vfio/GROUP."
-    if name == "spice" and "disable-ticketing" not in text:
-        return "libvirt sets the password later: add disable-ticketing: on, or a secret with password-secret."
-    if name in ("spice", "vnc") and auto_port:
-        return "virsh has chosen this port just now; no other VM may have it."
-    if any(key in ("fd", "fds", "vhostfd", "vhostfds") for key, _value in known.properties()):
-        return "A descriptor of libvirtd's, which QEMU is started without: name the file or device instead."
-    return None
