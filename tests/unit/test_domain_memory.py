@@ -58,6 +58,8 @@ SHARED_FILE = f'{{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":"{FI
             ['{"qom-type":"memory-backend-file","id":"looking-glass","mem-path":"/dev/shm/looking-glass"}'],
             ["file,id=looking-glass,mem-path=/dev/shm/looking-glass"],
         ),
+        # And memory that is not the guest's RAM is none of this.
+        ("<hugepages/>", ['{"qom-type":"memory-backend-memfd","id":"scream"}'], ["memfd,id=scream"]),
     ],
 )
 def test_memory_needs_no_folder_of_libvirt_s(inside: str, printed: list[str], memory: list[str]) -> None:

@@ -20,8 +20,10 @@ _REMARK = "Huge pages: as many must be free as this needs, see HugePages_Free in
 
 
 class _Use(NamedTuple):
+    """What a memory object is the guest's RAM by: the machine, one of its nodes, or a device."""
+
     node: int | None  # the guest's, None if it has none
-    driver: str
+    grows: bool  # takes no more than the guest wants
 
 
 def in_no_folder(options: Sequence[Option], pages: Sequence[HugePage]) -> Iterator[Option]:
@@ -32,12 +34,16 @@ def in_no_folder(options: Sequence[Option], pages: Sequence[HugePage]) -> Iterat
 
 
 def _used(option: Option) -> tuple[str, _Use]:
-    """The memory that this option gives to a node, by its id; '' if it does not."""
+    """The memory that this option makes RAM, by its id; '' if it does not."""
     found = _named(option)
-    value = option.value if isinstance(option.value, tuple) else ()
+    if option.bare_name == "machine":
+        return found.get("memory-backend", ""), _Use(None, grows=False)
+    driver = str(option.value[0]) if option.bare_name == "device" and isinstance(option.value, tuple) else ""
+    grows = driver.startswith("virtio-mem-")
+    if option.bare_name != "numa" and driver != "pc-dimm" and not grows:
+        return "", _Use(None, grows=False)
     number = found.get("nodeid" if option.bare_name == "numa" else "node", "")
-    driver = str(value[0]) if value else ""
-    return found.get("memdev", ""), _Use(int(number) if re.fullmatch("[0-9]{1,4}", number) else None, driver)
+    return found.get("memdev", ""), _Use(int(number) if re.fullmatch("[0-9]{1,4}", number) else None, grows)
 
 
 def _named(option: Option) -> dict[str, str]:
@@ -54,15 +60,15 @@ def _backed(option: Option, uses: dict[str, _Use], pages: Sequence[HugePage]) ->
     if kind == _FILE and not _is_in_libvirts_folder(found.get("mem-path", ""), ident):
         return option
     rest = [e for e in value[1:] if not (kind == _FILE and isinstance(e, Property) and e.name in _OF_FILES)]
-    use = uses.get(ident, _Use(None, ""))
-    page = _page(use.node, pages)
-    if page is None:
+    use = uses.get(ident)
+    page = None if use is None else _page(use.node, pages)
+    if use is None or page is None:
         if kind == _FILE:
             kind = _MEMFD if found.get("share") == "on" else _RAM
         return option._replace(value=(kind, *rest))
     rest.append(Property("hugetlb", "on"))
     rest += [Property("hugetlbsize", str(page.size))] if page.size else []
-    if "prealloc" not in found and not use.driver.startswith("virtio-mem"):  # which has no more than the guest wants
+    if "prealloc" not in found and not use.grows:
         rest.append(Property("prealloc", "on"))
     return option._replace(value=(_MEMFD, *rest), comments=(*option.comments, _REMARK))
 
