@@ -95,8 +95,8 @@ def test_what_becomes_of_a_domain(host: Host) -> None:
     assert vm.binary == "/usr/bin/qemu-system-x86_64"
     assert vm.env == (("FOO", "a b"),)
     assert vm.pinning is not None
-    assert vm.pinning.by_index is not None
-    assert [cpus.cpus for cpus in vm.pinning.by_index] == [{4}, {5}]
+    assert vm.pinning.topology is not None
+    assert {dict(place)["socket"]: cpus.cpus for place, cpus in vm.pinning.topology.items()} == {0: {4}, 1: {5}, 3: {7}}
     assert vm.emulator_pinning is not None
     assert vm.emulator_pinning.cpus == {0, 1}
     assert {name: cpus.cpus for name, cpus in (vm.iothread_pinning or {}).items()} == {"iothread1": {0, 2}}
@@ -115,6 +115,30 @@ def test_what_becomes_of_a_domain(host: Host) -> None:
     assert "e1000e,netdev=hostnet1,id=net1,mac=52:54:00:12:34:57" in words
     assert f"filename={host.folder}/disk,,1.img" in words
     assert "-global ICH9-LPC.disable_s3=1" in words
+
+
+@pytest.mark.parametrize(
+    ("backing", "memory"),
+    [
+        ("<hugepages/><access mode='shared'/>", "memfd,id=pc.ram,share=on,size=134217728,hugetlb=on,prealloc=on"),
+        ("<hugepages/><access mode='private'/>", "memfd,id=pc.ram,share=off,size=134217728,hugetlb=on,prealloc=on"),
+        ("<access mode='shared'/>", "memfd,id=pc.ram,share=on,size=134217728"),
+        ("<source type='file'/>", "ram,id=pc.ram,size=134217728"),
+    ],
+)
+def test_the_folder_that_virsh_names_is_known(host: Host, backing: str, memory: str) -> None:
+    words = cmdline.qemu_argv(host.imported(host.xml("<locked/>", backing)))
+    found = [word.replace("x-use-canonical-path-for-ramblock-id=off,", "") for word in words]
+    assert [word for word in found if "id=pc.ram" in word] == [f"memory-backend-{memory}"]
+
+
+def test_virtual_cpus_that_are_plugged_in(host: Host) -> None:
+    each = "<vcpu id='0' enabled='yes' hotpluggable='no'/>" + "".join(
+        f"<vcpu id='{index}' enabled='{enabled}' hotpluggable='yes'/>"
+        for index, enabled in ((1, "yes"), (2, "yes"), (3, "no"))
+    )
+    vm = host.imported(host.xml("<iothreads>", f"<vcpus>{each}</vcpus><iothreads>"))
+    assert any(word.startswith("3,maxcpus=4,") for word in cmdline.qemu_argv(vm))
 
 
 def test_by_name(host: Host) -> None:

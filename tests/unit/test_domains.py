@@ -1,4 +1,4 @@
-"""libvirt's XML: what becomes of its tuning, its devices and of hostile text. The real virsh is in tests/qemu."""
+"""libvirt's XML: what becomes of its tuning, the command line and hostile text. The real virsh is in tests/qemu."""
 
 import os
 import subprocess
@@ -13,39 +13,17 @@ from hypothesis import given, settings, strategies as st
 from qemu_launcher import cmdline
 from qemu_launcher.definition import VmDefinition
 from qemu_launcher.errors import DefinitionError, LauncherError
-from qemu_launcher.importing import command_line, domaindevices, domainkeys, domainxml, drafting, libvirt, virsh
-from unit.reading import ROOT, read
-
-# What virsh 9.0 of Debian 12 printed, in its order; of its devices only some.
-LINE = r"""LC_ALL=C PATH=/usr/bin:/bin HOME=/tmp/l/domain--1-vm XDG_CACHE_HOME=/tmp/l/domain--1-vm/.cache FOO='a b' \
-/usr/bin/qemu-system-x86_64 -name guest=vm,debug-threads=on -S \
--object '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/tmp/l/domain--1-vm/master-key.aes"}' \
--machine pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram -accel kvm -cpu host -m 512 \
--object '{"qom-type":"memory-backend-ram","id":"pc.ram","size":536870912}' -overcommit mem-lock=on \
--smp 4,sockets=1,cores=2,threads=2 -object '{"qom-type":"iothread","id":"iothread1"}' \
--uuid 11111111-2222-3333-4444-555555555555 \
--no-user-config -nodefaults -chardev socket,id=charmonitor,path=/tmp/l/domain--1-vm/monitor.sock,server=on,wait=off \
--mon chardev=charmonitor,id=monitor,mode=control -rtc base=utc -no-shutdown -boot strict=on \
--device '{"driver":"pcie-root-port","port":16,"id":"pci.1","bus":"pcie.0","multifunction":true,"addr":"0x2"}' \
--blockdev '{"driver":"file","filename":"/var/lib/libvirt/images/a,b.img","node-name":"l","cache":{"direct":true}}' \
--chardev socket,id=charchannel0,path=/tmp/l/channel/target/domain--1-vm/org.qemu.guest_agent.0,server=on,wait=off \
--netdev tap,fds=30:31,id=hostnet9 -spice port=5901,addr=127.0.0.1 \
--object '{"qom-type":"secret","id":"s0","data":"x","keyid":"masterKey0","iv":"y","format":"base64"}' \
--device '{"driver":"vfio-pci","host":"0000:01:00.0","id":"hostdev0","bus":"pci.1","addr":"0x0"}' \
--sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -msg timestamp=on""".replace(
-    "\\\n", ""
+from qemu_launcher.importing import (
+    command_line,
+    domainkeys,
+    domainshown,
+    domainxml,
+    drafting,
+    libvirt,
+    virsh,
 )
-
-
-def domain(inside: str, kind: str = "kvm") -> Element:
-    text = f"<domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>vm</name>{inside}</domain>"
-    return domainxml.parse(text, "vm.xml")
-
-
-def definition_of(inside: str, line: str = LINE) -> str:
-    root = domain(inside)
-    draft = libvirt._draft(root, domainxml.tuning(root), line)
-    return command_line.written(draft, [w for o in command_line.kept(draft) for w in cmdline.option_argv(o)])
+from unit.domains import LINE, definition_of, domain
+from unit.reading import ROOT, read
 
 
 def launcher_keys(inside: str, vcpus: int = 4) -> list[str]:
@@ -62,13 +40,43 @@ def pins(*cpus: str) -> str:
     return "".join(f"<vcpupin vcpu='{index}' cpuset='{text}'/>" for index, text in enumerate(cpus))
 
 
+def vcpus(enabled: str) -> str:
+    """A vCPU for each letter; the first is always there, the others can be plugged in."""
+    each = "".join(
+        f"<vcpu id='{index}' enabled='{'yes' if letter == 'y' else 'no'}' hotpluggable='{'yes' if index else 'no'}'/>"
+        for index, letter in enumerate(enabled)
+    )
+    return f"<vcpu current='{enabled.count('y')}'>{len(enabled)}</vcpu><vcpus>{each}</vcpus>"
+
+
 @pytest.mark.parametrize(
     ("inside", "lines"),
     [
         ("", ["# vcpu_pinning: [4, 5, 6, 7]"]),
         (f"<cputune>{pins('4', '5', '6', '7')}</cputune>", ["vcpu_pinning: [4, 5, 6, 7]"]),
         (f"<cputune>{pins('0-3,^1-2', '4-6,^5', '8,9', '10')}</cputune>", ["vcpu_pinning: ['0,3', '4,6', 8-9, 10]"]),
-        ("<vcpu current='1'>4</vcpu><cputune>" + pins("4", "5") + "</cputune>", ["vcpu_pinning: [4]"]),
+        # Those that can be plugged in later are named too.
+        ("<vcpu current='1'>4</vcpu><cputune>" + pins("4", "5") + "</cputune>", ["vcpu_pinning: [4, 5]"]),
+        (
+            "<vcpu current='1' cpuset='4-5'>2</vcpu>",
+            ["vcpu_pinning: [4-5, 4-5]", "isolation: cpuset", "emulator_pinning: 4-5"],
+        ),
+        (
+            "<vcpu current='2'>3</vcpu><cputune>"
+            + pins("4", "5", "6")
+            + "<vcpusched vcpus='0-2' scheduler='fifo' priority='1'/><emulatorpin cpuset='6'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6]", "# emulator_pinning: 6", "scheduler: fifo", "priority: 1"],
+        ),
+        # Which there are is said one by one.
+        (
+            vcpus("yyn") + "<cputune><vcpusched vcpus='0-1' scheduler='batch'/></cputune>",
+            ["# vcpu_pinning: [2, 3]", "scheduler: batch"],
+        ),
+        (
+            vcpus("yny") + "<cputune><vcpupin vcpu='0' cpuset='8'/><vcpupin vcpu='2' cpuset='10'/>"
+            "<vcpusched vcpus='0,2' scheduler='fifo' priority='1'/></cputune>",
+            ["vcpu_pinning:", "0:", "0: {0: 8}", "2:", "0: {0: 10}", "scheduler: fifo", "priority: 1"],
+        ),
         (f"<cputune>{pins('4', '5')}</cputune>", ["vcpu_pinning: [4, 5]"]),
         ("<cputune><vcpupin vcpu='3' cpuset='4'/></cputune>", ["vcpu_pinning:", "3:", "0: {0: 4}"]),
         (
@@ -97,6 +105,11 @@ def pins(*cpus: str) -> str:
             f"<cputune>{pins('4', '5', '6', '7')}<emulatorpin cpuset='4'/>"
             "<iothreadpin iothread='1' cpuset='5'/></cputune>",
             ["vcpu_pinning: [4, 5, 6, 7]", "# emulator_pinning: 4", "# iothread_pinning:"],
+        ),
+        (
+            f"<cputune>{pins('4', '5', '6', '7')}<iothreadpin iothread='1' cpuset='5'/>"
+            "<iothreadpin iothread='2' cpuset='0-1'/></cputune>",
+            ["vcpu_pinning: [4, 5, 6, 7]", "iothread_pinning:", "iothread2: 0-1", "# iothread1: 5"],
         ),
         (
             f"<cputune>{pins('4', '5', '6', '7')}<vcpusched vcpus='0-3' scheduler='fifo' priority='7'/></cputune>",
@@ -149,11 +162,23 @@ def test_what_is_written_can_be_read(inside: str) -> None:
     """With the suggestions' comment signs, and without a single one of them lost."""
     root = domain(inside)
     found = domainxml.tuning(root)
-    text = definition_of(inside, LINE.replace("-smp 4,sockets=1,cores=2,threads=2", f"-smp {found.vcpus}"))
+    text = definition_of(inside, LINE.replace("-smp 4,sockets=1,cores=2,threads=2", f"-smp {len(found.started)}"))
     vm = read(text)
     sets = {} if vm.pinning is None else dict(enumerate(cpus.cpus for cpus in vm.pinning.sets))
     assert list(sets.values()) == list(found.vcpu_pins.values())
     assert vm.pinning is None or vm.pinning.by_index is None or list(sets) == list(found.vcpu_pins)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "smp", "said"),
+    [("yyyn", "3,maxcpus=4", None), ("yyyy", "4,maxcpus=4", None), ("ynny", "1,maxcpus=4", "virtual CPU 3")],
+)
+def test_virtual_cpus_that_libvirt_plugs_in_are_there_at_the_start(enabled: str, smp: str, said: str | None) -> None:
+    text = definition_of(vcpus(enabled), LINE.replace("-smp 4", "-smp 1,maxcpus=4"))
+    assert f"{smp},sockets=1,cores=2,threads=2" in cmdline.qemu_argv(read(text))
+    comment = "In libvirt these too are there when the guest starts: {}. Here they must be plugged in, by device_add."
+    assert (comment.format(said) in text.replace("\n  # ", " ")) == (said is not None)
+    assert said is not None or "these too" not in text
 
 
 def test_unpinned_and_different_ones_are_named() -> None:
@@ -168,6 +193,52 @@ def test_unpinned_and_different_ones_are_named() -> None:
         in text
     )
     assert "# Not carried over from libvirt: shares, quota, soft_limit, blkiotune.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("inside", "names"),
+    [
+        ("<devices><disk><target dev='vda'/><iotune/></disk><disk><iotune/></disk></devices>", "iotune of vda, iotune"),
+        ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>2048</currentMemory>", "currentMemory"),
+        ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>4096</currentMemory>", None),
+        ("<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>", None),
+        ("<on_poweroff>restart</on_poweroff><on_crash>preserve</on_crash>", "on_poweroff=restart, on_crash=preserve"),
+        ("<on_crash>a b</on_crash>", "on_crash"),
+        (
+            "<numatune><memory mode='restrictive' nodeset='0'/><memnode cellid='0' mode='restrictive'/></numatune>",
+            "numatune memory restrictive, numatune memnode restrictive",
+        ),
+        ("<numatune><memory mode='strict' nodeset='0'/></numatune>", None),
+        ("<vcpu placement='auto'>4</vcpu><numatune><memory placement='auto'/></numatune>", "placement=auto"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(inside: str, names: str | None) -> None:
+    lines = definition_of(inside).splitlines()
+    found = [line for line in lines if line.startswith("# Not carried over from libvirt: ")]
+    assert found == ([] if names is None else [f"# Not carried over from libvirt: {names}."])
+
+
+@pytest.mark.parametrize(
+    ("inside", "line", "count"),
+    [
+        ("", LINE, 0),
+        ("<on_reboot>restart</on_reboot>", LINE, 0),
+        ("<on_reboot>destroy</on_reboot>", LINE, 1),
+        ("<on_reboot>destroy</on_reboot>", LINE + " -no-reboot", 1),
+    ],
+)
+def test_a_guest_that_ends_instead_of_rebooting(inside: str, line: str, count: int) -> None:
+    assert cmdline.qemu_argv(read(definition_of(inside, line))).count("-no-reboot") == count
+
+
+def test_what_numad_would_have_to_say_is_not_asked_for() -> None:
+    """virsh has no command line otherwise: "Advice from numad is needed"."""
+    auto = "<vcpu placement='auto'>4</vcpu><numatune><memory mode='strict' placement='auto'/><memnode/></numatune>"
+    shown = domainxml.parse(domainshown.prepared(domain(auto)).decode(), "x")
+    assert [(part.tag, part.attrib) for part in shown.iter() if part.tag in ("vcpu", "memory", "memnode")] == [
+        ("vcpu", {}),
+        ("memnode", {}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -241,63 +312,6 @@ def test_json_in_the_readable_form(option: str, words: str | None) -> None:
     assert " ".join(cmdline.option_argv(command_line.as_read(libvirt._readable(read_option)))) == (words or option)
 
 
-def test_huge_pages() -> None:
-    text = definition_of("<memoryBacking><hugepages><page size='2' unit='MiB'/></hugepages></memoryBacking>")
-    assert "memory-backend-memfd,id=pc.ram,size=536870912,hugetlb=on,hugetlbsize=2097152" in cmdline.qemu_argv(
-        read(text)
-    )
-    text = definition_of("<memoryBacking><hugepages/></memoryBacking>")
-    assert "memory-backend-memfd,id=pc.ram,size=536870912,hugetlb=on" in cmdline.qemu_argv(read(text))
-
-
-def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
-    root = domain(f"<os><type machine='{machine}'>hvm</type></os><devices>{devices}</devices>")
-    options = [option for option in domaindevices.replacements(root) if not option.left_out]
-    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
-    assert shown.find("devices/interface") is None
-    return [w for o in options for w in cmdline.option_argv(command_line.as_read(o))]
-
-
-@pytest.mark.parametrize(
-    ("devices", "argv"),
-    [
-        ("<interface type='user'/>", "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0"),
-        (
-            "<interface type='bridge'><source bridge='br0'/><model type='virtio'/>"
-            "<address type='pci' bus='0x02' slot='0x01' function='0x3' multifunction='on'/></interface>",
-            "-netdev user,id=hostnet0 "
-            "-device virtio-net-pci,netdev=hostnet0,id=net0,bus=pci.2,multifunction=on,addr=0x1.0x3",
-        ),
-        (
-            "<interface type='hostdev'><source><address type='pci' domain='0' bus='0x06' slot='0x10' function='0x2'/>"
-            "</source></interface>",
-            "-device vfio-pci,host=0000:06:10.2",
-        ),
-        (
-            "<hostdev type='usb'><source><vendor id='0x12'/><product id='0x34'/></source></hostdev>",
-            "-device usb-host,vendorid=0x12,productid=0x34",
-        ),
-        ("<hostdev type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
-        ("<tpm model='tpm-crb'><backend type='emulator'/></tpm><filesystem><driver type='virtiofs'/></filesystem>", ""),
-        ("<tpm model='tpm-tis'><backend type='passthrough'/></tpm><filesystem type='mount'/>", ""),
-        (
-            "<interface type='x,y'><source a='b c'/><model type='a,b'/><mac address='x y'/>"
-            "<address type='pci' bus='zz'/></interface>",
-            "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0",
-        ),
-    ],
-)
-def test_replaced_devices(devices: str, argv: str) -> None:
-    assert " ".join(replaced(devices)) == argv
-
-
-def test_passed_through_pci_gets_the_driver_that_libvirt_chooses_late() -> None:
-    root = domain("<devices><hostdev type='pci'/><hostdev type='pci'><driver name='xen'/></hostdev></devices>")
-    shown = domainxml.parse(domaindevices.prepared(root).decode(), "x")
-    assert [driver.get("name") for driver in shown.iter("driver")] == ["vfio", "xen"]
-    assert root.find("devices/hostdev[1]/driver") is None  # ours is a copy
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -328,13 +342,25 @@ def test_hostile_xml(text: str, message: str | None) -> None:
         ("<vcpu>x</vcpu>", "vcpu in the XML is 'x', and must be a number (1-8192)"),
         ("<vcpu>99999999999999999999</vcpu>", "must be a number (1-8192)"),
         ("<vcpu current='5'>4</vcpu>", "vcpu current in the XML is '5', and must be a number (1-4)"),
+        (
+            "<vcpu>2</vcpu><vcpus><vcpu id='2' enabled='yes'/></vcpus>",
+            "vcpus id in the XML is '2', and must be a number (0-1)",
+        ),
         ("<cputune><vcpupin vcpu='0' cpuset='0-99999999'/></cputune>", "must be a number (0-8191)"),
         ("<cputune><vcpupin vcpu='0' cpuset='3-1'/></cputune>", "is '1', and must be a number (3-8191)"),
-        ("<cputune><vcpupin vcpu='0' cpuset='1,^1'/></cputune>", "vcpupin in the XML is '1,^1', which leaves no CPU"),
+        (
+            "<cputune><vcpupin vcpu='0' cpuset='1,^1'/></cputune>",
+            "vcpupin in the XML is '1,^1', which leaves no CPU",
+        ),
         ("<cputune><vcpupin vcpu='0'/></cputune>", "is '', and must be a number"),
         ("<cputune><vcpupin cpuset='0'/></cputune>", "vcpupin vcpu in the XML is ''"),
         ("<cputune><vcpusched vcpus='0' scheduler='deadline'/></cputune>", "has the scheduler 'deadline'"),
         ("<cputune><vcpusched vcpus='0' scheduler='fifo' priority='100'/></cputune>", "must be a number (0-99)"),
+        ("<memoryBacking><hugepages><page size='x'/></hugepages></memoryBacking>", "page in the XML is 'x'"),
+        (
+            "<memoryBacking><hugepages><page size='2' nodeset='x'/></hugepages></memoryBacking>",
+            "a node of page nodeset in the XML is 'x'",
+        ),
         ("<memtune><hard_limit unit='parsec'>1</hard_limit></memtune>", "has the unit 'parsec'"),
         ("<cpu><topology cores='-1'/></cpu>", "topology cores in the XML is '-1'"),
     ],
@@ -349,8 +375,12 @@ def test_numbers_that_cannot_be(inside: str, message: str) -> None:
 TAGS = """
     domain vcpu cputune vcpupin emulatorpin iothreadpin vcpusched devices interface mac source model address hostdev tpm
     backend memtune hard_limit cpu topology memoryBacking hugepages page os type name controller boot
+    rom vlan tag vcpus iotune numatune memory currentMemory on_reboot on_crash
 """
-NAMES = "type vcpu cpuset current scheduler vcpus id bus slot iothread cores address order unit size"
+NAMES = """
+    enabled guestReset bar file mode placement unit nodeset type vcpu cpuset
+    current scheduler vcpus id bus slot iothread cores address order size
+"""
 TAG = st.sampled_from(TAGS.split())
 VALUE = st.sampled_from(
     ["", "0", "1", "0-1", "^0", "pci", "usb", "user", "fifo", "emulator", "-1", "0x1", "x" * 99, "é,\n"]
@@ -382,7 +412,7 @@ def test_odd_domains_give_a_definition_or_a_message(trees: list[Tree]) -> None:
     try:
         draft = libvirt._draft(root, domainxml.tuning(root), LINE)
         read(command_line.written(draft, [w for o in command_line.kept(draft) for w in cmdline.option_argv(o)]))
-        domaindevices.prepared(root)
+        domainshown.prepared(root)
     except LauncherError:
         pass
 

@@ -1,42 +1,21 @@
-"""The devices that libvirt gives to QEMU by descriptors, or by programs of its own: taken out, and replaced.
+"""The devices that libvirt gives to QEMU by descriptors, or by programs of its own, and QEMU's options instead.
 
-domxml-to-native opens a tap device for every network interface, of whatever kind, and prints the descriptor's number;
-it wants USB devices plugged in and secrets and hugetlbfs at hand. None of that is of use to who starts QEMU himself.
-So `prepared` makes an XML without them for virsh, and `replacements` has QEMU's own options instead.
+Which they are is said here too: virsh is not shown them, see `domainshown`. Pure.
 """
 
-import copy
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
 from ..options import Property
+from . import domainplaces
+from .domainnetwork import interface
+from .domainplaces import attribute, safe
 from .drafting import Option
 
-# Nothing of this is on a command line, and a libvirt that is not root's refuses some of it.
-_NOT_FOR_VIRSH = ("metadata", "seclabel", "resource", "cputune", "memtune", "blkiotune", "memoryBacking/hugepages")
-_CARRIED = ("mac", "source", "model", "address", "alias", "target", "boot")  # of an interface
-_SAFE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
-
-def prepared(root: ET.Element) -> bytes:
-    """The XML that virsh shall see."""
-    whole = copy.deepcopy(root)
-    for path in _NOT_FOR_VIRSH:
-        folder, _slash, tag = path.rpartition("/")
-        parent = whole if not folder else whole.find(folder)
-        for element in [] if parent is None else parent.findall(tag):
-            parent.remove(element)  # type: ignore[union-attr]  # None has no elements
-    devices = whole.find("devices")
-    for element in [] if devices is None else list(devices):
-        if _is_replaced(element):
-            devices.remove(element)  # type: ignore[union-attr]  # as above
-        elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
-            element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
-    return ET.tostring(whole)
-
-
-def _is_replaced(element: ET.Element) -> bool:
+def is_replaced(element: ET.Element) -> bool:
+    """Whether `replacements` has options for it."""
     match element.tag:
         case "interface":
             return True
@@ -50,107 +29,84 @@ def _is_replaced(element: ET.Element) -> bool:
 
 
 def replacements(root: ET.Element) -> Iterator[Option]:
-    """QEMU's options for what `prepared` leaves out, with what there is to choose."""
-    number = 0
+    """QEMU's options for what virsh is not shown, with what there is to choose."""
+    cards = folders = 0
     for element in root.iterfind("devices/*"):
-        if not _is_replaced(element):
+        if not is_replaced(element):
             continue
         match element.tag:
             case "interface":
-                yield from _interface(root, element, number)
-                number += 1
+                yield from interface(root, element, cards)
+                cards += 1
             case "hostdev":
                 yield _usb(element)
             case "tpm":
-                yield Option("tpmdev", None, (_TPM,), left_out=True)
+                yield _tpm(root, element)
             case _:
-                yield Option("device", None, (_VIRTIOFS,), left_out=True)
+                yield _virtiofs(element, folders)
+                folders += 1
 
 
-_TPM = (
-    "Left out: the emulated TPM. Start swtpm socket --tpm2 --tpmstate dir=DIR --ctrl type=unixio,path=DIR/sock "
-    "yourself, and add - chardev: [socket, id: tpm, path: DIR/sock], - tpmdev: [emulator, id: tpm0, chardev: tpm] "
-    "and - device: [tpm-crb, tpmdev: tpm0]"
-)
-_VIRTIOFS = (
-    "Left out: a folder shared with virtiofs. Start virtiofsd --socket-path=DIR/sock --shared-dir=FOLDER yourself, and "
-    "add - chardev: [socket, id: fs0, path: DIR/sock] and - device: [vhost-user-fs-pci, chardev: fs0, tag: TAG]"
-)
-
-
-def _interface(root: ET.Element, element: ET.Element, number: int) -> Iterator[Option]:
-    if element.get("type") == "hostdev":
-        yield Option("device", ("vfio-pci", Property("host", _pci_name(element.find("source/address")))))
-        return
-    ident, net = f"hostnet{number}", f"net{number}"
-    yield Option("netdev", ("user", Property("id", ident)), _network_remark(element, ident))
-    model = _safe(_attribute(element, "model", "type"), "rtl8139")
-    properties = [Property("netdev", ident), Property("id", net)]
-    properties += [Property("mac", mac)] if (mac := _safe(_attribute(element, "mac", "address"))) else []
-    properties += [Property("bootindex", n)] if (n := _safe(_attribute(element, "boot", "order"))) else []
-    properties += _place(root, element.find("address"))
-    left = [str(part.tag) for part in element if part.tag not in _CARRIED]
-    remark = (f"Not carried over from the interface: {', '.join(dict.fromkeys(left))}.",) if left else ()
-    yield Option("device", (model if model != "virtio" else "virtio-net-pci", *properties), remark)
-
-
-def _network_remark(element: ET.Element, ident: str) -> tuple[str, ...]:
-    """What it was in libvirt, unless it was just this."""
-    source = element.find("source")
-    kind = element.get("type", "")
-    if kind == "user":
-        return ()
-    name = _safe(next(iter(source.attrib.values()), "")) if source is not None else ""
-    bridge = (
-        (name or "BRIDGE") if kind == "bridge" else "virbr0" if (kind, name) == ("network", "default") else "BRIDGE"
-    )
-    was = f"{_safe(kind, 'odd')} {name}".strip()
-    return (
-        f"In libvirt: {was}. QEMU's own network (user) needs no rights, and nobody can call in. For a bridge, if "
-        f"/etc/qemu/bridge.conf allows it: - netdev: [bridge, id: {ident}, br: {bridge}], and no - sandbox.",
-    )
+_GUEST_RESET = {  # of <source>, as libvirt writes it
+    "off": [Property("guest-reset", "off")],
+    "uninitialized": [Property("guest-reset", "on"), Property("guest-resets-all", "off")],
+    "on": [Property("guest-reset", "on"), Property("guest-resets-all", "on")],
+}
 
 
 def _usb(element: ET.Element) -> Option:
-    found = [
-        Property(f"{tag}id", value)
-        for tag in ("vendor", "product")
-        if (value := _safe(_attribute(element.find("source"), tag, "id")))
+    """By vendor and product: QEMU takes it when it is there, and does not miss it."""
+    source = element.find("source")
+    properties = [
+        Property(f"{tag}id", value) for tag in ("vendor", "product") if (value := safe(attribute(source, tag, "id")))
     ]
-    return Option("device", ("usb-host", *found), ("You must be allowed to write to it: see lsusb, and /dev/bus/usb.",))
+    name = safe(attribute(element, "alias", "name"))
+    properties += [Property("id", name)] if name.startswith("ua-") else []
+    properties += _GUEST_RESET.get(source.get("guestReset", ""), []) if source is not None else []
+    properties += domainplaces.boot(element) + domainplaces.usb(element.find("address"))
+    remarks = ["You must be allowed to write to it: see lsusb, and /dev/bus/usb."]
+    if source is not None and source.get("startupPolicy") in (None, "mandatory", "requisite"):
+        remarks.append("libvirt does not start the VM without it. QEMU does, and takes it when it is plugged in.")
+    return Option("device", ("usb-host", *properties), tuple(remarks))
 
 
-def _place(root: ET.Element, address: ET.Element | None) -> list[Property]:
-    """bus and addr, as libvirt writes them. Nothing without an address: QEMU finds a place."""
-    if address is None or address.get("type") != "pci":
-        return []
-    try:
-        bus, slot, function = (int(address.get(name, "0"), 0) for name in ("bus", "slot", "function"))
-    except ValueError:
-        return []
-    machine = _attribute(root, "os/type", "machine")
-    is_express = "q35" in machine or root.find("devices/controller[@model='pcie-root']") is not None
-    more = [Property("multifunction", "on")] if address.get("multifunction") == "on" else []
-    name = f"pci.{bus}" if bus or not is_express else "pcie.0"
-    return [Property("bus", name), *more, Property("addr", f"{slot:#x}" + (f".{function:#x}" if function else ""))]
+def _tpm(root: ET.Element, element: ET.Element) -> Option:
+    """swtpm is started by libvirt, and keeps what it knows in a folder of libvirt's."""
+    version = "1.2" if attribute(element, "backend", "version") == "1.2" else "2"
+    model = safe(element.get("model", ""), "tpm-tis")
+    if model == "tpm-tis" and attribute(root, "os/type", "arch") == "aarch64":
+        model = "tpm-tis-device"
+    uuid = safe((root.findtext("uuid") or "").strip(), "UUID")
+    two = "--tpm2 " if version == "2" else ""
+    return Option(
+        "tpmdev",
+        None,
+        (
+            f"Left out: the emulated TPM. Start swtpm socket {two}--tpmstate dir=DIR --ctrl type=unixio,path=DIR/sock "
+            "yourself, and add - chardev: [socket, id: tpm, path: DIR/sock], - tpmdev: [emulator, id: tpm0, "
+            f"chardev: tpm] and - device: [{model}, tpmdev: tpm0]",
+            f"What the TPM knows, keys of the guest's disks too, is in /var/lib/libvirt/swtpm/{uuid}/tpm{version}, or "
+            f"if the VM is of your own libvirt, in ~/.config/libvirt/qemu/swtpm/{uuid}/tpm{version}: copy it to DIR.",
+        ),
+        left_out=True,
+    )
 
 
-def _pci_name(address: ET.Element | None) -> str:
-    try:
-        numbers = [int((address.attrib if address is not None else {}).get(name, "0"), 0) for name in _PCI]
-    except ValueError:
-        return "0000:00:00.0"
-    return "{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
+def _virtiofs(element: ET.Element, number: int) -> Option:
+    """virtiofsd is started by libvirt too, unless the XML names its socket."""
+    ident = f"fs{number}"
+    tag = safe(attribute(element, "target", "dir"), "TAG")
+    folder = _path(attribute(element, "source", "dir"), "FOLDER")
+    given = attribute(element, "source", "socket")
+    socket = _path(given, f"DIR/{ident}")
+    start = "A" if given else f"Start virtiofsd --socket-path={socket} --shared-dir={folder} yourself, and a"
+    text = (
+        f"Left out: a folder shared with virtiofs. {start}dd - chardev: [socket, id: {ident}, path: {socket}] and "
+        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}]"
+    )
+    return Option("device", None, (text,), left_out=True)
 
 
-_PCI = ("domain", "bus", "slot", "function")
-
-
-def _attribute(element: ET.Element | None, path: str, name: str) -> str:
-    found = element.find(path) if element is not None else None
-    return found.get(name, "") if found is not None else ""
-
-
-def _safe(text: str, default: str = "") -> str:
-    """`text` if it is a plain word, as all of these are."""
-    return text if _SAFE.fullmatch(text) else default
+def _path(text: str, default: str) -> str:
+    """`text` if it can be pasted as it is, into a shell's line too."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./+-]{1,256}", text) else default

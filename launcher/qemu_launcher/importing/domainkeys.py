@@ -19,6 +19,7 @@ MOST_ON_A_LINE = 16  # vCPUs whose CPUs are written on one line
 _SHIELDED = "In libvirt other tasks could run on these CPUs too. Here they cannot, unless isolation is cpuset."
 _SHARED = "As in libvirt, the virtual CPUs share these CPUs, with each other and with other tasks."
 _CLASH = "These are CPUs of the shield, which is for virtual CPUs alone: choose others, or isolation: cpuset."
+_SOME_CLASH = "Behind # are CPUs of the shield, for virtual CPUs alone: choose others, or isolation: cpuset."
 _NO_REAL_TIME = "Real time needs a shielded CPU for each virtual CPU, and each its own."
 _OUTSIDE = "The helper refuses real time outside the shield, unless the administrator allows it (realtime = anywhere)."
 
@@ -36,26 +37,36 @@ def thread_keys(found: Tuning) -> list[Key]:
         why = (_CLASH,) if clashes else ()
         keys.append(Key("emulator_pinning", (_in_flow(found.emulator_pin),), why, only_suggested=clashes))
     if found.iothread_pins:
-        clashes = any(shield & cpus for cpus in found.iothread_pins.values())
-        lines = tuple(f"{name}: {_in_flow(cpus)}" for name, cpus in found.iothread_pins.items())
-        keys.append(Key("iothread_pinning", ("", *lines), (_CLASH,) if clashes else (), only_suggested=clashes))
-    return keys + _schedules(found, may_be_real_time=bool(shield) and len(pins) == found.vcpus)
+        keys.append(_iothread_pinning(found.iothread_pins, shield))
+    return keys + _schedules(found, may_be_real_time=bool(shield) and found.started <= pins.keys())
 
 
 def _pinning(found: Tuning, *, is_shared: bool) -> Key:
     pins = found.vcpu_pins
     if not pins:
-        return suggested_pinning(found.vcpus)
-    unpinned = frozenset(range(found.vcpus)) - frozenset(pins)
+        return suggested_pinning(len(found.started))
+    unpinned = found.started - pins.keys()
     remarks: tuple[str, ...] = (_SHARED if is_shared else _SHIELDED,)
     if unpinned:
         remarks += (f"Not pinned in libvirt: virtual CPU {format_cpulist(unpinned)}.",)
+    if later := pins.keys() - found.started:
+        remarks += (f"May be plugged in later: virtual CPU {format_cpulist(later)}.",)
     if max(pins) >= len(pins):
         return Key("vcpu_pinning", ("", *_by_topology(found)), remarks)
     texts = [_in_flow(pins[index]) for index in range(len(pins))]
     if len(texts) <= MOST_ON_A_LINE:
         return Key("vcpu_pinning", (f"[{', '.join(texts)}]",), remarks)
     return Key("vcpu_pinning", ("", *(f"- {text}" for text in texts)), remarks)
+
+
+def _iothread_pinning(pins: dict[str, frozenset[int]], shield: frozenset[int]) -> Key:
+    """Those that clash with the shield are suggestions, below the others."""
+    lines = [f"{name}: {_in_flow(cpus)}" for name, cpus in pins.items() if not shield & cpus]
+    clashing = [f"{name}: {_in_flow(cpus)}" for name, cpus in pins.items() if shield & cpus]
+    if not lines:
+        return Key("iothread_pinning", ("", *clashing), (_CLASH,), only_suggested=True)
+    why = (_SOME_CLASH,) if clashing else ()
+    return Key("iothread_pinning", ("", *lines, *(f"# {line}" for line in clashing)), why)
 
 
 def _by_topology(found: Tuning) -> list[str]:
@@ -81,7 +92,7 @@ def _in_flow(cpus: frozenset[int]) -> str:
 def _schedules(found: Tuning, *, may_be_real_time: bool) -> list[Key]:
     keys = []
     kinds = set(found.vcpu_schedules.values())
-    if len(kinds) == 1 and len(found.vcpu_schedules) == found.vcpus:
+    if len(kinds) == 1 and found.vcpu_schedules.keys() == found.started:
         (kind,) = kinds
         real_time = kind.policy in REALTIME_POLICIES
         missing = real_time and not may_be_real_time

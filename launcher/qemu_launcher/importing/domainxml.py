@@ -5,7 +5,6 @@ much out of little, and a domain has none), is nested too deep, or holds numbers
 """
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..cpulist import MAX_CPU
@@ -14,6 +13,7 @@ from ..keys import POLICIES
 from ..pinning import MAX_PINNED
 
 MAX_DEPTH = 64  # libvirt's own go about ten levels deep
+MAX_NODE = 1023  # of a guest's NUMA nodes; QEMU has up to 128
 NO_LIMIT = 1 << 60  # bytes; libvirt writes 2^53-1 KiB
 QEMU_NAMESPACE = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _UNITS = {"b": 1, "bytes": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4} | {
@@ -28,18 +28,26 @@ class Schedule(NamedTuple):
     priority: int
 
 
-class Tuning(NamedTuple):
-    """What the XML says about threads and memory. `vcpus`: how many there are when the guest starts."""
+class HugePage(NamedTuple):
+    """Huge pages of `size` bytes (None: the host's usual one) for these nodes of the guest's; None: for all others."""
 
-    vcpus: int
+    size: int | None
+    nodes: frozenset[int] | None
+
+
+class Tuning(NamedTuple):
+    """What the XML says about threads and memory."""
+
+    started: frozenset[int]  # the vCPUs that are there when the guest starts
+    plugged: frozenset[int]  # those of them that libvirt plugs in just before
     topology: tuple[int, int]  # cores of a socket over all its dies and clusters, threads of a core
-    vcpu_pins: dict[int, frozenset[int]]  # by vCPU; only those that are there at the start
+    vcpu_pins: dict[int, frozenset[int]]  # by vCPU, those too that may be plugged in later
     emulator_pin: frozenset[int] | None
     iothread_pins: dict[str, frozenset[int]]  # by the id that QEMU gets
     vcpu_schedules: dict[int, Schedule]
     emulator_schedule: Schedule | None
     memory_limit: int | None  # bytes, memtune's hard_limit
-    not_carried: tuple[str, ...]  # elements with no counterpart
+    huge_pages: tuple[HugePage, ...]
 
 
 class _Shallow(ET.TreeBuilder):
@@ -89,9 +97,9 @@ def tuning(root: ET.Element) -> Tuning:
     """Raises DefinitionError for CPU sets and numbers that cannot be."""
     vcpu = root.find("vcpu")
     most = _number((vcpu.text if vcpu is not None else None) or "1", "vcpu", 1, MAX_PINNED)
-    vcpus = most if vcpu is None else _number(vcpu.get("current", str(most)), "vcpu current", 1, most)
+    started, plugged = _started(root, most)
     everything = _cpus(vcpu.get("cpuset"), "vcpu cpuset") if vcpu is not None and vcpu.get("cpuset") else None
-    pins = dict.fromkeys(range(vcpus), everything) if everything else {}
+    pins = dict.fromkeys(range(most), everything) if everything else {}
     for element in root.iterfind("cputune/vcpupin"):
         pins[_number(element.get("vcpu"), "vcpupin vcpu", 0, MAX_PINNED)] = _cpus(element.get("cpuset"), "vcpupin")
     emulator = root.find("cputune/emulatorpin")
@@ -104,9 +112,10 @@ def tuning(root: ET.Element) -> Tuning:
     emulator_schedule = root.find("cputune/emulatorsched")
     limit = root.find("memtune/hard_limit")
     return Tuning(
-        vcpus=vcpus,
+        started=started,
+        plugged=plugged,
         topology=_topology(root),
-        vcpu_pins={index: cpus for index, cpus in sorted(pins.items()) if cpus and index < vcpus},
+        vcpu_pins={index: cpus for index, cpus in sorted(pins.items()) if cpus and index < most},
         emulator_pin=everything if emulator is None else _cpus(emulator.get("cpuset"), "emulatorpin"),
         iothread_pins={
             f"iothread{_number(element.get('iothread'), 'iothreadpin', 1, 1 << 31)}": _cpus(
@@ -114,26 +123,35 @@ def tuning(root: ET.Element) -> Tuning:
             )
             for element in root.iterfind("cputune/iothreadpin")
         },
-        vcpu_schedules={index: schedule for index, schedule in schedules.items() if index < vcpus},
+        vcpu_schedules={index: schedule for index, schedule in schedules.items() if index in started},
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
         memory_limit=None if limit is None else size(limit),
-        not_carried=tuple(dict.fromkeys(_without_counterpart(root))),
+        huge_pages=_huge_pages(root.find("memoryBacking/hugepages")),
     )
 
 
-_KNOWN = ("vcpupin", "emulatorpin", "iothreadpin", "vcpusched", "emulatorsched")
-
-
-def _without_counterpart(root: ET.Element) -> Iterator[str]:
-    for element in root.iterfind("cputune/*"):
-        if element.tag not in _KNOWN:
-            yield str(element.tag)
-    yield from (str(element.tag) for element in root.iterfind("memtune/*") if element.tag != "hard_limit")
+def _started(root: ET.Element, most: int) -> tuple[frozenset[int], frozenset[int]]:
+    found = {
+        _number(element.get("id"), "vcpus id", 0, most - 1): element.get("hotpluggable") == "yes"
+        for element in root.iterfind("vcpus/vcpu")
+        if element.get("enabled") == "yes"
+    }
+    if found:
+        return frozenset(found), frozenset(index for index, is_plugged in found.items() if is_plugged)
     vcpu = root.find("vcpu")
-    if vcpu is not None and vcpu.get("placement") == "auto":
-        yield "vcpu placement=auto"
-    yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
-    yield from (f"cpu {element.tag}" for element in root.iterfind("cpu/cache[@mode='emulate']"))
+    now = most if vcpu is None else _number(vcpu.get("current", str(most)), "vcpu current", 1, most)
+    return frozenset(range(now)), frozenset()
+
+
+def _huge_pages(element: ET.Element | None) -> tuple[HugePage, ...]:
+    if element is None:
+        return ()
+    found = (
+        HugePage(size(page) or None, None if nodes is None else _set(nodes, "page nodeset", MAX_NODE, "node"))
+        for page in element.iterfind("page")
+        for nodes in [page.get("nodeset")]
+    )
+    return tuple(found) or (HugePage(None, None),)
 
 
 def _topology(root: ET.Element) -> tuple[int, int]:
@@ -172,21 +190,21 @@ def _number(text: str | None, what: str, least: int, most: int) -> int:
 
 
 def _cpus(text: str | None, what: str) -> frozenset[int]:
-    return _set(text, what, MAX_CPU)
+    return _set(text, what, MAX_CPU, "CPU")
 
 
 def _members(text: str | None, what: str) -> frozenset[int]:
-    return _set(text, what, MAX_PINNED)
+    return _set(text, what, MAX_PINNED, "CPU")
 
 
-def _set(text: str | None, what: str, most: int) -> frozenset[int]:
+def _set(text: str | None, what: str, most: int, member: str) -> frozenset[int]:
     """`0-3,^2,8`, in the order in which it is written: libvirt's "cpuset"."""
     found: set[int] = set()
     for part in (text or "").split(","):
         first, dash, last = part.strip().removeprefix("^").partition("-")
-        low = _number(first, f"a CPU of {what}", 0, most)
-        high = _number(last, f"a CPU of {what}", low, most) if dash else low
+        low = _number(first, f"a {member} of {what}", 0, most)
+        high = _number(last, f"a {member} of {what}", low, most) if dash else low
         (found.difference_update if part.strip().startswith("^") else found.update)(range(low, high + 1))
     if not found:
-        raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, which leaves no CPU")
+        raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, which leaves no {member}")
     return frozenset(found)

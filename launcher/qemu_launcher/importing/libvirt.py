@@ -13,10 +13,11 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from .. import cmdline, definition
+from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainxml, virsh
-from .command_line import as_read, check_output, deliver, headline, kept, options_of, written
+from . import domaindevices, domainkeys, domainlosses, domainmemory, domainremarks, domainshown, domainxml, virsh
+from .command_line import check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
 from .prefixes import peel
@@ -37,7 +38,7 @@ def import_domain(source: str, output: str | None) -> int:
     text = _file(source) if is_file else virsh.domain_xml(source)
     root = domainxml.parse(text, source if is_file else f"the XML of {source}")
     found = domainxml.tuning(root)  # before virsh is asked for more: these mistakes are the cheaper ones
-    draft = _draft(root, found, virsh.command_line(domaindevices.prepared(root)), is_saved=output is not None)
+    draft = _draft(root, found, virsh.command_line(domainshown.prepared(root)), is_saved=output is not None)
     deliver(written(draft, [word for option in kept(draft) for word in cmdline.option_argv(option)]), output)
     return 0
 
@@ -58,14 +59,18 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
         options = [_readable(option) for option in options_of(prefix.argv[1:])]
     except (ValueError, LauncherError) as err:
         raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
-    huge = root.find("memoryBacking/hugepages")
-    options = [_hugepages(option, huge) for option in options if not _is_libvirts(option)]
+    options = [option for option in options if not _is_libvirts(option)]
+    options = [_with_plugged(option, found) for option in options]
+    options = list(domainmemory.in_no_folder(options, found.huge_pages))
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
-    if found.not_carried:
-        notes.append(f"Not carried over from libvirt: {', '.join(found.not_carried)}.")
-    options = [*_remarked(options, root), *(_placed(new, options) for new in domaindevices.replacements(root))]
+    if lost := domainlosses.not_carried(root):
+        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
+    options += [_placed(new, options) for new in domaindevices.replacements(root)]
+    options = list(domainremarks.remarked(options, root))
+    if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
+        options.append(Option("no-reboot", None))
     draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
     keys = [env_key(env)] if env else []
     return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *domainkeys.memory_keys(found, kept(draft))))
@@ -125,9 +130,10 @@ def _placed(device: Option, others: Sequence[Option]) -> Option:
     """
     if not isinstance(device.value, tuple):
         return device
-    place = {element for element in _properties(device) if element.name in ("bus", "addr", "multifunction")}
+    place = {element for element in _properties(device) if element.name in ("bus", "addr", "port", "multifunction")}
     slot = {element for element in place if element.name != "multifunction"}
-    buses = {"pci.0", "pcie.0", *(element.value for o in others for element in _properties(o) if element.name == "id")}
+    ids = [element.value for other in others for element in _properties(other) if element.name == "id"]
+    buses = {"pci.0", "pcie.0", *ids, *(f"{ident}.0" for ident in ids)}  # usb.0 is the bus of usb
     is_there = all(element.value in buses for element in slot if element.name == "bus")
     if not slot or (is_there and not any(slot <= set(_properties(other)) for other in others)):
         return device
@@ -138,49 +144,17 @@ def _properties(option: Option) -> list[Property]:
     return [element for element in option.value or () if isinstance(element, Property)]
 
 
-def _hugepages(option: Option, huge: Element | None) -> Option:
-    """Memory in huge pages without libvirt's own folder for them, which is root's."""
+def _with_plugged(option: Option, found: Tuning) -> Option:
+    """-smp with the virtual CPUs too that libvirt plugs in while the guest is still paused."""
     value = option.value
-    if huge is None or option.bare_name != "object" or not isinstance(value, tuple):
+    if option.bare_name != "smp" or not found.plugged or not isinstance(value, tuple):
         return option
-    if value[0] not in ("memory-backend-ram", "memory-backend-memfd"):
-        return option
-    page = huge.find("page")
-    size = domainxml.size(page) if page is not None and page.get("nodeset") is None else None
-    more = [Property("hugetlb", "on"), *([Property("hugetlbsize", str(size))] if size else [])]
-    remark = "Huge pages: as many must be free as this needs, see HugePages_Free in /proc/meminfo."
-    return option._replace(value=("memory-backend-memfd", *value[1:], *more), comments=(remark,))
+    count = len(found.started)
+    if found.started == frozenset(range(count)):
+        return option._replace(value=(str(count), *value[1:]))
+    return option._replace(comments=(_MISSING.format(format_cpulist(found.plugged)),))
 
 
-def _remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
-    """The same options; the first of each kind that needs a choice with a comment."""
-    said: set[str] = set()
-    auto = root.find("devices/graphics[@autoport='yes']") is not None
-    for option in options:
-        remark = _remark(option, auto_port=auto)
-        if remark is None or remark in said:
-            yield option
-            continue
-        said.add(remark)
-        yield option._replace(comments=(*option.comments, remark))
-
-
-def _remark(option: Option, *, auto_port: bool) -> str | None:
-    known = as_read(option)
-    text = cmdline.option_argv(known)[-1]
-    name = option.bare_name
-    if name == "object" and "masterKey0" in text:
-        return "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
-    if "/domain-" in text:
-        return "libvirt makes this folder when it starts the VM: choose a path of yours."
-    if "/libvirt/" in text or "/dev/disk/" in text:
-        return "libvirt gives QEMU access to this when it starts the VM: you must have it yourself."
-    if name == "device" and "vfio-pci" in text:
-        return "libvirt binds it to vfio-pci when it starts the VM: do that first, and give yourself /dev/vfio/GROUP."
-    if name == "spice" and "disable-ticketing" not in text:
-        return "libvirt sets the password later: add disable-ticketing: on, or a secret with password-secret."
-    if name in ("spice", "vnc") and auto_port:
-        return "virsh has chosen this port just now; no other VM may have it."
-    if any(key in ("fd", "fds", "vhostfd", "vhostfds") for key, _value in known.properties()):
-        return "A descriptor of libvirtd's, which QEMU is started without: name the file or device instead."
-    return None
+_MISSING = (
+    "In libvirt these too are there when the guest starts: virtual CPU {}. Here they must be plugged in, by device_add."
+)

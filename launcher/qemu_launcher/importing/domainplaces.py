@@ -1,0 +1,70 @@
+"""What libvirt's XML says of any device, as properties of QEMU's: its place, its turn at the boot, its ROM. Pure."""
+
+import re
+import xml.etree.ElementTree as ET
+
+from ..options import Property
+
+_SAFE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_PCI = ("domain", "bus", "slot", "function")
+
+
+def attribute(element: ET.Element | None, path: str, name: str) -> str:
+    """An attribute of what stands below `element`; '' if there is none."""
+    found = element.find(path) if element is not None else None
+    return found.get(name, "") if found is not None else ""
+
+
+def safe(text: str, default: str = "") -> str:
+    """`text` if it is a plain word, as nearly all attributes are."""
+    return text if _SAFE.fullmatch(text) else default
+
+
+def boot(element: ET.Element) -> list[Property]:
+    """bootindex."""
+    return [Property("bootindex", order)] if (order := safe(attribute(element, "boot", "order"))) else []
+
+
+def rom(element: ET.Element) -> list[Property]:
+    """rombar and romfile."""
+    found = element.find("rom")
+    if found is None:
+        return []
+    if found.get("enabled") == "no":
+        return [Property("romfile", "")]
+    bar = {"on": [Property("rombar", "1")], "off": [Property("rombar", "0")]}.get(found.get("bar", ""), [])
+    return bar + ([Property("romfile", file)] if (file := found.get("file")) else [])
+
+
+def pci(root: ET.Element, address: ET.Element | None) -> list[Property]:
+    """bus and addr, as libvirt writes them. Nothing without an address: QEMU finds a place."""
+    if address is None or address.get("type") != "pci":
+        return []
+    try:
+        bus, slot, function = (int(address.get(name, "0"), 0) for name in ("bus", "slot", "function"))
+    except ValueError:
+        return []
+    machine = attribute(root, "os/type", "machine")
+    is_express = "q35" in machine or root.find("devices/controller[@model='pcie-root']") is not None
+    more = [Property("multifunction", "on")] if address.get("multifunction") == "on" else []
+    name = f"pci.{bus}" if bus or not is_express else "pcie.0"
+    return [Property("bus", name), *more, Property("addr", f"{slot:#x}" + (f".{function:#x}" if function else ""))]
+
+
+def pci_name(address: ET.Element | None) -> str:
+    """A device of the host's, 0000:01:00.0."""
+    try:
+        numbers = [int((address.attrib if address is not None else {}).get(name, "0"), 0) for name in _PCI]
+    except ValueError:
+        return "0000:00:00.0"
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
+
+
+def usb(address: ET.Element | None) -> list[Property]:
+    """bus and port: the controller of index 0 is `usb`, the next ones are `usb1`, `usb2`."""
+    if address is None or address.get("type") != "usb":
+        return []
+    bus, port = safe(address.get("bus", "0")), safe(address.get("port", ""))
+    if not bus or not port:
+        return []
+    return [Property("bus", f"usb{'' if bus == '0' else bus}.0"), Property("port", port)]

@@ -1,0 +1,51 @@
+"""The XML of a VM as virsh shall see it: without what it would want to have at hand, or take from the host.
+
+domxml-to-native opens tap devices; it wants USB devices plugged in, and secrets, numad and hugetlbfs at hand. None of
+that is of use to who starts QEMU himself. `domaindevices`, `domainmemory` and `domainkeys` have what is left out here.
+Pure.
+"""
+
+import copy
+import xml.etree.ElementTree as ET
+
+from ..errors import DefinitionError
+from .domaindevices import is_replaced
+from .domainplaces import attribute, safe
+
+# Nothing of this is on a command line, and a libvirt that is not root's refuses some of it.
+_NOT_FOR_VIRSH = ("metadata", "seclabel", "resource", "cputune", "memtune", "blkiotune", "memoryBacking/hugepages")
+
+
+def prepared(root: ET.Element) -> bytes:
+    """The XML that virsh shall see. Raises DefinitionError for disks that would not be what they are."""
+    for disk in root.iterfind("devices/disk[transient]"):
+        name = safe(attribute(disk, "target", "dev"), "?")
+        raise DefinitionError(
+            f"the disk {name} is transient in libvirt, which throws away what the guest writes: here it would stay",
+            "if it may, take <transient/> out of a copy of the XML, and import the copy; QEMU's own way to throw it "
+            "away is - drive: [..., snapshot: on] in place of the disk's blockdevs",
+        )
+    whole = copy.deepcopy(root)
+    for path in _NOT_FOR_VIRSH:
+        folder, _slash, tag = path.rpartition("/")
+        parent = whole if not folder else whole.find(folder)
+        for element in [] if parent is None else parent.findall(tag):
+            parent.remove(element)  # type: ignore[union-attr]  # None has no elements
+    _without_numad(whole)
+    devices = whole.find("devices")
+    for element in [] if devices is None else list(devices):
+        if is_replaced(element):
+            devices.remove(element)  # type: ignore[union-attr]  # as above
+        elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
+            element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
+    return ET.tostring(whole)
+
+
+def _without_numad(whole: ET.Element) -> None:
+    """placement=auto means that numad says where, and only to a libvirt that starts the VM."""
+    numatune, vcpu = whole.find("numatune"), whole.find("vcpu")
+    for memory in [] if numatune is None else numatune.findall("memory"):
+        if memory.get("nodeset") is None:
+            numatune.remove(memory)  # type: ignore[union-attr]  # as above
+    if vcpu is not None and vcpu.get("placement") == "auto":
+        del vcpu.attrib["placement"]

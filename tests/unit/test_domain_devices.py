@@ -1,0 +1,193 @@
+"""libvirt's XML: the devices that virsh is not shown, QEMU's for them, and what is said about any."""
+
+import pytest
+
+from qemu_launcher import cmdline
+from qemu_launcher.errors import DefinitionError
+from qemu_launcher.importing import command_line, domaindevices, domainremarks, domainshown, domainxml
+from unit.domains import LINE, definition_of, domain
+from unit.reading import read
+
+
+def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
+    root = domain(f"<os><type machine='{machine}'>hvm</type></os><devices>{devices}</devices>")
+    options = [option for option in domaindevices.replacements(root) if not option.left_out]
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
+    assert shown.find("devices/interface") is None
+    return [w for o in options for w in cmdline.option_argv(command_line.as_read(o))]
+
+
+@pytest.mark.parametrize(
+    ("devices", "argv"),
+    [
+        ("<interface type='user'/>", "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0"),
+        (
+            "<interface type='bridge'><source bridge='br0'/><model type='virtio'/>"
+            "<address type='pci' bus='0x02' slot='0x01' function='0x3' multifunction='on'/></interface>",
+            "-netdev user,id=hostnet0 "
+            "-device virtio-net-pci,netdev=hostnet0,id=net0,bus=pci.2,multifunction=on,addr=0x1.0x3",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' domain='0' bus='0x06' slot='0x10' function='0x2'/>"
+            "</source></interface>",
+            "-device vfio-pci,host=0000:06:10.2",
+        ),
+        (
+            "<hostdev type='usb'><source><vendor id='0x12'/><product id='0x34'/></source></hostdev>",
+            "-device usb-host,vendorid=0x12,productid=0x34",
+        ),
+        (
+            "<hostdev type='usb'><source guestReset='off'><vendor id='0x12'/><product id='0x34'/></source>"
+            "<boot order='1'/><address type='usb' bus='1' port='2.3'/><alias name='ua-key'/></hostdev>",
+            "-device usb-host,vendorid=0x12,productid=0x34,id=ua-key,guest-reset=off,bootindex=1,bus=usb1.0,port=2.3",
+        ),
+        (
+            "<hostdev type='usb'><source guestReset='uninitialized'><vendor id='0x12'/></source>"
+            "<address type='usb' bus='0' port='1'/></hostdev>",
+            "-device usb-host,vendorid=0x12,guest-reset=on,guest-resets-all=off,bus=usb.0,port=1",
+        ),
+        ("<hostdev type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
+        (
+            "<interface type='user'><model type='virtio-transitional'/></interface>"
+            "<interface type='user'><model type='virtio-non-transitional'/><rom file='/a,b'/></interface>",
+            "-netdev user,id=hostnet0 -device virtio-net-pci-transitional,netdev=hostnet0,id=net0 "
+            "-netdev user,id=hostnet1 -device virtio-net-pci-non-transitional,netdev=hostnet1,id=net1,romfile=/a,,b",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' bus='7'/></source><boot order='1'/><rom bar='off'/>"
+            "<address type='pci' bus='5' slot='0' function='0'/></interface>",
+            "-device vfio-pci,host=0000:07:00.0,bootindex=1,bus=pci.5,addr=0x0,rombar=0",
+        ),
+        (
+            "<interface type='hostdev'><source><address type='pci' bus='7'/></source><rom enabled='no'/></interface>",
+            "-device vfio-pci,host=0000:07:00.0,romfile=",
+        ),
+        ("<tpm model='tpm-crb'><backend type='emulator'/></tpm><filesystem><driver type='virtiofs'/></filesystem>", ""),
+        ("<tpm model='tpm-tis'><backend type='passthrough'/></tpm><filesystem type='mount'/>", ""),
+        (
+            "<interface type='x,y'><source a='b c'/><model type='a,b'/><mac address='x y'/>"
+            "<address type='pci' bus='zz'/></interface>",
+            "-netdev user,id=hostnet0 -device rtl8139,netdev=hostnet0,id=net0",
+        ),
+    ],
+)
+def test_replaced_devices(devices: str, argv: str) -> None:
+    assert " ".join(replaced(devices)) == argv
+
+
+def comments_on(devices: str, line: str = LINE) -> str:
+    """All comments on QEMU's options, each on one line."""
+    return definition_of(f"<devices>{devices}</devices>", line).replace("\n  # ", " ")
+
+
+@pytest.mark.parametrize(
+    ("tpm", "swtpm", "device", "state"),
+    [
+        ("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>", "socket --tpm2", "tpm-crb", "tpm2"),
+        ("<tpm model='tpm-tis'><backend type='emulator' version='1.2'/></tpm>", "socket", "tpm-tis", "tpm1.2"),
+        ("<tpm><backend type='emulator'/></tpm>", "socket --tpm2", "tpm-tis", "tpm2"),
+    ],
+)
+def test_an_emulated_tpm(tpm: str, swtpm: str, device: str, state: str) -> None:
+    text = definition_of(f"<uuid>11111111-2222</uuid><devices>{tpm}</devices>").replace("\n  # ", " ")
+    assert f"Start swtpm {swtpm} --tpmstate dir=DIR" in text
+    assert f"- device: [{device}, tpmdev: tpm0]" in text
+    assert f"/var/lib/libvirt/swtpm/11111111-2222/{state}, or" in text
+
+
+def test_folders_of_virtiofs() -> None:
+    one = "<filesystem><driver type='virtiofs'/><source {}/><target dir='{}'/></filesystem>"
+    text = comments_on(
+        "".join((one.format("dir='/srv/a'", "a"), one.format("dir='/a b'", "b]"), one.format("socket='/run/s'", "c")))
+    )
+    for said in (
+        "Start virtiofsd --socket-path=DIR/fs0 --shared-dir=/srv/a yourself, and add - chardev: [socket, id: fs0, "
+        "path: DIR/fs0] and - device: [vhost-user-fs-pci, chardev: fs0, tag: a]",
+        "--socket-path=DIR/fs1 --shared-dir=FOLDER yourself",
+        "- device: [vhost-user-fs-pci, chardev: fs1, tag: TAG]",
+        "with virtiofs. Add - chardev: [socket, id: fs2, path: /run/s] and - device: [vhost-user-fs-pci, chardev: fs2, "
+        "tag: c]",
+    ):
+        assert said in text
+
+
+PASSWORD = "libvirt sets the password later"
+NO_VIEWER = "libvirt itself lets viewers in here."
+CHOSEN = "virsh has chosen this port"
+MDEV = "An mdev, which is gone"
+BOUND = "libvirt binds it to vfio-pci"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("-vnc 0.0.0.0:5,password=on,audiodev=a", {PASSWORD, CHOSEN}),
+        ("-vnc 0.0.0.0:5,password", {PASSWORD, CHOSEN}),
+        ("-vnc 127.0.0.1:0", {CHOSEN}),
+        ("-spice port=5900", {PASSWORD, CHOSEN}),
+        ("-spice port=0,disable-ticketing=on,gl=on", {NO_VIEWER}),
+        ("-spice port=0,tls-port=5901,disable-ticketing=on", {CHOSEN}),
+        ("-spice unix=on,addr=/tmp/s,disable-ticketing=on", set()),
+        ("-device vfio-pci,sysfsdev=/sys/bus/mdev/devices/c2177883", {MDEV}),
+        ("-device vfio-pci,host=0000:02:00.0", {BOUND}),
+    ],
+)
+def test_what_libvirt_would_do_later(option: str, said: set[str]) -> None:
+    (read_option,) = command_line.options_of(option.split(" "))
+    root = domain("<devices><graphics autoport='yes'/></devices>")
+    (remarked,) = domainremarks.remarked([read_option], root)
+    assert {text for text in (PASSWORD, NO_VIEWER, CHOSEN, MDEV, BOUND) if text in " ".join(remarked.comments)} == said
+
+
+def test_a_function_of_a_card() -> None:
+    function = (
+        "<source><address type='pci' bus='7' slot='0x10' function='2'/></source><mac address='52:54:00:6d:90:02'/>"
+    )
+    text = comments_on(
+        f"<interface type='hostdev'>{function}<vlan><tag id='42'/></vlan><teaming/></interface>",
+        LINE.replace("0000:01:00.0", "0000:02:00.0").replace("vfio-pci", "e1000"),
+    )
+    assert "and you must now: ip link set PF vf N mac 52:54:00:6d:90:02 vlan 42. PF is the card" in text
+    assert "its function 0000:07:10.2" in text
+    assert "Not carried over from the interface: teaming." in text
+    assert "libvirt binds it to vfio-pci" in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"), [("", 1), ("startupPolicy='requisite'", 1), ("startupPolicy='optional'", 0)]
+)
+def test_a_usb_device_may_be_missing(policy: str, said: int) -> None:
+    usb = f"<hostdev type='usb'><source {policy}><vendor id='0x12'/></source></hostdev>"
+    assert comments_on(usb).count("libvirt does not start the VM without it.") == said
+
+
+def test_a_port_that_is_not_there_or_given_away() -> None:
+    usb = (
+        "<hostdev type='usb'><source><vendor id='1'/></source><address type='usb' bus='0' port='1'/></hostdev>"
+        "<hostdev type='usb'><source><vendor id='2'/></source><address type='usb' bus='0' port='2'/></hostdev>"
+        "<hostdev type='usb'><source><vendor id='3'/></source><address type='usb' bus='1' port='2'/></hostdev>"
+    )
+    more = " -device qemu-xhci,id=usb -device usb-tablet,bus=usb.0,port=1"
+    words = cmdline.qemu_argv(read(definition_of(f"<devices>{usb}</devices>", LINE + more)))
+    assert [word for word in words if word.startswith("usb-host")] == [
+        "usb-host,vendorid=1",
+        "usb-host,vendorid=2,bus=usb.0,port=2",
+        "usb-host,vendorid=3",
+    ]
+
+
+def test_passed_through_pci_gets_the_driver_that_libvirt_chooses_late() -> None:
+    root = domain("<devices><hostdev type='pci'/><hostdev type='pci'><driver name='xen'/></hostdev></devices>")
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
+    assert [driver.get("name") for driver in shown.iter("driver")] == ["vfio", "xen"]
+    assert root.find("devices/hostdev[1]/driver") is None  # ours is a copy
+
+
+def test_a_disk_that_forgets_is_refused() -> None:
+    """As another disk it would keep what the guest writes, and nobody would notice until it is too late."""
+    disk = "<disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/>{}</disk>"
+    with pytest.raises(DefinitionError, match="the disk vda is transient in libvirt") as caught:
+        domainshown.prepared(domain(f"<devices>{disk.format('<transient/>')}</devices>"))
+    assert caught.value.hint is not None
+    assert "snapshot: on" in caught.value.hint
+    domainshown.prepared(domain(f"<devices>{disk.format('')}</devices>"))
