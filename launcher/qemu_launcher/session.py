@@ -67,7 +67,6 @@ def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: boo
     spelled = Spelled(named, "start" if starter.is_there else "run")
     if not untuned:
         _validate_tuning(definition, spelled, voice)
-    terminal.fill_standard_descriptors()
     manager = Manager.taken(os.environ)
     identity.assume(definition)
     voice.step(f"user {os.geteuid()}, group {os.getegid()}, groups {', '.join(map(str, os.getgroups())) or 'none'}")

@@ -324,6 +324,24 @@ def test_nobody_waits_any_more(home: Home) -> None:
     assert "who has started this in the background is gone" in run.output
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_standard_descriptors_that_are_closed(world: World, closed: str) -> None:
+    """What is opened instead of them would be handed to a child by its number, where its own take that."""
+    world.home.define()
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *world.home.command("start", VM)],
+        env=world.home.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert world.home.record()["state"] == "running"
+    assert ("running, untuned" in done.stderr) is ("2>" not in closed)
+
+
 def test_folder_that_is_gone(world: World, tmp_path: Path) -> None:
     world.home.define()
     (tmp_path / "gone").mkdir()
