@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, rundir, runtime, starter, stdout, unseen
+from . import access, cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .voice import Voice
@@ -110,7 +110,7 @@ def _ourselves() -> list[str]:
 
 def _user_manager(environ: Mapping[str, str]) -> Path | None:
     """The runtime directory of a user manager; None without one, or without the program to ask it."""
-    if not any(os.access(Path(folder) / SYSTEMD_RUN, os.X_OK) for folder in os.get_exec_path()):
+    if programs.along_path(SYSTEMD_RUN, environ) is None:
         return None
     place = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     # Only looked at: systemd complains in the journal about who connects and says nothing.

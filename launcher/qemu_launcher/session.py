@@ -29,6 +29,7 @@ from .monitors import Monitors
 from .notify import Manager
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
+from .programs import along_path
 from .qmp import ConnectionLost, Qmp, QmpRefused
 from .ram import guest_ram
 from .record import RUNNING, UNHELD
@@ -370,14 +371,14 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
 def _check_command(definition: VmDefinition) -> None:
     """What is wrong with it that can be told before the user's own commands run, and with its place.
 
-    A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing.
+    A name without a slash is looked for along PATH, since execvpe(3) cannot say that it found nothing.
     """
     binary, env, folder = definition.binary, definition.environment(os.environ), definition.working_directory
     if folder is not None and not os.access(folder, os.X_OK):
         hint = unexpanded.hint(str(folder), "make it, or correct the path")
         mark = definition.marks["working_directory"]
         raise DefinitionError(f"there is no folder {str(folder)!r}, or it is closed to you", hint, mark=mark)
-    if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
+    if "/" in binary or along_path(binary, env, folder or Path()) is not None:
         return
     searched = ":".join(os.get_exec_path(env))
     raise QemuFailed(

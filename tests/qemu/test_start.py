@@ -4,6 +4,7 @@ import abc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -322,6 +323,15 @@ def test_nobody_waits_any_more(home: Home) -> None:
     run = home.start(env={"QEMU_LAUNCHER_STARTER": "/nowhere"})
     assert run.end() == 1
     assert "who has started this in the background is gone" in run.output
+
+
+def test_directory_that_is_called_systemd_run_is_none(managed: Managed) -> None:
+    (managed.desk / "bin/systemd-run").unlink()
+    (managed.desk / "bin/systemd-run").mkdir()
+    managed.home.define(binary=shutil.which("qemu-system-x86_64"))
+    done = managed.start(env={"PATH": f"{managed.desk}/bin"})
+    assert done.returncode == 0, done.stderr
+    assert "its messages go to" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])

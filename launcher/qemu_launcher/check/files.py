@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import restrictions, unexpanded
 from ..definition import QemuOption, VmDefinition
+from ..programs import along_path
 from .asked import Image
 from .finding import MAY_COME, Finding
 from .tree import ENTER, READ, WRITE, Tree
@@ -126,15 +127,17 @@ def _near(tree: Tree, path: str, image: Image) -> str:
 
 
 def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str | None:
-    """Where the program is that a start would execute, along PATH as execvpe(3) looks; None if nowhere."""
+    """Where the program is that a start would execute; None if nowhere."""
     if "/" in name:
         path = str(folder / name)
-        return path if tree.may(path, ENTER) and not tree.is_directory(path) else None
-    for place in os.get_exec_path(dict(env)):
-        path = os.path.join(place or ".", name)  # noqa: PTH118  Path would lose the ./
-        if tree.may(path, ENTER) and not tree.is_directory(path):
-            return path
-    return None
+        return path if may_start(tree, path) else None
+    found = along_path(name, env, folder, lambda path: may_start(tree, str(path)))
+    return None if found is None else str(found)
+
+
+def may_start(tree: Tree, path: str) -> bool:
+    """Whether it is there, and this user's to execute."""
+    return tree.may(path, ENTER) and not tree.is_directory(path)
 
 
 def is_program(tree: Tree, binary: str) -> bool:

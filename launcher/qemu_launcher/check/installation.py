@@ -16,8 +16,9 @@ from .. import absence, access, agent, cgroups, locate
 from ..patience import patiently
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
+from .files import may_start
 from .finding import Finding, Severity
-from .tree import ENTER, Tree
+from .tree import Tree
 
 if TYPE_CHECKING:
     from .dryrun import Asker
@@ -232,7 +233,7 @@ def qemus(tree: Tree) -> Iterator[Finding]:
     for folder in os.get_exec_path():
         for name in tree.names(folder):
             path = f"{folder.rstrip('/')}/{name}"
-            if (name.startswith("qemu-system-") or name == "qemu-kvm") and tree.may(path, ENTER):
+            if (name.startswith("qemu-system-") or name == "qemu-kvm") and may_start(tree, path):
                 found.setdefault(name, path)
     if not found:
         text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"
