@@ -174,7 +174,7 @@ async def _run_qemu(run: _Run) -> int:
 
 
 async def _after_end(qemu: Qemu, tuning: Tuning) -> None:
-    """Whether its guest ever ran or not; only a QEMU that runs on without us keeps what it has."""
+    """Take back what QEMU had, whether its guest ever ran or not; unless QEMU runs on without us."""
     if qemu.ended.done():
         await tuning.after_end()
 
