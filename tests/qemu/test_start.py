@@ -405,6 +405,17 @@ def test_unit_of_the_last_start_is_waited_for(managed: Managed) -> None:
     assert looks.read_text() == "look\n"
 
 
+def test_name_whose_last_unit_does_not_end(managed: Managed) -> None:
+    managed.home.define()
+    (managed.desk / "refuse").write_text("Unit was already loaded or has a fragment file.\n")
+    (managed.desk / "bin/systemctl").write_text("#!/bin/sh\necho deactivating\n")
+    change = "from qemu_launcher import background; background._ATTEMPTS = 3"
+    done = managed.home.ask("start", VM, change=change)
+    assert done.returncode == 1
+    assert done.stderr.startswith("qemu-launcher: your systemd did not start it: Unit was already loaded or has a frag")
+    assert managed.sockets() == []
+
+
 @pytest.mark.parametrize(
     ("environment", "is_told"),
     [
