@@ -10,6 +10,7 @@ be upgraded or removed meanwhile.
 """
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -272,10 +273,8 @@ class _Start:
         cpus = await qmp.execute("query-cpus-fast")
         possible = None
         if self.holds_guest:
-            try:
+            with contextlib.suppress(QmpRefused):  # a machine without CPU hotplug: what is there is all there can be
                 possible = await qmp.execute("query-hotpluggable-cpus")
-            except QmpRefused:  # a machine without CPU hotplug: what is there is all there can be
-                possible = None
         found = threads.read_threads(cpus, possible, await qmp.execute("query-iothreads"))
         strangers = {vcpu.tid for vcpu in found.vcpus} - set(procfs.tids(self.qemu.pid))
         if strangers:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .. import restrictions, unexpanded
-from ..definition import QemuOption, VmDefinition
+from ..definition import HookCommand, QemuOption, VmDefinition
 from ..programs import along_path
 from .asked import Image
-from .finding import MAY_COME, Finding
+from .finding import MAY_COME, Finding, Severity
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
@@ -61,16 +61,17 @@ def images(
 
 def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folder: Path) -> Iterator[Finding]:
     """Whether the programs of before_start and after_stop are there. They are not executed."""
-    for key, wanted, severity in (
+    hooks: tuple[tuple[str, Sequence[HookCommand], Severity], ...] = (
         ("before_start", definition.before_start, "error"),
         ("after_stop", definition.after_stop, "warning"),
-    ):
+    )
+    for key, wanted, severity in hooks:
         for program in dict.fromkeys(command.argv[0] for command in wanted):
             if binary(tree, program, env, folder) is None:
                 mark = next(command.mark for command in wanted if command.argv[0] == program)
                 text = f"{mark}: {key} cannot start {program!r}: it is in no folder of PATH, or not yours to execute"
                 fix = unexpanded.hint(program, "install it, or correct its path")
-                yield Finding("error" if severity == "error" else "warning", key, text, fix)
+                yield Finding(severity, key, text, fix)
     if definition.before_start:
         yield Finding(
             "note", "before_start", "what before_start makes is not there yet: it is not executed for a check"
