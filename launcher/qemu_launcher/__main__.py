@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import cli, stdout
+from . import cli, stdout, terminal
 from .errors import PROGRAM, AlreadyRunning, DefinitionError, LauncherError, render
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ SIGINT, SIGPIPE = 2, 13  # signal(7); the module signal costs more to import tha
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: this process's arguments). Returns the exit status."""
     try:
+        # Before anything is opened that a child is given by its number: the child's own three would go over it.
+        terminal.fill_standard_descriptors()
         arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
         if isinstance(arguments, cli.Run | cli.Start | cli.Check | cli.Import):
             _reset_sigchld()

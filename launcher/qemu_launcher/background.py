@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, rundir, runtime, starter, stdout, unseen
+from . import access, cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .voice import Voice
@@ -39,7 +39,7 @@ SERVICE = (
 )
 LINGER = Path("/var/lib/systemd/linger")  # a file for each user: loginctl(1), enable-linger
 # After its QEMU a launcher still has CPUs to give back, and systemd a unit to forget.
-_LATE_END, _PAUSE = 10.0, 0.1  # seconds
+_ATTEMPTS, _PAUSE = 100, 0.1  # seconds between them
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -110,7 +110,7 @@ def _ourselves() -> list[str]:
 
 def _user_manager(environ: Mapping[str, str]) -> Path | None:
     """The runtime directory of a user manager; None without one, or without the program to ask it."""
-    if not any(os.access(Path(folder) / SYSTEMD_RUN, os.X_OK) for folder in os.get_exec_path()):
+    if programs.along_path(SYSTEMD_RUN, environ) is None:
         return None
     place = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     # Only looked at: systemd complains in the journal about who connects and says nothing.
@@ -119,21 +119,7 @@ def _user_manager(environ: Mapping[str, str]) -> Path | None:
 
 def _as_service(child: _Child, place: Path, voice: Voice) -> int:
     unit = f"qemu-launcher-{child.name}.service"
-    with rundir.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
-        manager, talk = _ask_manager(child, unit, place, path), None
-        patience = round(_LATE_END / _PAUSE)
-        while (talk := _accepted(listener, manager)) is None and patience and _is_ending(unit, place):
-            manager.communicate()
-            time.sleep(_PAUSE)  # the last one of this name is on its way out
-            patience -= 1
-            manager = _ask_manager(child, unit, place, path)
-    if talk is None:
-        _, words = manager.communicate()
-        raise LauncherError(
-            f"your systemd did not start it: {words.decode(errors='replace').strip() or 'it does not say why'}",
-            f"see what it says with: systemctl --user status {unit}\n"
-            f"or start it here: qemu-launcher run {child.spelled}",
-        )
+    manager, talk = _started_service(child, unit, place)
     messages = f"journalctl --user -u {unit}"
     status = talk.until_last_word(child, messages)
     manager.communicate()  # it returns when the unit has started, or has been forgotten
@@ -141,6 +127,23 @@ def _as_service(child: _Child, place: Path, voice: Voice) -> int:
         _mention_logout(child.environ, voice)
         return 0
     return _failure(status, child, messages)
+
+
+def _started_service(child: _Child, unit: str, place: Path) -> "tuple[subprocess.Popen[bytes], _Talk]":
+    """systemd-run, which waits for it, and the launcher. LauncherError if systemd does not start it."""
+    with rundir.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
+        for _ in range(_ATTEMPTS):
+            manager = _ask_manager(child, unit, place, path)
+            if (talk := _accepted(listener, manager)) is not None:
+                return manager, talk
+            _, words = manager.communicate()
+            if not _is_ending(unit, place):
+                break
+            time.sleep(_PAUSE)  # the last one of this name is on its way out
+    raise LauncherError(
+        f"your systemd did not start it: {words.decode(errors='replace').strip() or 'it does not say why'}",
+        f"see what it says with: systemctl --user status {unit}\nor start it here: qemu-launcher run {child.spelled}",
+    )
 
 
 def _ask_manager(child: _Child, unit: str, place: Path, path: Path) -> "subprocess.Popen[bytes]":

@@ -116,7 +116,7 @@ class VmDefinition(NamedTuple):
 
     @property
     def could_pin_unaided(self) -> bool:
-        """Whether the helper is needed only since threads are to have their CPUs for themselves."""
+        """Whether its threads need the helper as they are, and with `isolation: affinity` would not."""
         return self.isolation in ("shield", "cpuset") and not self._replace(isolation="affinity").threads_by_helper
 
     @property

@@ -3,10 +3,11 @@
 Why it exists: a vCPU may come at any time, by whoever has a monitor, and QEMU sends no event of its own for it. So the
 process's threads are looked at every few seconds, which costs a directory listing; QEMU is asked only when there is a
 thread that has not been seen before or a vCPU's has gone. The events that it does send, once the guest has taken notice
-(ACPI_DEVICE_OST) or let a vCPU go (DEVICE_DELETED), are reason to look at once; as long as all vCPUs that there can be
-are there, they are the only one.
+(ACPI_DEVICE_OST) or let a vCPU go (DEVICE_DELETED), are reason to look at once. While no more vCPUs can be plugged in,
+only these events make it look.
 
-Until then a new vCPU runs where QEMU's emulator threads run. The watch ends when QEMU does, and fails nobody's run.
+Until it is noticed a new vCPU runs where QEMU's emulator threads run. The watch ends when QEMU does, and fails nobody's
+run.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 from . import procfs
 from .errors import LauncherError, QmpError
-from .qmp import Event, Qmp, QmpRefused
+from .qmp import ConnectionLost, Event, Qmp, QmpRefused
 from .threads import Threads
 
 LOOK = 2.0  # seconds; a vCPU is plugged in by a person, who will not mind
@@ -40,15 +41,18 @@ class Hotplug:
         self._heard = asyncio.Event()
 
     async def watch(self, qmp: Qmp) -> None:
-        """Until QEMU ends; to be cancelled."""
+        """Until QEMU ends; to be cancelled. QmpError if what it says of its threads cannot be understood."""
         qmp.listen(self._hear)
         while True:
             if self._known.can_grow or self._heard.is_set():
                 try:
                     await self._look_if_new()
-                except QmpError as err:
-                    if not isinstance(err, QmpRefused):
-                        return
+                except ConnectionLost:
+                    return
+                except QmpRefused:  # not now: when there is another thread, or an event
+                    pass
+                except QmpError:
+                    raise
                 except LauncherError:  # a vCPU has gone between QEMU's answer and our look at its threads
                     self._seen = frozenset()
             with contextlib.suppress(TimeoutError):

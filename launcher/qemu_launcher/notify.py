@@ -40,7 +40,7 @@ class Manager:
 
     @classmethod
     def taken(cls, environ: MutableMapping[str, str]) -> "Manager":
-        """The manager that `environ` names, which it does not any more afterwards."""
+        """The manager that `environ` names. Removes the variable from `environ`."""
         return cls(environ.pop(VARIABLE, None))
 
     def status(self, text: str) -> None:

@@ -6,7 +6,7 @@ taken from an answer or from a cache of ours; the sources are /proc/PID/task/TID
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from . import procfs
 from .cpulist import format_cpulist
@@ -15,13 +15,16 @@ from .plan import ThreadPlan
 from .sizes import format_limit
 
 
-def thread_differences(pid: int, plan: ThreadPlan) -> list[str]:
-    """How the threads of `pid` differ from `plan`; empty when they are as planned."""
+def thread_differences(pid: int, plan: ThreadPlan, realtime: Collection[int]) -> list[str]:
+    """How the threads of `pid` differ from `plan`; empty when they are as planned.
+
+    `realtime`: TIDs of the emulator threads that real time was set for, if the plan has it for them.
+    """
     return [
         *_pin_differences(pid, plan),
         *_others_differences(pid, plan),
         *_shield_differences(pid, plan),
-        *_policy_differences(pid, plan),
+        *_policy_differences(pid, plan, realtime),
     ]
 
 
@@ -70,7 +73,7 @@ def _shield_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
             yield f"CPUs {format_cpulist(stray)} are not shielded: {name} may run there"
 
 
-def _policy_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
+def _policy_differences(pid: int, plan: ThreadPlan, realtime: Collection[int]) -> Iterator[str]:
     if plan.vcpu_policy is not None:
         names = {pin.tid: str(pin) for pin in plan.pins}
         for tid in plan.scheduled:
@@ -81,8 +84,10 @@ def _policy_differences(pid: int, plan: ThreadPlan) -> Iterator[str]:
             else:
                 yield from _policy_difference(who, found, plan.vcpu_policy)
     if plan.emulator is not None:
-        for tid in procfs.tids(pid):
-            found = procfs.scheduling(tid) if tid not in plan.named else None
+        # No child is given real time: a thread that was made since is rightly without. Other policies are inherited.
+        others = set(procfs.tids(pid)) - plan.named
+        for tid in sorted(others.intersection(realtime) if plan.emulator.priority else others):
+            found = procfs.scheduling(tid)
             if found is not None:
                 yield from _policy_difference(f"the emulator thread {tid}", found, plan.emulator)
 

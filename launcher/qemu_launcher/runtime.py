@@ -144,11 +144,17 @@ def claimed(name: str, definition: Path) -> Iterator[tuple[Claim, Process | None
     place = rundir.made(rundir.candidates())
     fd = rundir.opened_lock(place / f"{name}.lock")
     try:
-        discarded = _lock(fd, name) or _refuse_lost(name)
+        discarded = _lock(fd, name)
         record = Record(
             launcher=Process.of(os.getpid()), definition=str(definition.absolute()), boot=procfs.boot_id() or ""
         )
         claim = Claim(name, place, fd, record)
+        try:
+            # Only now: of two who start it at once, each with its own lock, the later one finds the other's record.
+            discarded = _refuse_lost(name, discarded)
+        except BaseException:
+            os.ftruncate(fd, 0)  # the socket, if there is one, is that of who runs
+            raise
         try:
             yield claim, discarded
         finally:
@@ -230,13 +236,19 @@ def _holder(fd: int, name: str) -> Found | None:
     return None if record is None else Found(name, record, None)
 
 
-def _refuse_lost(name: str) -> Process | None:
-    """We hold the lock; but a VM of this name may live on with the lock file of an earlier login."""
-    for source in (_in_processes, _in_scopes):
-        for vm in source():
-            if vm.name == name and vm.is_alive:
-                return _discard_or_refuse(vm)
-    return None
+def _refuse_lost(name: str, discarded: Process | None) -> Process | None:
+    """We hold the lock; but a VM of this name may live on with the lock file of an earlier login, or of another place.
+
+    Returns the QEMU that had to go for us: `discarded`, or one that is found here.
+    """
+    for vm in _in_processes():
+        if vm.name == name:
+            discarded = _discard_or_refuse(vm) or discarded
+    # What one that had to go has left in its scope is no QEMU.
+    for vm in _in_scopes() if discarded is None else ():
+        if vm.name == name:
+            _discard_or_refuse(vm)
+    return discarded
 
 
 def _discard_or_refuse(vm: Found | None) -> Process | None:

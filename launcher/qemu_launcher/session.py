@@ -10,6 +10,7 @@ be upgraded or removed meanwhile.
 """
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -29,6 +30,7 @@ from .monitors import Monitors
 from .notify import Manager
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
+from .programs import along_path
 from .qmp import ConnectionLost, Qmp, QmpRefused
 from .ram import guest_ram
 from .record import RUNNING, UNHELD
@@ -67,7 +69,6 @@ def run(definition: VmDefinition, starter: Starter, *, untuned: bool, quiet: boo
     spelled = Spelled(named, "start" if starter.is_there else "run")
     if not untuned:
         _validate_tuning(definition, spelled, voice)
-    terminal.fill_standard_descriptors()
     manager = Manager.taken(os.environ)
     identity.assume(definition)
     voice.step(f"user {os.geteuid()}, group {os.getegid()}, groups {', '.join(map(str, os.getgroups())) or 'none'}")
@@ -174,7 +175,7 @@ async def _run_qemu(run: _Run) -> int:
 
 
 async def _after_end(qemu: Qemu, tuning: Tuning) -> None:
-    """Whether its guest ever ran or not; only a QEMU that runs on without us keeps what it has."""
+    """Take back what QEMU had, whether its guest ever ran or not; unless QEMU runs on without us."""
     if qemu.ended.done():
         await tuning.after_end()
 
@@ -272,10 +273,8 @@ class _Start:
         cpus = await qmp.execute("query-cpus-fast")
         possible = None
         if self.holds_guest:
-            try:
+            with contextlib.suppress(QmpRefused):  # a machine without CPU hotplug: what is there is all there can be
                 possible = await qmp.execute("query-hotpluggable-cpus")
-            except QmpRefused:  # a machine without CPU hotplug: what is there is all there can be
-                possible = None
         found = threads.read_threads(cpus, possible, await qmp.execute("query-iothreads"))
         strangers = {vcpu.tid for vcpu in found.vcpus} - set(procfs.tids(self.qemu.pid))
         if strangers:
@@ -371,14 +370,14 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
 def _check_command(definition: VmDefinition) -> None:
     """What is wrong with it that can be told before the user's own commands run, and with its place.
 
-    A name without a slash is looked for along PATH, as execvpe(3) does, which cannot say that it found nothing.
+    A name without a slash is looked for along PATH, since execvpe(3) cannot say that it found nothing.
     """
     binary, env, folder = definition.binary, definition.environment(os.environ), definition.working_directory
     if folder is not None and not os.access(folder, os.X_OK):
         hint = unexpanded.hint(str(folder), "make it, or correct the path")
         mark = definition.marks["working_directory"]
         raise DefinitionError(f"there is no folder {str(folder)!r}, or it is closed to you", hint, mark=mark)
-    if "/" in binary or any(os.access(Path(folder) / binary, os.X_OK) for folder in os.get_exec_path(env)):
+    if "/" in binary or along_path(binary, env, folder or Path()) is not None:
         return
     searched = ":".join(os.get_exec_path(env))
     raise QemuFailed(

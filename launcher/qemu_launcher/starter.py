@@ -54,7 +54,10 @@ class Starter:
 
     @classmethod
     def taken(cls, environ: MutableMapping[str, str]) -> Self:
-        """The starter that `environ` names, which it does not any more afterwards. LauncherError if it has gone."""
+        """The starter that `environ` names. LauncherError if it has gone.
+
+        Removes the variable from `environ`, which becomes the person's if there is a starter.
+        """
         where = environ.pop(VARIABLE, None)
         if where is None:
             return cls()

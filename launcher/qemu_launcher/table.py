@@ -64,7 +64,7 @@ def rich_page(file: TextIO | None = None) -> RichPage | None:
 
 
 def rich_text(draw: Callable[[RichPage], None]) -> str | None:
-    """What `draw` would put on a terminal; None where `rich_page` is."""
+    """What `draw` would put on a terminal; None where rich cannot be used."""
     text = io.StringIO()
     if (page := rich_page(text)) is None:
         return None
@@ -73,5 +73,5 @@ def rich_text(draw: Callable[[RichPage], None]) -> str | None:
 
 
 def page_for_stdout() -> RichPage | None:
-    """The same, None also where stdout is no terminal."""
+    """A page on stdout; None where `rich_page` gives none, or stdout is no terminal."""
     return rich_page() if sys.stdout is not None and sys.stdout.isatty() else None

@@ -19,7 +19,8 @@ _STDIO = (0, 1, 2)
 def fill_standard_descriptors() -> None:
     """Open /dev/null where stdin, stdout or stderr was closed for us.
 
-    Else the next file we open gets its number: QEMU would write its messages into our lock file.
+    Else the next file we open gets its number: QEMU would write its messages into our lock file. sys.stdout and
+    sys.stderr stay None.
     """
     for fd in _STDIO:
         if _flags(fd) is None:

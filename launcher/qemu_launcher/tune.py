@@ -52,6 +52,7 @@ class Tuning:
         self._memlock: MemlockNeed | None = None
         self._granted: int | None = None
         self._plan: ThreadPlan | None = None
+        self._emulator_tids: tuple[int, ...] = ()  # of the emulator threads that were given real time
         self._helper = Assistance(definition, voice, on_stop)
         # Where the helper has put it, as the tree says while QEMU lives: also when the step that did so has failed.
         self._scope: Path | None = None
@@ -113,7 +114,7 @@ class Tuning:
             return
         try:
             await self._helper.pin(self._plan, qemu.pid)
-            self._check(readback.thread_differences(qemu.pid, self._plan))
+            self._check(readback.thread_differences(qemu.pid, self._plan, self._emulator_tids))
         except TuningFailed as err:
             if err.wire_name == access.NOT_AUTHORIZED:  # a password is asked for each time, and was given once
                 self._voice.note("its threads are not sorted once more: that would need another password")
@@ -141,7 +142,7 @@ class Tuning:
             if wanted.emulator is not None and wanted.vcpu_policy is None:
                 # QEMU's main thread has made them, and they inherit what is meant for that one.
                 unaided.schedule([vcpu.tid for vcpu in new], Scheduling("other", 0))
-            self._check(readback.thread_differences(qemu.pid, wanted))
+            self._check(readback.thread_differences(qemu.pid, wanted, self._emulator_tids))
         except TuningFailed as err:
             what = f"{names} was plugged in and is not" if new else "after a vCPU was unplugged the others are not all"
             self._voice.warn(f"{what} tuned as defined: {err.message}; the guest runs on", err.hint)
@@ -241,7 +242,7 @@ class Tuning:
             await self._give(wanted, qemu)
             if wanted.emulator is not None:
                 await self._schedule_emulator(wanted, wanted.emulator, qemu)
-        differences = readback.thread_differences(qemu.pid, wanted)
+        differences = readback.thread_differences(qemu.pid, wanted, self._emulator_tids)
         if self._granted is not None and self._memlock is not None:
             differences += readback.memlock_differences(qemu.pid, self._granted, exactly=not self._memlock.unaided)
         self._check(differences)
@@ -296,6 +297,7 @@ class Tuning:
                 if attempt == _EMULATOR_ATTEMPTS or set(tids) <= set(procfs.tids(qemu.pid)):
                     raise
             else:
+                self._emulator_tids = tids
                 return
 
     def _check(self, differences: list[str]) -> None:

@@ -6,6 +6,7 @@ What it must never do: start QEMU for its guest, change anything, ask anybody.
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,28 @@ def test_no_binary(home: Home, bus: PrivateBus, binary: str, text: str) -> None:
     assert status == 2
     assert any(text in line for line in lines)
     assert "QEMU        not found" in lines
+
+
+def test_directory_of_the_name_of_a_binary_is_none(home: Home, bus: PrivateBus, tmp_path: Path) -> None:
+    """A start says the same as a check."""
+    (tmp_path / "here/qemu-system-here").mkdir(parents=True)
+    home.define(binary="qemu-system-here", env={"PATH": f"{tmp_path}/here"})
+    text = f"cannot start 'qemu-system-here': it is in no folder of PATH ({tmp_path}/here)"
+    _, lines = check(home, bus)
+    assert any(text in line for line in lines)
+    run = home.start()
+    assert run.end() == 1
+    assert text in run.output
+
+
+def test_binary_below_a_folder_of_path_that_is_relative(home: Home, bus: PrivateBus, tmp_path: Path) -> None:
+    """To where QEMU will run, which a check of it and a start know of."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qemu-system-here").symlink_to(shutil.which("qemu-system-x86_64") or "")
+    home.define(binary="qemu-system-here", env={"PATH": "bin"}, working_directory=str(tmp_path))
+    _, lines = check(home, bus)
+    assert any(f"{tmp_path}/bin/qemu-system-here" in line for line in lines), lines
+    home.start().wait_running()
 
 
 def test_path_for_a_shell(home: Home, bus: PrivateBus) -> None:

@@ -117,6 +117,32 @@ def test_vcpu_that_no_key_names_inherits_nothing_of_the_emulator(home: Home) -> 
 
 
 @needs_two_cpus
+def test_worker_made_after_emulator_threads_were_given_real_time(home: Home, bus: PrivateBus) -> None:
+    """It has not inherited it, and is no reason to end a start, or to warn then or when a vCPU is plugged in.
+
+    Real time cannot be had here, so the kernel's answer is given; a thread that is other is played by the launcher's.
+    """
+    worker = (
+        "import os; from qemu_launcher import procfs; from qemu_launcher.assistance import Assistance\n"
+        "given, schedule, tids, scheduling = set(), Assistance.schedule, procfs.tids, procfs.scheduling\n"
+        "async def scheduled(self, tids, policy, pid):\n"
+        "    await schedule(self, tids, policy, pid)\n"
+        "    given.update(tids)\n"
+        "Assistance.schedule = scheduled\n"
+        "procfs.tids = lambda pid: tids(pid) + (os.getpid(),) * bool(given)\n"
+        "fifo = procfs.Scheduling('fifo', 1, reset_on_fork=True)\n"
+        "procfs.scheduling = lambda tid: fifo if tid in given else scheduling(tid)\n"
+    )
+    home.define(qemu=GROWING, vcpu_pinning=[LAST, FIRST], isolation="cpuset", emulator_scheduler="fifo")
+    run = home.start(env=bus.environment, argv=home.with_changed(worker))
+    run.wait_running()
+    plug(run, 1)
+    run.wait_line(rf"vCPU 1 .* was plugged in: on CPU {FIRST}$")
+    assert bus.members() == ["PinThreads", "SetScheduler", "PinThreads", "PinThreads"]
+    assert "warning" not in run.output
+
+
+@needs_two_cpus
 def test_vcpu_that_inherits_idle_is_pinned_all_the_same(home: Home) -> None:
     """Nobody but root takes a thread out of it again: a warning, and not the end of the rest."""
     home.define(qemu=GROWING, vcpu_pinning=[FIRST, LAST, LAST], isolation="affinity", emulator_scheduler="idle")

@@ -4,6 +4,7 @@ import abc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -324,6 +325,33 @@ def test_nobody_waits_any_more(home: Home) -> None:
     assert "who has started this in the background is gone" in run.output
 
 
+def test_directory_that_is_called_systemd_run_is_none(managed: Managed) -> None:
+    (managed.desk / "bin/systemd-run").unlink()
+    (managed.desk / "bin/systemd-run").mkdir()
+    managed.home.define(binary=shutil.which("qemu-system-x86_64"))
+    done = managed.start(env={"PATH": f"{managed.desk}/bin"})
+    assert done.returncode == 0, done.stderr
+    assert "its messages go to" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_standard_descriptors_that_are_closed(world: World, closed: str) -> None:
+    """What is opened instead of them would be handed to a child by its number, where its own take that."""
+    world.home.define()
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *world.home.command("start", VM)],
+        env=world.home.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert world.home.record()["state"] == "running"
+    assert ("running, untuned" in done.stderr) is ("2>" not in closed)
+
+
 def test_folder_that_is_gone(world: World, tmp_path: Path) -> None:
     world.home.define()
     (tmp_path / "gone").mkdir()
@@ -375,6 +403,17 @@ def test_unit_of_the_last_start_is_waited_for(managed: Managed) -> None:
     done = managed.start()
     assert done.returncode == 0, done.stderr
     assert looks.read_text() == "look\n"
+
+
+def test_name_whose_last_unit_does_not_end(managed: Managed) -> None:
+    managed.home.define()
+    (managed.desk / "refuse").write_text("Unit was already loaded or has a fragment file.\n")
+    (managed.desk / "bin/systemctl").write_text("#!/bin/sh\necho deactivating\n")
+    change = "from qemu_launcher import background; background._ATTEMPTS = 3"
+    done = managed.home.ask("start", VM, change=change)
+    assert done.returncode == 1
+    assert done.stderr.startswith("qemu-launcher: your systemd did not start it: Unit was already loaded or has a frag")
+    assert managed.sockets() == []
 
 
 @pytest.mark.parametrize(

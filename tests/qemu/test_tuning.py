@@ -219,6 +219,16 @@ def test_a21_lie_about_scheduling(home: Home, bus: PrivateBus) -> None:
     assert_never_ran(run, message=f"vCPU 0 (TID {tid}) is scheduled other, not fifo 3 (reset on fork)")
 
 
+def test_a21_lie_about_scheduling_of_emulator_threads(home: Home, bus: PrivateBus) -> None:
+    bus.plan(SetScheduler="act")  # the fake never schedules anybody
+    home.define(emulator_scheduler="fifo")
+    run = home.start(env=bus.environment)
+    run.wait_line("reported success, but")
+    (schedule,) = bus.calls()
+    first = min(schedule["body"][2])
+    assert_never_ran(run, message=f"the emulator thread {first} is scheduled other, not fifo 1 (reset on fork)")
+
+
 def test_a21_lie_about_memlock(home: Home, bus: PrivateBus) -> None:
     """Found out while the child still waits at its gate: QEMU is never executed."""
     binary, executed = telling(home, bus)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qemu_launcher import hotplug, procfs
-from qemu_launcher.errors import LauncherError
+from qemu_launcher.errors import LauncherError, QmpError
 from qemu_launcher.hotplug import Hotplug
-from qemu_launcher.qmp import ConnectionLost, Event, QmpRefused
+from qemu_launcher.qmp import ConnectionLost, Event, ProtocolError, QmpRefused
 from qemu_launcher.threads import Ids, Threads, Vcpu
 
 MAIN = 100
@@ -59,7 +59,11 @@ class World:
             await self.looked.wait()
 
 
-def played(monkeypatch: pytest.MonkeyPatch, story: Callable[[World, "asyncio.Task[None]"], Any]) -> World:
+def played(
+    monkeypatch: pytest.MonkeyPatch,
+    story: Callable[[World, "asyncio.Task[None]"], Any],
+    failure: Exception | None = None,
+) -> World:
     async def play() -> World:
         world = World(monkeypatch)
         qmp: Any = world
@@ -70,7 +74,7 @@ def played(monkeypatch: pytest.MonkeyPatch, story: Callable[[World, "asyncio.Tas
             await story(world, task)
         task.cancel()
         await asyncio.wait([task])
-        assert task.cancelled() or task.exception() is None
+        assert task.cancelled() or task.exception() is failure
         return world
 
     return asyncio.run(play())
@@ -171,3 +175,18 @@ def test_end_of_qemu_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.wait([task])
 
     assert played(monkeypatch, story).acted == []
+
+
+@pytest.mark.parametrize("kind", [QmpError, ProtocolError])
+def test_answer_that_cannot_be_understood_ends_the_watch_with_it(
+    monkeypatch: pytest.MonkeyPatch, kind: type[QmpError]
+) -> None:
+    """Not in silence: whoever waits for the watch says that nobody watches any more."""
+    answer = kind("QEMU described a vCPU as 'x'")
+
+    async def story(world: World, task: "asyncio.Task[None]") -> None:
+        world.answers = [answer]
+        world.tids = [MAIN, 200, 201]
+        await asyncio.wait([task])
+
+    assert played(monkeypatch, story, answer).acted == []

@@ -28,7 +28,7 @@ def plan(tid: int, isolation: Isolation = "cpuset", policy: Scheduling | None = 
 
 
 def differences(plan: ThreadPlan) -> list[str]:
-    return readback.thread_differences(os.getpid(), plan)
+    return readback.thread_differences(os.getpid(), plan, ())
 
 
 @two_cpus
@@ -146,6 +146,19 @@ def test_real_time_differences(
     os.sched_setaffinity(tid, CPU)
     monkeypatch.setattr(procfs, "scheduling", lambda _: found)
     assert (differences(plan(tid, "cpuset", Scheduling(*wanted))) == []) is same
+
+
+def test_real_time_is_looked_for_where_it_was_given(monkeypatch: pytest.MonkeyPatch, tid: int) -> None:
+    """No child inherits it: an emulator thread that was made since is not to have it, and one may have ended."""
+    me, gone = os.getpid(), 1 << 22
+    found = {me: procfs.Scheduling("fifo", 1, reset_on_fork=True), gone: None}
+    usual = procfs.Scheduling("other", 0, reset_on_fork=False)
+    monkeypatch.setattr(procfs, "scheduling", lambda one: found.get(one, usual))
+    wanted = ThreadPlan((), None, (), None, emulator=Scheduling("fifo", 1))
+    assert readback.thread_differences(me, wanted, frozenset({me, gone})) == []
+    assert readback.thread_differences(me, wanted, frozenset({me, tid})) == [
+        f"the emulator thread {tid} is scheduled other, not fifo 1 (reset on fork)"
+    ]
 
 
 def test_memlock_as_granted_and_not() -> None:

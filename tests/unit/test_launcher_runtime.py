@@ -128,7 +128,7 @@ def test_starting_vm_of_a_living_launcher_is_left_alone(place: Path, holder: "su
 
 @pytest.mark.parametrize("stale", [False, True], ids=["empty", "of the last run"])
 def test_launcher_that_has_the_lock_and_not_yet_written_is_starting_it(place: Path, stale: bool) -> None:
-    """Between lock and record a launcher looks for the VM elsewhere, and may have to end one that never started."""
+    """Between lock and record it may be held up."""
     place.mkdir(mode=0o700)
     lock = place / f"{NAME}.lock"
     lock.touch()
@@ -265,29 +265,86 @@ def test_dead_vms_are_not_found(place: Path) -> None:
         pass
 
 
-def test_claims_race_and_one_wins(place: Path) -> None:
-    script = (
-        "import sys, pathlib\nfrom qemu_launcher import runtime, errors\n"
-        "try:\n  with runtime.claimed(sys.argv[1], pathlib.Path('/x')):\n"
-        "    print('won', flush=True); sys.stdin.read()\n"
-        "except errors.AlreadyRunning:\n  print('lost', flush=True)\n"
-    )
+RACER = (
+    "import sys, pathlib\nfrom qemu_launcher import runtime, errors\n"
+    "try:\n  with runtime.claimed(sys.argv[1], pathlib.Path('/x')):\n"
+    "    print('won', flush=True); sys.stdin.read()\n"
+    "except errors.AlreadyRunning:\n  print('lost', flush=True)\n"
+)
+
+
+def racing(places: list[Path]) -> list[bytes]:
+    """How as many starts of one VM end, each with its own runtime directory."""
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", script, NAME],
+            [sys.executable, "-c", RACER, NAME],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": "launcher"},
+            env={**os.environ, "PYTHONPATH": "launcher", "XDG_RUNTIME_DIR": str(place)},
         )
-        for _ in range(4)
+        for place in places
     ]
     words = []
     for racer in racers:
         assert racer.stdout is not None
         words.append(racer.stdout.readline().strip())
-    assert sorted(words) == [b"lost"] * 3 + [b"won"]
     for racer in racers:
         racer.communicate()
+    return sorted(words)
+
+
+def test_claims_race_and_one_wins(tmp_path: Path) -> None:
+    assert racing([tmp_path] * 4) == [b"lost"] * 3 + [b"won"]
+
+
+def test_claims_race_in_several_places_and_no_two_win(tmp_path: Path) -> None:
+    places = [tmp_path / str(number) for number in range(4)]
+    for one in places:
+        one.mkdir()
+    assert racing(places)[:3] == [b"lost"] * 3
+
+
+def test_who_looks_elsewhere_is_seen_from_there(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two starts with different runtime directories each looks for the other's record when its own is written."""
+    (tmp_path / "other").mkdir()
+    really, words = runtime._in_processes, []
+
+    def while_another_starts() -> Iterator[Found]:
+        words.extend(racing([tmp_path / "other"]))
+        return really()
+
+    monkeypatch.setattr(runtime, "_in_processes", while_another_starts)
+    with runtime.claimed(NAME, DEFINITION):
+        assert words == [b"lost"]
+
+
+def test_refused_claim_leaves_no_record_and_the_socket_of_who_runs(
+    place: Path, holder: "subprocess.Popen[bytes]"
+) -> None:
+    written(place, qemu=process_of(holder), launcher=ended(), state=RUNNING)
+    (place / f"{NAME}.lock").unlink()
+    (place / f"{NAME}.sock").touch()
+    with pytest.raises(AlreadyRunning), runtime.claimed(NAME, DEFINITION):
+        pass
+    assert (place / f"{NAME}.lock").read_bytes() == b""
+    assert (place / f"{NAME}.sock").exists()
+
+
+@pytest.mark.parametrize("asked_from", [".", "third"])
+def test_never_started_vm_hides_no_other(
+    place: Path, holder: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_from: str
+) -> None:
+    """It is ended, and then there is still the one that runs elsewhere."""
+    written(place, qemu=process_of(holder), launcher=ended())
+    elsewhere = tmp_path / "other" / "qemu-launcher"
+    elsewhere.mkdir(parents=True, mode=0o700)
+    (tmp_path / "third").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / asked_from))
+    with (elsewhere / f"{NAME}.lock").open("x") as lock, child(["sleep", "1000"], lock.fileno()) as runs:
+        written(elsewhere, qemu=process_of(runs), launcher=ended(), state=RUNNING)
+        with pytest.raises(AlreadyRunning, match=f"PID {runs.pid}"), runtime.claimed(NAME, DEFINITION):
+            pass
+        assert runs.poll() is None
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o710, 0o701, 0o770])

@@ -119,7 +119,7 @@ def test_the_look_at_the_kernel(isolation: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(procfs, "scheduling", lambda _: Scheduling("fifo", 1, reset_on_fork=True))
 
         def look() -> None:
-            assert readback.thread_differences(os.getpid(), wanted) == []
+            assert readback.thread_differences(os.getpid(), wanted, ()) == []
 
         return look
 

@@ -133,6 +133,41 @@ def test_closed_stderr(environ: dict[str, str]) -> None:
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+@pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)])
+def test_nothing_is_opened_in_place_of_what_is_closed(environ: dict[str, str], closed: tuple[int, ...]) -> None:
+    """For every command: each may have children, whose own three would go over it. What is open stays as it is."""
+    script = (
+        "import os, sys\nfrom qemu_launcher import __main__ as program\n"
+        "nowhere = os.stat(os.devnull).st_rdev\n"
+        "program._act = lambda _: sum((os.fstat(fd).st_rdev == nowhere) << fd for fd in range(3))\n"
+        "sys.exit(program.main(['--version']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environ,
+        check=False,
+        input=b"",
+        capture_output=True,
+        timeout=60,
+        preexec_fn=lambda: os.closerange(closed[0], closed[-1] + 1),
+    )
+    assert done.returncode == sum(1 << fd for fd in closed)
+
+
+def test_libvirt_is_given_the_xml_though_stdin_is_closed(environ: dict[str, str], tmp_path: Path) -> None:
+    """virsh reads it by the number of a descriptor of ours, which must not be that of its own stdin."""
+    (tmp_path / "domain.xml").write_text("<domain type='kvm'><name>vm</name></domain>")
+    (tmp_path / "virsh").write_text('#!/bin/sh\ngrep -q "<domain" "$4" && echo qemu-system-x86_64 -nodefaults\n')
+    (tmp_path / "virsh").chmod(0o755)
+    done = launch(
+        environ | {"PATH": f"{tmp_path}:{environ['PATH']}"},
+        *("import", "--libvirt", f"{tmp_path}/domain.xml"),
+        preexec_fn=lambda: os.close(0),
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"nodefaults" in done.stdout
+
+
 def test_full_disk(environ: dict[str, str]) -> None:
     with Path("/dev/full").open("wb") as full:
         done = launch(environ, "command", "vm", capture_output=False, stdout=full, stderr=subprocess.PIPE)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..definition import VmDefinition
 from . import asked
-from .finding import Finding
+from .finding import Finding, Severity
 
 # Any one of the sets is enough.
 _WINDOW = (("WAYLAND_DISPLAY", "XDG_RUNTIME_DIR"), ("DISPLAY",))
@@ -29,7 +29,7 @@ _NO_WINDOW = "or, for no window, add - display: none, - nographic or - vnc: loca
 
 def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[Finding]:
     """`env`: what QEMU would get; `ours`: what we have."""
-    wanted = [(kind, "display", "error") for kind in asked.displays(definition)]
+    wanted: list[tuple[str, str, Severity]] = [(kind, "display", "error") for kind in asked.displays(definition)]
     # A PulseAudio server that the option names needs no variable to be found.
     wanted += [(found["driver"], "audio", "warning") for found in asked.audio(definition) if "server" not in found]
     for kind, what, severity in dict.fromkeys(wanted):
@@ -41,7 +41,7 @@ def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[st
             yield Finding("ok", what, f"{what} {kind} finds its server ({', '.join(ways[lacking.index([])])})")
             continue
         text = f"{what} {kind} needs {_none_of(definition, ways)}"
-        yield Finding("error" if severity == "error" else "warning", what, text, _fix(definition, lacking, ours))
+        yield Finding(severity, what, text, _fix(definition, lacking, ours))
 
 
 def window(

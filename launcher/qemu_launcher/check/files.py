@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .. import restrictions, unexpanded
-from ..definition import QemuOption, VmDefinition
+from ..definition import HookCommand, QemuOption, VmDefinition
+from ..programs import along_path
 from .asked import Image
-from .finding import MAY_COME, Finding
+from .finding import MAY_COME, Finding, Severity
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
@@ -60,16 +61,17 @@ def images(
 
 def commands(tree: Tree, definition: VmDefinition, env: Mapping[str, str], folder: Path) -> Iterator[Finding]:
     """Whether the programs of before_start and after_stop are there. They are not executed."""
-    for key, wanted, severity in (
+    hooks: tuple[tuple[str, Sequence[HookCommand], Severity], ...] = (
         ("before_start", definition.before_start, "error"),
         ("after_stop", definition.after_stop, "warning"),
-    ):
+    )
+    for key, wanted, severity in hooks:
         for program in dict.fromkeys(command.argv[0] for command in wanted):
             if binary(tree, program, env, folder) is None:
                 mark = next(command.mark for command in wanted if command.argv[0] == program)
                 text = f"{mark}: {key} cannot start {program!r}: it is in no folder of PATH, or not yours to execute"
                 fix = unexpanded.hint(program, "install it, or correct its path")
-                yield Finding("error" if severity == "error" else "warning", key, text, fix)
+                yield Finding(severity, key, text, fix)
     if definition.before_start:
         yield Finding(
             "note", "before_start", "what before_start makes is not there yet: it is not executed for a check"
@@ -126,15 +128,17 @@ def _near(tree: Tree, path: str, image: Image) -> str:
 
 
 def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str | None:
-    """Where the program is that a start would execute, along PATH as execvpe(3) looks; None if nowhere."""
+    """Where the program is that a start would execute; None if nowhere."""
     if "/" in name:
         path = str(folder / name)
-        return path if tree.may(path, ENTER) and not tree.is_directory(path) else None
-    for place in os.get_exec_path(dict(env)):
-        path = os.path.join(place or ".", name)  # noqa: PTH118  Path would lose the ./
-        if tree.may(path, ENTER) and not tree.is_directory(path):
-            return path
-    return None
+        return path if may_start(tree, path) else None
+    found = along_path(name, env, folder, lambda path: may_start(tree, str(path)))
+    return None if found is None else str(found)
+
+
+def may_start(tree: Tree, path: str) -> bool:
+    """Whether it is there, and this user's to execute."""
+    return tree.may(path, ENTER) and not tree.is_directory(path)
 
 
 def is_program(tree: Tree, binary: str) -> bool:

@@ -16,10 +16,12 @@ from .. import absence, access, agent, cgroups, locate
 from ..patience import patiently
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
+from .files import may_start
 from .finding import Finding, Severity
-from .tree import ENTER, Tree
+from .tree import Tree
 
 if TYPE_CHECKING:
+    from ..limits import Limits
     from .dryrun import Asker
 
 # What of ours has a fixed place, and for whom it is. Not polkit's rule: an administrator may have taken it away, and
@@ -124,18 +126,15 @@ def _helper(version: str) -> tuple[report.Facts, list[Finding], str | None]:
             await asker.get_limits()
             if asker.limits is None:
                 return asker.facts, asker.findings, None
-            found = [*access_findings(asker, version), *await _polkit(asker)]
+            found = [*access_findings(asker.limits, version), *await _polkit(asker, asker.limits)]
             return asker.facts, found, asker.limits.mechanism
 
     voice = Voice("check", quiet=False)
     return asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
 
 
-def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
+def access_findings(limits: "Limits", version: str) -> Iterator[Finding]:
     """What the helper says of itself and of this user's limits."""
-    limits = asker.limits
-    if limits is None:
-        return
     if limits.version != version:
         text = f"the helper is {limits.version}, and the launcher {version}"
         end = (
@@ -168,15 +167,12 @@ def access_findings(asker: "Asker", version: str) -> Iterator[Finding]:
         yield Finding("note", "limits", "no CPUs are free for a new VM now", "qemu-launcher status --all-users")
 
 
-async def _polkit(asker: "Asker") -> list[Finding]:
+async def _polkit(asker: "Asker", limits: "Limits") -> list[Finding]:
     """polkit's answer to each of the three requests.
 
     A rule may say yes to other CPUs, other VMs: only three times no is an error. What the limits say to these is no
     matter: it is about a VM that does not exist.
     """
-    limits = asker.limits
-    if limits is None:
-        return []
     cpu = min(limits.free_cpus or limits.cpus, default=0)
     yes = await asker.probe(_PROBE_VM, cpu)
     found = [one for one in asker.findings if one.about == "polkit"]
@@ -232,7 +228,7 @@ def qemus(tree: Tree) -> Iterator[Finding]:
     for folder in os.get_exec_path():
         for name in tree.names(folder):
             path = f"{folder.rstrip('/')}/{name}"
-            if (name.startswith("qemu-system-") or name == "qemu-kvm") and tree.may(path, ENTER):
+            if (name.startswith("qemu-system-") or name == "qemu-kvm") and may_start(tree, path):
                 found.setdefault(name, path)
     if not found:
         text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"

@@ -1,0 +1,24 @@
+"""Which file a program's name means.
+
+Why it exists: a start must find what a check of it has found, and the other way round.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def is_executable(path: Path) -> bool:
+    """Whether it is there, and ours to execute. A directory is not, though access(2) says so."""
+    try:
+        return os.access(path, os.X_OK) and not path.is_dir()
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def along_path(
+    name: str, env: Mapping[str, str], folder: Path = Path(), is_program: Callable[[Path], bool] = is_executable
+) -> Path | None:
+    """The file that execvpe(3) would execute in `folder` for a name without a slash; None if there is none."""
+    places = (folder / place / name for place in os.get_exec_path(dict(env)))
+    return next((path for path in places if is_program(path)), None)
