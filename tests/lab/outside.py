@@ -52,7 +52,7 @@ SLOW = {
     "test_attack_greed.py": 350.0,
     "test_crash_launcher.py": 120.0,
     "test_crash_only.py": 250.0,
-    "test_crash_points.py": 500.0,
+    "test_crash_points.py": 900.0,
     "test_crowd.py": 200.0,
     "test_floods.py": 250.0,
     "test_limits.py": 150.0,
