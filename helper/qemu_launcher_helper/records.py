@@ -159,6 +159,7 @@ def tell(level: int, verdict: str, operation: str, facts: dict[str, str], reason
 
 @contextmanager
 def logged(step: str) -> Iterator[None]:
+    """Log what the block raises, and go on behind it."""
     try:
         yield
     except Exception as err:  # noqa: BLE001  whatever it is, the other VMs are looked after

@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+from . import programs
 from .errors import PROGRAM, UsageError, shortened
 
 _MOST_OF_A_PATH = 200  # characters that a message repeats
@@ -28,8 +30,7 @@ def is_qemu(word: str) -> bool:
 
 def may_be_qemu(program: str) -> bool:
     """The same of what is a program for certain: kvm is an accelerator too, and other names begin like QEMU's."""
-    name = program.rpartition("/")[2]
-    return name in ("kvm", "qemu-kvm") or name.startswith(("qemu-system-", ".qemu-system-"))
+    return programs.is_a_qemus(program.rpartition("/")[2])
 
 
 def by_name(words: Sequence[str]) -> UsageError | None:
@@ -62,13 +63,12 @@ def by_content(words: Sequence[str]) -> UsageError | None:
 
 
 def _is_script(program: str) -> bool:
-    folders = [""] if "/" in program else os.get_exec_path()
-    for folder in folders:
-        path = os.path.join(folder, program)  # noqa: PTH118
-        try:
-            if os.path.isfile(path):  # noqa: PTH113  opening a FIFO would wait
-                with open(path, "rb") as file:  # noqa: PTH123
-                    return file.read(2) == b"#!"
-        except (OSError, ValueError):  # not ours to read, or no path: a NUL, or text that the locale has no bytes for
-            return False
+    is_file = Path.is_file  # opening a FIFO would wait
+    path = Path(program) if "/" in program else programs.along_path(program, os.environ, is_program=is_file)
+    try:
+        if path is not None and is_file(path):
+            with path.open("rb") as file:
+                return file.read(2) == b"#!"
+    except (OSError, ValueError):  # not ours to read, or no path: a NUL, or text that the locale has no bytes for
+        pass
     return False

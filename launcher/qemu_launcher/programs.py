@@ -1,4 +1,4 @@
-"""Which file a program's name means.
+"""Which file a program's name means, and whether it is a name of QEMU's.
 
 Why it exists: a start must find what a check of it has found, and the other way round.
 """
@@ -6,6 +6,11 @@ Why it exists: a start must find what a check of it has found, and the other way
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+
+def is_a_qemus(name: str) -> bool:
+    """Whether those who package QEMU call it so: "comm" in qemu-launcher-helper.toml(5), as it is by default."""
+    return name.startswith(("qemu-system-", ".qemu-system-")) or name in ("qemu-kvm", "kvm")
 
 
 def is_executable(path: Path) -> bool:

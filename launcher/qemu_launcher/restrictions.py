@@ -10,7 +10,7 @@ in two of them, another name and another user; `helper_refused` explains those f
 
 from collections.abc import Iterator, Sequence
 
-from . import ram
+from . import programs, ram
 from .errors import DefinitionError, Mark
 from .options import QemuOption, known_settings, mem_lock_option
 
@@ -78,8 +78,7 @@ def helper_refused(options: Sequence[QemuOption], name: str | None, *, is_own: b
     """
     if not is_own:
         return None, _USE_USER.replace("remove it", "it has become another user")
-    # "comm" in qemu-launcher-helper.toml(5)
-    if name is None or name.startswith(("qemu-system-", ".qemu-system-")) or name in ("qemu-kvm", "kvm"):
+    if name is None or programs.is_a_qemus(name):
         return None, None
     renaming = [option for option in options if option.bare_name == "name" and "process" in dict(option.properties())]
     remedy = "remove process= there" if renaming else "use a binary of such a name, and no process= with -name"

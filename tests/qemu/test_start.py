@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +174,11 @@ def test_environment_of_the_person(world: World) -> None:
         assert "MY_TOKEN" not in " ".join(world.asked), "to be read by everybody, in the list of processes"
 
 
-def test_path_of_a_definition(world: World) -> None:
-    """Relative to where `start` was called, whatever systemd would make of a dollar."""
-    folder = world.home.configuration / "my $HOME vms"
-    folder.mkdir()
-    world.home.define("by-path").rename(folder / "by-path.yml")
-    done = subprocess.run(
-        world.home.command("start", "./by-path.yml"),
-        env=world.home.environment,
+def ended(home: Home, command: Sequence[str], folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run a command of hers to its end, in a folder other than ours."""
+    return subprocess.run(
+        command,
+        env=home.environment,
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -189,6 +186,14 @@ def test_path_of_a_definition(world: World) -> None:
         check=False,
         timeout=PATIENCE,
     )
+
+
+def test_path_of_a_definition(world: World) -> None:
+    """Relative to where `start` was called, whatever systemd would make of a dollar."""
+    folder = world.home.configuration / "my $HOME vms"
+    folder.mkdir()
+    world.home.define("by-path").rename(folder / "by-path.yml")
+    done = ended(world.home, world.home.command("start", "./by-path.yml"), folder)
     assert done.returncode == 0, done.stderr
     assert world.home.record("by-path")["definition"] == str(folder / "by-path.yml")
     assert Path(f"/proc/{world.qemu('by-path')}/cwd").readlink() == folder
@@ -338,15 +343,7 @@ def test_directory_that_is_called_systemd_run_is_none(managed: Managed) -> None:
 def test_standard_descriptors_that_are_closed(world: World, closed: str) -> None:
     """What is opened instead of them would be handed to a child by its number, where its own take that."""
     world.home.define()
-    done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {closed}', "sh", *world.home.command("start", VM)],
-        env=world.home.environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    done = ended(world.home, ["sh", "-c", f'exec "$@" {closed}', "sh", *world.home.command("start", VM)])
     assert done.returncode == 0, done.stderr
     assert world.home.record()["state"] == "running"
     assert ("running, untuned" in done.stderr) is ("2>" not in closed)
@@ -355,14 +352,8 @@ def test_standard_descriptors_that_are_closed(world: World, closed: str) -> None
 def test_folder_that_is_gone(world: World, tmp_path: Path) -> None:
     world.home.define()
     (tmp_path / "gone").mkdir()
-    done = subprocess.run(
-        ["sh", "-c", 'rmdir ../gone && exec "$@"', "sh", *world.home.command("start", VM)],
-        cwd=tmp_path / "gone",
-        env=world.home.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["sh", "-c", 'rmdir ../gone && exec "$@"', "sh", *world.home.command("start", VM)]
+    done = ended(world.home, command, tmp_path / "gone")
     assert done.returncode == 1
     assert done.stderr == (
         "qemu-launcher: the folder that you are in is gone, or closed to you: No such file or directory\n"

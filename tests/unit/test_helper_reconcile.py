@@ -112,7 +112,7 @@ def test_where_no_file_can_be_opened_nothing_is_taken_for_ended(
     def act() -> None:
         before = descriptors()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        [free] = [os.dup(0)]
+        free = os.dup(0)
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
         try:

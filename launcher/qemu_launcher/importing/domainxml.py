@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..cpulist import MAX_CPU
 from ..errors import DefinitionError, shortened
-from ..keys import POLICIES
+from ..keys import POLICIES, Scheduling
 from ..pinning import MAX_PINNED
 
 MAX_DEPTH = 64  # libvirt's own go about ten levels deep
@@ -21,11 +21,6 @@ _UNITS = {"b": 1, "bytes": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 10
     for names, shift in (("k KiB", 10), ("M MiB", 20), ("G GiB", 30), ("T TiB", 40))
     for name in names.split()
 }
-
-
-class Schedule(NamedTuple):
-    policy: str  # one of keys.POLICIES
-    priority: int
 
 
 class HugePage(NamedTuple):
@@ -44,8 +39,8 @@ class Tuning(NamedTuple):
     vcpu_pins: dict[int, frozenset[int]]  # by vCPU, those too that may be plugged in later
     emulator_pin: frozenset[int] | None
     iothread_pins: dict[str, frozenset[int]]  # by the id that QEMU gets
-    vcpu_schedules: dict[int, Schedule]
-    emulator_schedule: Schedule | None
+    vcpu_schedules: dict[int, Scheduling]
+    emulator_schedule: Scheduling | None
     memory_limit: int | None  # bytes, memtune's hard_limit
     huge_pages: tuple[HugePage, ...]
 
@@ -165,11 +160,11 @@ def _topology(root: ET.Element) -> tuple[int, int]:
     return dies * clusters * cores, threads
 
 
-def _schedule(element: ET.Element) -> Schedule:
+def _schedule(element: ET.Element) -> Scheduling:
     policy = element.get("scheduler", "")
     if policy not in POLICIES:
         raise DefinitionError(f"{element.tag} has the scheduler {shortened(policy)!r}, which is none that libvirt has")
-    return Schedule(policy, _number(element.get("priority", "0"), f"{element.tag} priority", 0, 99))
+    return Scheduling(policy, _number(element.get("priority", "0"), f"{element.tag} priority", 0, 99))
 
 
 def size(element: ET.Element) -> int | None:
