@@ -106,11 +106,16 @@ def check(path: str | None = None) -> int:
 
 def user_name(uid: int) -> str:
     """Return the account's name; "uid 1000" when there is none, or one that would not be plain text for a person."""
-    name = ""
+    return account(uid)[0]
+
+
+def account(uid: int) -> tuple[str, int]:
+    """Return the same, and the account's uid; OVERFLOW_UID when there is none."""
+    name, known = "", OVERFLOW_UID
     with suppress(KeyError):
-        name = pwd.getpwuid(uid).pw_name
+        name, _, known, *_ = pwd.getpwuid(uid)
     # For polkit dialogs and log lines: no markup, no second line, no terminal escape can be made of it.
-    return name if re.fullmatch(r"[A-Za-z0-9 ,._-]{1,64}", name) else f"uid {uid}"
+    return name if re.fullmatch(r"[A-Za-z0-9 ,._-]{1,64}", name) else f"uid {uid}", known
 
 
 def load(path: str | None = None) -> Settings:
