@@ -60,8 +60,7 @@ class SystemBus:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.on_call: Callable[[Call], None] = lambda _: None
         self._reader, self._writer = reader, writer
-        self._serials = itertools.cycle(range(1, 2**32))
-        self._waiting: dict[int, asyncio.Future[Message | None]] = {}
+        self._serials, self._waiting = itertools.cycle(range(1, 2**32)), dict[int, asyncio.Future[Message | None]]()
         self.reading = asyncio.create_task(self._read_forever())
 
     @classmethod

@@ -40,6 +40,8 @@ Cores = Sequence[Cpus]
 # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
 OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
 CPU, RT_RUNTIME = Path("/sys/devices/system/cpu"), Path("/proc/sys/kernel/sched_rt_runtime_us")
+# How many files are open on the host, and how many may be (fs.file-max): proc_sys_fs(5).
+FILES = Path("/proc/sys/fs/file-nr")
 
 
 class Limits(NamedTuple):
@@ -75,7 +77,15 @@ class Settings(NamedTuple):
     services: tuple[str, ...] = ()
 
     def limits_for(self, uid: int) -> Limits:
-        """Return the first entry that names the user or one of his groups, or everybody; else the defaults."""
+        """Return the first entry that names the user or one of his groups, or everybody; else the defaults.
+
+        Failed while the host's table of open files is nearly full. When it is full, as any user can make it, no name is
+        found, without an error, and who has an entry of his own would be everybody; to fill its last tenth takes longer
+        than to look a name up.
+        """
+        opened, _, most = map(int, FILES.read_text().split())
+        if self.entries and opened > most * 9 // 10:
+            raise Failed("Too many files are open on this host to be sure who is in which group: try again later")
         name, gids = "", set[int | None]()  # a uid without a name is only ever everybody
         with suppress(KeyError):
             name, gids = (user := pwd.getpwuid(uid)).pw_name, {*os.getgrouplist(user.pw_name, user.pw_gid)}

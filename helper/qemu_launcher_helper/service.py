@@ -31,8 +31,8 @@ class Service:
 
     def __init__(self, bus: SystemBus, operations: Operations, idle_seconds: float = contract.IDLE_SECONDS) -> None:
         self._bus, self._operations, self._authority, self._quotas = bus, operations, Authority(bus), Quotas()
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
+        # The latter: calls by connection, until the bus has said whose it is.
+        self.tasks, self._strangers = set[asyncio.Task[None]](), Counter[str]()
         self.idle, self._look_seconds, self._called = asyncio.Event(), idle_seconds / 2, True
         self._look()
 
@@ -69,10 +69,9 @@ class Service:
             with self._quotas.slot(caller.account):
                 facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
-                facts |= (details := _details(caller, arguments))
                 # The pins of a check are numbered, and no threads.
                 named = arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ()) if "pid" in arguments]
-                facts["tids"] = cpulist(named)
+                facts |= (details := _details(caller, arguments)) | {"tids": cpulist(named)}
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
                     await self._authorise(call, caller, action, details)
