@@ -295,7 +295,7 @@ def test_a_file_that_cannot_be_opened_just_now_says_nothing_of_what_there_is(
         host.pool.lacks()
 
 
-@pytest.mark.parametrize("spare", range(9))
+@pytest.mark.parametrize("spare", range(7))
 @pytest.mark.parametrize("later", [(), (4, 5), (6,)])
 def test_folders_that_cannot_be_opened_just_now_are_not_empty(
     host: Host, monkeypatch: pytest.MonkeyPatch, spare: int, later: tuple[int, ...]

@@ -386,7 +386,7 @@ def test_cpus_come_back_while_run_is_full(kernel: Kernel, monkeypatch: pytest.Mo
     assert not kernel.memory.exists()
 
 
-@pytest.mark.parametrize("spare", range(12))
+@pytest.mark.parametrize("spare", range(8))
 def test_cpusets_that_cannot_be_opened_just_now_are_not_empty(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, spare: int
 ) -> None:

@@ -83,7 +83,7 @@ class Partition:
     def take_realtime(self, scope: str) -> None:
         """Put every real-time thread in the scope back to SCHED_OTHER."""
         for pid in self.processes(scope):
-            with suppress(TargetRefused), Target(pid) as process:
+            with suppress(TargetRefused, FileNotFoundError, ProcessLookupError), Target(pid) as process:
                 process.take_realtime()
 
     def processes(self, scope: str) -> list[int]:
@@ -267,6 +267,8 @@ def find(root: Path, pattern: str) -> list[Path]:
     just now (Ended): who had a shield would have none, and what is remembered of others would be forgotten.
     """
     first, more, rest = pattern.partition("/")
+    if not more and "*" not in first:  # not looked for: others may have filled the folder
+        return [root / first] if (root / first).exists() else []
     with Ended(OSError), os.scandir(root) as entries:
         found = [root / e.name for e in entries if fnmatch.fnmatch(e.name, first) and (e.is_dir() or not more)]
         return [path for folder in found for path in find(folder, rest)] if rest else found
