@@ -37,8 +37,9 @@ Peer = tuple[str, str, str]  # bus name, object path, interface
 DAEMON: Peer = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 SYSTEMD: Peer = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 # Bytes up to and including the length of the header fields. The library keeps every signature that anybody ever sent,
-# at up to 46 KiB each; those of header fields come again with each message.
-_FIXED_HEADER, _MAX_SIGNATURES = 16, 32
+# at up to 46 KiB each; those of header fields come again with each message. What the bus lets only those send whom we
+# have called: a signal, which anybody may send us while we have no name, can name a call as well.
+_FIXED_HEADER, _MAX_SIGNATURES, _ANSWERS = 16, 32, (MessageType.METHOD_RETURN, MessageType.ERROR)
 
 
 class Call(NamedTuple):
@@ -59,8 +60,7 @@ class SystemBus:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.on_call: Callable[[Call], None] = lambda _: None
         self._reader, self._writer = reader, writer
-        self._serials = itertools.cycle(range(1, 2**32))
-        self._waiting: dict[int, asyncio.Future[Message | None]] = {}
+        self._serials, self._waiting = itertools.cycle(range(1, 2**32)), dict[int, asyncio.Future[Message | None]]()
         self.reading = asyncio.create_task(self._read_forever())
 
     @classmethod
@@ -152,8 +152,8 @@ class SystemBus:
             match _parse(data[:4] + bytes(4) + data[8:]):
                 case Message(sender=str(), message_type=MessageType.METHOD_CALL) as call if call.serial and call.sender:
                     self.on_call(Call(call, data))
-                case Message(sender=str(), reply_serial=int() as serial) if waiting := self._waiting.pop(serial, None):
-                    waiting.set_result(_parse(data))  # that it is from whom we called, the bus sees to
+                case Message(sender=str(), message_type=k, reply_serial=to) if k in _ANSWERS and to in self._waiting:
+                    self._waiting.pop(to).set_result(_parse(data))  # that it is from whom we called, the bus sees to
             await self._writer.drain()  # whoever floods us and reads no answers waits here, not in our memory
 
     async def _receive(self) -> bytes:

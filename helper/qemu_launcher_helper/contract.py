@@ -145,12 +145,17 @@ class CallFailed(Exception):  # noqa: N818  it names what happened to the call
 
 
 class Caller(NamedTuple):
-    """Who sent a call, as the bus says: unique name, uid, pid, and the uid's name (or "uid 1000" if it has none)."""
+    """Who sent a call, as the bus says: unique name, uid, pid, and the uid's name (or "uid 1000" if it has none).
+
+    account: as which uid his calls are counted. That is one for all uids without an account: one user may have 65,536
+    of them, subuid(5), and call as each.
+    """
 
     sender: str
     uid: int
     pid: int
     user: str
+    account: int
 
 
 class Pin(NamedTuple):

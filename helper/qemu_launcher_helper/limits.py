@@ -40,6 +40,8 @@ Cores = Sequence[Cpus]
 # What the kernel shows for a user it cannot name, proc_sys_kernel(5): such a caller could be anybody.
 OVERFLOW_UID = int(Path("/proc/sys/kernel/overflowuid").read_text())
 CPU, RT_RUNTIME = Path("/sys/devices/system/cpu"), Path("/proc/sys/kernel/sched_rt_runtime_us")
+# How many files are open on the host, and how many may be (fs.file-max): proc_sys_fs(5).
+FILES = Path("/proc/sys/fs/file-nr")
 
 
 class Limits(NamedTuple):
@@ -75,7 +77,15 @@ class Settings(NamedTuple):
     services: tuple[str, ...] = ()
 
     def limits_for(self, uid: int) -> Limits:
-        """Return the first entry that names the user or one of his groups, or everybody; else the defaults."""
+        """Return the first entry that names the user or one of his groups, or everybody; else the defaults.
+
+        Failed while the host's table of open files is nearly full. When it is full, as any user can make it, no name is
+        found, without an error, and who has an entry of his own would be everybody; to fill its last tenth takes longer
+        than to look a name up.
+        """
+        opened, _, most = map(int, FILES.read_text().split())
+        if self.entries and opened > most * 9 // 10:
+            raise Failed("Too many files are open on this host to be sure who is in which group: try again later")
         name, gids = "", set[int | None]()  # a uid without a name is only ever everybody
         with suppress(KeyError):
             name, gids = (user := pwd.getpwuid(uid)).pw_name, {*os.getgrouplist(user.pw_name, user.pw_gid)}
@@ -106,11 +116,16 @@ def check(path: str | None = None) -> int:
 
 def user_name(uid: int) -> str:
     """Return the account's name; "uid 1000" when there is none, or one that would not be plain text for a person."""
-    name = ""
+    return account(uid)[0]
+
+
+def account(uid: int) -> tuple[str, int]:
+    """Return the same, and the account's uid; OVERFLOW_UID when there is none."""
+    name, known = "", OVERFLOW_UID
     with suppress(KeyError):
-        name = pwd.getpwuid(uid).pw_name
+        name, _, known, *_ = pwd.getpwuid(uid)
     # For polkit dialogs and log lines: no markup, no second line, no terminal escape can be made of it.
-    return name if re.fullmatch(r"[A-Za-z0-9 ,._-]{1,64}", name) else f"uid {uid}"
+    return name if re.fullmatch(r"[A-Za-z0-9 ,._-]{1,64}", name) else f"uid {uid}", known
 
 
 def load(path: str | None = None) -> Settings:

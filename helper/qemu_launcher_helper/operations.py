@@ -135,8 +135,7 @@ class Operation(NamedTuple):
         facts |= {"cpus": cpulist(cpus), "free_cpus": cpulist(limits.free_for(own, cores, self.live))}
         facts |= {"max_cpus": len(cpus) if own.max_cpus is None else own.max_cpus}
         facts |= {"memlock": limits.lockable_bytes() if own.memlock is None else own.memlock}
-        forms = {str: "s", int: "t", bool: "b", list: "as"}
-        return {name: Variant(forms[type(value)], value) for name, value in facts.items()}
+        return {name: Variant({str: "s", int: "t", bool: "b", list: "as"}[type(x)], x) for name, x in facts.items()}
 
     def _placed(self, record: Record, pins: tuple[Pin, ...], others: frozenset[int]) -> Record:
         """Return the record with what `pins` hold, within all limits."""

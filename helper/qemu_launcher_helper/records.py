@@ -103,8 +103,11 @@ def reconcile(release: str | None = None) -> list[Record]:
 
 
 def settle(live: Iterable[Record]) -> None:
-    """Let the levels above the scopes hold what these VMs shield, and nothing else."""
-    MECHANISM.settle({record.scope: record.shielded for record in live if not record.stray})
+    """Let the levels above the scopes hold what these VMs shield, and nothing else; pending ones shield nothing yet.
+
+    Whether the kernel lets one have what it claims is not known then: if not, nobody else would get anything either.
+    """
+    MECHANISM.settle({r.scope: r.shielded for r in live if not r.stray and r.key not in PENDING})
 
 
 def _withdraw(record: Record, end: float, *, stray: bool) -> Record | None:

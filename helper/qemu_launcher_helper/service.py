@@ -31,8 +31,8 @@ class Service:
 
     def __init__(self, bus: SystemBus, operations: Operations, idle_seconds: float = contract.IDLE_SECONDS) -> None:
         self._bus, self._operations, self._authority, self._quotas = bus, operations, Authority(bus), Quotas()
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._strangers: Counter[str] = Counter()  # calls by connection, until the bus has said whose it is
+        # The latter: calls by connection, until the bus has said whose it is.
+        self.tasks, self._strangers = set[asyncio.Task[None]](), Counter[str]()
         self.idle, self._look_seconds, self._called = asyncio.Event(), idle_seconds / 2, True
         self._look()
 
@@ -43,8 +43,7 @@ class Service:
             return
         self._called = True
         self._strangers[call.header.sender] += 1
-        task = asyncio.create_task(self._serve(call))
-        self.tasks.add(task)
+        self.tasks.add(task := asyncio.create_task(self._serve(call)))
         task.add_done_callback(self.tasks.discard)
 
     def _look(self) -> None:
@@ -67,13 +66,12 @@ class Service:
                 caller = await self._identify(header.sender)
             finally:
                 self._strangers -= Counter([header.sender])
-            with self._quotas.slot(caller.uid):
+            with self._quotas.slot(caller.account):
                 facts = {"uid": str(caller.uid), "pid": str(caller.pid)}
                 arguments = contract.parse(member, call.body())
-                facts |= (details := _details(caller, arguments))
                 # The pins of a check are numbered, and no threads.
                 named = arguments.get("tids") or [pin.tid for pin in arguments.get("pins", ()) if "pid" in arguments]
-                facts["tids"] = cpulist(named)
+                facts |= (details := _details(caller, arguments)) | {"tids": cpulist(named)}
                 own = arguments.get("uid") == caller.uid or arguments.get("everybody") is False
                 if action is not None and not (action == contract.MANAGE_OTHERS and own):
                     await self._authorise(call, caller, action, details)
@@ -99,13 +97,13 @@ class Service:
                 [uid] = await self._bus.daemon("GetConnectionUnixUser", sender, answer="u")
                 [pid] = await self._bus.daemon("GetConnectionUnixProcessID", sender, answer="u")
                 if uid not in (limits.OVERFLOW_UID, 2**32 - 1) and pid > 0:
-                    return Caller(sender, uid, pid, limits.user_name(uid))
+                    return Caller(sender, uid, pid, *limits.account(uid))
         raise contract.NotAuthorized("The bus does not say who is calling")
 
     async def _authorise(self, call: Call, caller: Caller, action: str, details: dict[str, str]) -> None:
         granted, challenge = await self._authority.check(caller, action, details)
         if not granted and challenge and call.header.flags & INTERACTIVE:
-            with counted(self._quotas.in_flight, caller.uid, -1):
+            with counted(self._quotas.in_flight, caller.account, -1):
                 granted = await self._authority.dialog(caller, action, details)
         # That was the attacker's time: the connection must still be there, and the same one's.
         if not granted or await self._identify(caller.sender) != caller:
@@ -125,7 +123,7 @@ class Authority:
 
     def __init__(self, bus: SystemBus, dialog_seconds: float = contract.DIALOG_SECONDS) -> None:
         self._bus, self._dialog_seconds, self._numbers = bus, dialog_seconds, itertools.count()
-        # Per uid: the dialog that is open, and calls that wait for their turn.
+        # Per account: the dialog that is open, and calls that wait for their turn.
         self._turns, self._asked = defaultdict[int, asyncio.Lock](asyncio.Lock), Counter[int]()
 
     async def check(self, caller: Caller, action: str, details: dict[str, str], dialog: str = "") -> tuple[bool, bool]:
@@ -150,11 +148,11 @@ class Authority:
         Takes up to `dialog_seconds`, and as long for each call queued before: the attacker's time, verify everything
         again afterwards. Ends early when the caller leaves the bus. Raises LimitExceeded when too many wait already.
         """
-        waiting, busy = self._asked[caller.uid], len(+self._asked) >= contract.MAX_DIALOGS
+        waiting, busy = self._asked[caller.account], len(+self._asked) >= contract.MAX_DIALOGS
         if waiting > contract.DIALOG_QUEUE or (not waiting and busy):
             raise contract.LimitExceeded("Too many calls wait for a password already")
-        with counted(self._asked, caller.uid):
-            async with self._turns[caller.uid]:
+        with counted(self._asked, caller.account):
+            async with self._turns[caller.account]:
                 name = f"qemu-launcher-{next(self._numbers)}"
                 asking = asyncio.create_task(self.check(caller, action, details, name))
                 end = time.monotonic() + self._dialog_seconds
@@ -206,10 +204,8 @@ def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
 
     cpus: all that would be held or used, in whole cores where shielded; "many" for what is too long to be told.
     """
-    facts = {"user": caller.user}
+    facts = {"user": caller.user} | ({"owner": limits.user_name(arguments["uid"])} if "uid" in arguments else {})
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}
-    if "uid" in arguments:
-        facts["owner"] = limits.user_name(arguments["uid"])
     if "others" in arguments:
         pins, cores = arguments["pins"], limits.read_cores()
         shield = limits.union(pin.cpus for pin in pins if pin.shielded)

@@ -20,7 +20,7 @@ PAGE = (ROOT / "helper/man/qemu-launcher-helper.8.md").read_text()
 TOML_PAGE = (ROOT / "helper/man/qemu-launcher-helper.toml.5.md").read_text()
 README = (ROOT / "README.md").read_text()
 
-ALICE = Caller(":1.7", 1000, 4242, "alice")
+ALICE = Caller(":1.7", 1000, 4242, "alice", 1000)
 # One call with all that a call can name.
 EVERYTHING: dict[str, Any] = {
     "uid": 0,

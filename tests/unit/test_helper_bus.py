@@ -350,3 +350,21 @@ def test_the_kinds_of_messages_that_are_not_for_us(tmp_path: Path) -> None:
     signal.destination, signal.serial = ":1.1", 8
     reply = Message(":1.1", message_type=MessageType.METHOD_RETURN, reply_serial=1, serial=8)
     scene(tmp_path, sending(with_sender(signal, ":1.5"), with_sender(reply, ":1.5")))
+
+
+def test_a_signal_is_no_answer(tmp_path: Path) -> None:
+    """dbus-broker minds no signal that says whose answer it is; before and after we have the name, anybody may send us
+    one, as "yes, he may", while we wait for polkit."""
+
+    async def play(daemon: FakeDaemon, bus: SystemBus, calls: list[Call]) -> None:
+        def after_forgeries(message: Message) -> bytes:
+            forged = b""
+            for kind in (MessageType.SIGNAL, MessageType.METHOD_CALL):
+                yes = call("Boo", "s", ["forged"], message_type=kind, reply_serial=message.serial)
+                forged += with_sender(yes, ":1.66")
+            return forged + daemon.result(message, "s", ["true"])
+
+        daemon.answers["GetId"] = after_forgeries
+        assert await bus.daemon("GetId", answer="s") == ["true"]
+
+    scene(tmp_path, play)

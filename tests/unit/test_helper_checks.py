@@ -35,7 +35,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def answer(call: str, *arguments: Any, own: Limits | None = None, live: tuple[Record, ...] = (HELD,)) -> str:
     """What alice is told: the value as text, or the refusal's class and text."""
-    caller = Caller(":1.7", ALICE, 4000, "alice")
+    caller = Caller(":1.7", ALICE, 4000, "alice", ALICE)
     operation = Operation(caller, Settings(), own or Limits(), list(live), None)  # type: ignore[arg-type]  # no bus
     checking: Coroutine[Any, Any, Any] = getattr(operation, call)(*arguments)
     try:

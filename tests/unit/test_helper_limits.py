@@ -4,6 +4,7 @@ import grp
 import logging
 import os
 import pwd
+import resource
 import socket
 import tomllib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from qemu_launcher_helper import limits
 from qemu_launcher_helper.__main__ import main
 from qemu_launcher_helper.contract import INFINITY, Failed
 from qemu_launcher_helper.limits import Limits, Settings, load
+from unit.alone import alone
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="helper.toml must belong to root")
 
@@ -108,6 +110,35 @@ def test_the_first_match_wins(toml: Path) -> None:
     assert load().limits_for(nobody.pw_uid).max_vms == 2
     assert load().limits_for(2**31).max_vms == 4
     assert load().limits_for(0).source.endswith("entry 1")
+
+
+def test_nobody_is_everybody_because_his_name_cannot_be_looked_up(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not root nor nobody, whom nss-systemd(8) knows without a file.
+    name, _, uid, *_ = next(account for account in pwd.getpwall() if account.pw_uid not in (0, limits.OVERFLOW_UID))
+    configure(toml, f'[[limits]]\nusers = ["{name}"]\nmax_vms = 1\n[[limits]]\nmax_vms = 4\n')
+    monkeypatch.setattr(limits, "FILES", tmp_path / "file-nr")
+    limits.FILES.write_text("900\t0\t1000\n")
+    assert load().limits_for(uid).max_vms == 1
+
+    def looked_up() -> None:
+        # What is found with no file left to open, of which KeyError is all that Python says.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        settings, free = load(), os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            monkeypatch.setattr(Path, "read_text", lambda _: "900\t0\t1000\n")
+            assert settings.limits_for(uid).max_vms == 4
+            monkeypatch.setattr(Path, "read_text", lambda _: "901\t0\t1000\n")
+            with pytest.raises(Failed, match="Too many files are open"):
+                settings.limits_for(uid)
+            assert Settings().limits_for(uid) == Limits(), "what may be given back: all"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    alone(looked_up)
 
 
 def test_no_match_is_the_built_in_defaults(toml: Path) -> None:

@@ -39,6 +39,57 @@ def test_system_slice_gives_back_what_no_service_of_its_has_any_more(tmp_path: P
     assert (exclusive(tmp_path, "system.slice"), exclusive(tmp_path, "user.slice")) == ("", "2")
 
 
+def test_how_groups_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x", "a/sub/x", "b/sub/y", "c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def found(pattern: str) -> list[str]:
+        return sorted(str(path.relative_to(tmp_path)) for path in partition.find(tmp_path, pattern))
+
+    assert found("*") == ["a", "b", "c"]
+    assert found("*/") == ["a", "b"], "with a slash at the end, folders only"
+    assert found("*/*/") == ["a/sub", "b/sub"]
+    assert (found("a/s*"), found("*/sub/x"), found("*/nothing"), found("")) == (["a/sub"], ["a/sub/x"], [], ["."])
+    looked: list[str] = []
+    scandir = os.scandir
+
+    def look(path: Path) -> object:
+        looked.append(path.name)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    assert found("*/x") == ["a/x"]
+    assert looked == [tmp_path.name], "of whoever has filled a folder only the file is looked at"
+
+
+def test_a_process_that_ends_while_real_time_is_taken_away_leaves_the_others_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a scope without a record; its user may begin and end processes in there all the time."""
+    (tmp_path / SCOPE[1:]).mkdir(parents=True)
+    (tmp_path / SCOPE[1:] / "cgroup.procs").write_text("11\n12\n13\n")
+    taken = []
+
+    class Process:
+        def __init__(self, pid: int) -> None:
+            self.pid = pid
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def take_realtime(self) -> None:
+            if self.pid < 13:  # as os.listdir says, and as a system call
+                raise (FileNotFoundError, ProcessLookupError)[self.pid - 11]
+            taken.append(self.pid)
+
+    monkeypatch.setattr(partition, "Target", Process)
+    Partition(tmp_path).take_realtime(SCOPE)
+    assert taken == [13]
+
+
 def test_a_slice_that_ends_while_scopes_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / SCOPE[1:] / "vcpus").mkdir(parents=True)
     (tmp_path / SCOPE[1:] / "vcpus/cpuset.cpus.partition").write_text("isolated\n")

@@ -9,7 +9,7 @@ from dbus_next.signature import Variant
 from qemu_launcher_helper.contract import Caller, CallFailed
 from qemu_launcher_helper.service import POLKIT, Authority
 
-CALLER = Caller(":1.42", 1000, 4242, "alice")
+CALLER = Caller(":1.42", 1000, 4242, "alice", 1000)
 ACTION = "org.qemulauncher.pin-threads"
 
 

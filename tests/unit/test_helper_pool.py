@@ -1,8 +1,11 @@
 """The pool's arithmetic over the host's groups, in a tree of plain files; the kernel's part is in tests/system."""
 
+import errno
+import itertools
 import json
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -280,6 +283,38 @@ def test_what_it_needs(host: Host) -> None:
     assert host.pool.lacks() != ""
     (host.root / "cgroup.controllers").write_text("cpuset cpu memory\n")
     assert host.pool.lacks() == ""
+
+
+def test_a_file_that_cannot_be_opened_just_now_says_nothing_of_what_there_is(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the helper's start it chose another mechanism then: whoever had a shield lost it, and real time with it."""
+    (host.root / "cgroup.controllers").write_text("cpuset cpu memory\n")
+    monkeypatch.setattr(Path, "read_text", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        host.pool.lacks()
+
+
+@pytest.mark.parametrize("spare", range(7))
+@pytest.mark.parametrize("later", [(), (4, 5), (6,)])
+def test_folders_that_cannot_be_opened_just_now_are_not_empty(
+    host: Host, monkeypatch: pytest.MonkeyPatch, spare: int, later: tuple[int, ...]
+) -> None:
+    """Python 3.13's Path.glob takes them for that: what groups had before was forgotten, and never came back."""
+    host.settle(4, 5)
+    left, scandir = itertools.count(spare, -1), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(path) if next(left) > 0 else full())
+    with pytest.raises(OSError, match="Too many open files"):
+        host.settle(*later)
+    monkeypatch.undo()
+    host.settle()
+    assert host.groups() == AS_BEFORE
+    assert [host.cpus(scope) for scope in SCOPES] == ["0-7", "0-7"]
+
+
+def full(*_: object) -> NoReturn:
+    """No file can be opened: any user can fill the host's table of open files, where its limit is low."""
+    raise OSError(errno.ENFILE, "Too many open files in system")
 
 
 def test_the_place_of_its_memory_is_the_helpers_own() -> None:

@@ -92,6 +92,22 @@ def test_what_nobody_lived_to_finish_is_taken_back(record: Record, monkeypatch: 
     assert [one.stray for one in left()] == [True]
 
 
+def test_a_claim_that_is_just_being_made_stops_no_other(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CPUs may be a partition's of the administrator's: the kernel would refuse them, and with them all others'.
+
+    systemd makes a scope within a fraction of a second; but up to half a minute while a session resists its end.
+    """
+    settled = dict[str, frozenset[int]]()
+    monkeypatch.setattr(Partition, "settle", lambda _, live: settled.update(live))
+    pending = record._replace(settled=False, shielded=frozenset({6, 7}))
+    pending.write()
+    monkeypatch.setattr(records, "PENDING", {pending.key})
+    assert left() == [pending]
+    assert settled == {}
+    records.settle([record._replace(vm="other", scope="/other", shielded=frozenset({4})), pending])
+    assert settled == {"/other": {4}}
+
+
 @pytest.mark.parametrize("spare", range(6))
 def test_where_no_file_can_be_opened_nothing_is_taken_for_ended(
     record: Record, places: Path, monkeypatch: pytest.MonkeyPatch, spare: int

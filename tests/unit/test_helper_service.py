@@ -161,12 +161,37 @@ def test_all_connections_together_have_a_limit() -> None:
 
 
 def test_a_user_without_a_harmless_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    class Entry:
-        pw_name = "<b>evil\x1b[31m"
-
-    monkeypatch.setattr("pwd.getpwuid", lambda uid: Entry)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: ("<b>evil\x1b[31m", "x", uid, uid, "", "/", "/bin/sh"))
     caplog.set_level("INFO")
     bus = FakeBus([GOOD])
     [caller] = serve(bus, a_call()).acts
     assert caller.user == "uid 1000"
     assert "evil" not in caplog.text
+
+
+@pytest.mark.parametrize(("known", "refused"), [(True, 0), (False, 10)])
+def test_uids_without_an_account_have_one_quota_together(
+    monkeypatch: pytest.MonkeyPatch, *, known: bool, refused: int
+) -> None:
+    """A user may have 65,536 subordinate uids, subuid(5), keep his groups, and call as each of them.
+
+    dbus-daemon knows their groups from accounts, and lets none of them in; dbus-broker asks the kernel.
+    """
+
+    def account(uid: int) -> tuple[str, str, int, int, str, str, str]:
+        if not known:
+            raise KeyError(uid)
+        return f"user{uid}", "x", uid, uid, "", "/", "/bin/sh"
+
+    monkeypatch.setattr("pwd.getpwuid", account)
+    bus = FakeBus([who([100000 + number], [4242]) for number in range(contract.CALLS_PER_WINDOW + 10)])
+
+    async def run() -> None:
+        service = Service(bus, Recording(bus))  # type: ignore[arg-type]
+        for _ in range(contract.CALLS_PER_WINDOW + 10):
+            await service._serve(a_call("GetLimits", "", []))
+
+    asyncio.run(run())
+    assert [error for error, _ in bus.replies] == [None] * (contract.CALLS_PER_WINDOW + 10 - refused) + [
+        contract.LimitExceeded.wire_name
+    ] * refused

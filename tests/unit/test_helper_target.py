@@ -20,7 +20,7 @@ from unit.proc_facts import Facts
 
 VM = "win11"
 SCOPE = "qemu-launcher-1000-win11.scope"
-CALLER = Caller(":1.7", 1000, 4242, "alice")
+CALLER = Caller(":1.7", 1000, 4242, "alice", 1000)
 
 
 @pytest.fixture

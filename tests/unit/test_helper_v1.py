@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -383,6 +384,34 @@ def test_cpus_come_back_while_run_is_full(kernel: Kernel, monkeypatch: pytest.Mo
     kernel.reconcile({})
     assert kernel.cpus("docker") == "0-7"
     assert not kernel.memory.exists()
+
+
+@pytest.mark.parametrize("spare", range(8))
+def test_cpusets_that_cannot_be_opened_just_now_are_not_empty(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """Any user can fill the host's table of open files, where its limit is low; Python 3.13's Path.glob hides that."""
+    kernel.group("docker", "0-7", 500)
+    kernel.pin(0, one(VCPU0, 4), one(VCPU1, 5, shielded=False))
+    with monkeypatch.context() as patch:
+        left, scandir = itertools.count(spare, -1), os.scandir
+
+        def full(path: Any) -> Any:
+            if next(left) <= 0:
+                raise OSError(errno.ENFILE, "Too many open files in system")
+            return scandir(path)
+
+        patch.setattr(os, "scandir", full)
+        with contextlib.suppress(OSError):
+            assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {4}})
+        with contextlib.suppress(OSError):
+            kernel.v1.settle({SCOPES[0]: frozenset({4})})
+        assert next(left) < 0
+    assert kernel.v1.shielded_threads(SCOPES[0]) == has({VCPU0: {4}}), "its shield is still there"
+    assert kernel.where(VCPU1) == f"qemu-launcher/pool/{NAMES[0]}/5"
+    kernel.reconcile({})
+    assert kernel.cpus("docker") == "0-7"
+    assert kernel.where(HOST) == "."
 
 
 def test_a_pool_without_cpus_is_refused(kernel: Kernel) -> None:

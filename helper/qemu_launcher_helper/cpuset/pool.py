@@ -26,7 +26,7 @@ from pathlib import Path
 from ..contract import Conflict, Failed, Pin
 from ..target import Ended
 from .cpulist import cpulist, parse_cpulist
-from .partition import CGROUP, Partition, read, text, threaded, write
+from .partition import CGROUP, Partition, find, read, text, threaded, write
 
 # What each group's file said before, and what has been written to it since: by the group's name, a list of texts.
 MEMORY = Path("/run/qemu-launcher/pool")
@@ -38,7 +38,7 @@ class Pool(Partition):
 
     name = "pool"
     reason = "The kernel is older than 6.11: its own threads are not kept away"
-    slices: tuple[str, ...] = ("qemu.slice/qemu-*.slice",)
+    slices: tuple[str, ...] = ("qemu.slice/qemu-*.slice/",)
 
     def __init__(self, root: Path = CGROUP, memory: Path = MEMORY, possible: Path = POSSIBLE) -> None:
         super().__init__(root)
@@ -52,7 +52,7 @@ class Pool(Partition):
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
-        with suppress(OSError):
+        with Ended(OSError):
             if "cpuset" in (self.root / "cgroup.controllers").read_text().split():
                 return ""
         return "Shielding needs the cgroup v2 hierarchy with its cpuset controller"
@@ -82,7 +82,7 @@ class Pool(Partition):
 
         The kernel ends one, since Linux 6.1 without an error, when a group beside it gets a list with one of them.
         """
-        states = {path.parent: text(path) for path in self.root.glob("*/cpuset.cpus.partition")}
+        states = {path.parent: text(path) for path in find(self.root, "*/cpuset.cpus.partition")}
         valid = [path for path, state in states.items() if state in ("root", "isolated")]
         return {path.name: parse_cpulist(text(path / "cpuset.cpus") or "") for path in valid}
 
@@ -97,7 +97,7 @@ class Pool(Partition):
         online, wanted = parse_cpulist(text(self.root / "cpuset.cpus.effective") or ""), dict[Path, str]()
         if claim & (theirs := frozenset[int]().union(*alone.values())):
             bare = f"CPUs {cpulist(claim & theirs)} are those of a partition that others have made"
-        for path in self.root.glob("*/cpuset.cpus") if shielded or known != {} else ():
+        for path in find(self.root, "*/cpuset.cpus") if shielded or known != {} else ():
             name, now = path.parent.name, text(path)
             if now is None or name in ("qemu.slice", *alone):
                 continue

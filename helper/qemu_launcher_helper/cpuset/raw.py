@@ -27,7 +27,7 @@ class Raw(Partition):
     """What is different where systemd makes no scopes."""
 
     resident = True
-    slices: tuple[str, ...] = (".", "user.slice/user-*.slice")
+    slices: tuple[str, ...] = ("", "user.slice/user-*.slice/")
 
     def home(self, unit: str, uid: int) -> str:
         """Return the user's slice, or the top."""

@@ -33,7 +33,7 @@ from .. import privileges
 from ..contract import Conflict, Failed, Pin, TargetRefused
 from ..target import PROC, Ended, Target
 from .cpulist import cpulist, parse_cpulist
-from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, read, text
+from .partition import CGROUP, STUCK_LOOKS, SWEEP_SECONDS, Partition, find, read, text
 from .pool import MEMORY, change, remember, remembered
 
 ONLINE, MOUNTS = Path("/sys/devices/system/cpu/online"), Path("/proc/self/mountinfo")
@@ -83,7 +83,7 @@ class V1(Partition):
         Raises Conflict when that leaves a cpuset nothing.
         """
         shielded = frozenset[int]().union(*live.values())
-        alone = [path.parent for path in self._tree.glob("*/cpuset.cpu_exclusive") if text(path) == "1"]
+        alone = [path.parent for path in find(self._tree, "*/cpuset.cpu_exclusive") if text(path) == "1"]
         self.everything = read(self._online)
         self._ours = self.everything.difference(*map(_cpus, alone))
         if not (shielded or self._prefix.exists() or self._memory.exists()):
@@ -91,16 +91,14 @@ class V1(Partition):
         self._looks, end = [0.01] * STUCK_LOOKS, time.monotonic() + SWEEP_SECONDS
         self._new(self._new(self._prefix) / "pool")
         owners = {scope.rpartition("/")[2]: cpus for scope, cpus in live.items()}
-        for place in self._prefix.glob("[0-9]*/"):
-            if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in place.glob("*/")):
+        for place in find(self._prefix, "[0-9]*/"):
+            if not any(parse_cpulist(place.name) <= owners.get(mark.name, frozenset()) for mark in find(place, "*/")):
                 with suppress(OSError, Failed):  # one that is ending, and does not end, is still in there
                     self._remove(place, end)
         if not (pool := self._ours - shielded) and shielded:
-            raise Conflict(
-                f"CPUs {cpulist(shielded)} are all that no other cpuset has for itself alone (cpu_exclusive)"
-            )
-        wanted = {path: parse_cpulist(path.name) & pool or pool for path in self._pool.glob("*/*/")}
-        wanted |= dict.fromkeys([self._pool, *self._pool.glob("*/")], pool) | {self._prefix: self._ours}
+            raise Conflict(f"CPUs {cpulist(shielded)} are all that no other cpuset has alone (cpu_exclusive)")
+        wanted = {path: parse_cpulist(path.name) & pool or pool for path in find(self._pool, "*/*/")}
+        wanted |= dict.fromkeys([self._pool, *find(self._pool, "*/")], pool) | {self._prefix: self._ours}
         try:
             if not shielded:
                 # Before Linux 6.2 a cpuset with other CPUs gives its tasks all of them, whatever taskset(1) had chosen.
@@ -156,7 +154,7 @@ class V1(Partition):
         for place in self._places(scope):
             with suppress(OSError):  # what is still in there is seen below, or does not matter
                 self._remove(place, end)
-        for group in self._pool.glob(f"{scope.rpartition('/')[2]}/"):
+        for group in find(self._pool, f"{scope.rpartition('/')[2]}/"):
             self._remove(group, end)
 
     def shielded_threads(self, scope: str) -> dict[int, frozenset[int]] | None:
@@ -172,29 +170,24 @@ class V1(Partition):
 
     def orphans(self, known: frozenset[str]) -> list[str]:
         """Return the scopes, by their names alone, that have a cpuset of ours and are not in `known`."""
-        names = {path.name for path in self._prefix.glob("*/qemu-launcher-*.scope")}
+        names = {path.name for path in find(self._prefix, "*/qemu-launcher-*.scope")}
         return [f"/{name}" for name in sorted(names - {scope.rpartition("/")[2] for scope in known})]
 
     def _others(self, alone: Collection[Path]) -> list[Path]:
         """Return the cpusets of others, each before those below it; of too many MOST_CPUSETS, and one more.
 
-        Not by Path.glob: in Python 3.11 one that ends meanwhile ends it all (FileNotFoundError), as do a thousand in
-        one another (RecursionError).
+        Not by Path.glob or `find`: a thousand in one another would end it all (RecursionError).
         """
         found = [self._tree]
         for path in found:
-            with suppress(OSError), os.scandir(path) as entries:
+            with Ended(OSError), os.scandir(path) as entries:
                 folders = (Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
                 theirs = (folder for folder in folders if folder != self._prefix and folder not in alone)
                 found.extend(itertools.islice(theirs, MOST_CPUSETS + 2 - len(found)))
         return found[1:]
 
     def _leave(
-        self,
-        others: list[Path],
-        wanted: dict[Path, frozenset[int]],
-        shielded: frozenset[int],
-        claim: frozenset[int],
+        self, others: list[Path], wanted: dict[Path, frozenset[int]], shielded: frozenset[int], claim: frozenset[int]
     ) -> None:
         """Give each cpuset in `wanted` these CPUs, and the `others` what they had less the `shielded` ones.
 
@@ -238,7 +231,7 @@ class V1(Partition):
     def _places(self, scope: str) -> list[Path]:
         """Return all cpusets that hold threads of this scope, those of the shield last."""
         name = scope.rpartition("/")[2]
-        return [*self._pool.glob(f"{name}/*/"), *(mark.parent for mark in self._prefix.glob(f"[0-9]*/{name}"))]
+        return [*find(self._pool, f"{name}/*/"), *(mark.parent for mark in find(self._prefix, f"[0-9]*/{name}"))]
 
     def _new(self, path: Path, cpus: frozenset[int] = frozenset()) -> Path:
         """Make a cpuset, if it is not there, with these CPUs; with none, it has as many as it may until `settle`."""
@@ -253,7 +246,7 @@ class V1(Partition):
 
     def _remove(self, place: Path, end: float) -> None:
         self._move(place, self._pool, end)
-        for path in (*place.glob("*/"), place):
+        for path in (*find(place, "*/"), place):
             path.rmdir()
 
     def _move(self, source: Path, target: Path, end: float = math.inf, keep: Iterable[str] = ()) -> None:
