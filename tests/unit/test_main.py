@@ -42,6 +42,18 @@ def test_command(environ: dict[str, str]) -> None:
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, LINE, b"")
 
 
+def test_ctrl_c_before_the_program_can_see_to_it(tmp_path: Path) -> None:
+    """While its modules are being imported: no traceback, and the exit status of Ctrl-C."""
+    package = tmp_path / "qemu_launcher"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("raise KeyboardInterrupt\n")
+    script = (ROOT / "launcher/qemu-launcher").read_text()
+    (tmp_path / "script").write_text(script.replace('"/usr/lib/python3/dist-packages"', repr(str(tmp_path))))
+    done = subprocess.run([sys.executable, "-I", tmp_path / "script"], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_command_json(environ: dict[str, str]) -> None:
     done = launch(environ, "command", "--json", "vm")
     assert done.returncode == 0
