@@ -89,7 +89,7 @@ def test_help_and_version(environ: dict[str, str]) -> None:
     ("words", "status", "message"),
     [
         ((), 2, "qemu-launcher: the name of a VM is missing\n    qemu-launcher --help shows what can be said\n"),
-        (("command", "--yaml", "vm"), 2, "qemu-launcher: unrecognized arguments: --yaml\n"
+        (("command", "--yaml", "vm"), 2, "qemu-launcher: there is no option --yaml\n"
          "    qemu-launcher --help shows what can be said\n"),
         (("vmm",), 2, "qemu-launcher: there is no VM 'vmm': no vmm.yml in DIR\n    did you mean vm?\n"),
         (("kil",), 2, "qemu-launcher: there is no VM 'kil': no kil.yml in DIR\n    did you mean kill?\n"),
@@ -97,7 +97,7 @@ def test_help_and_version(environ: dict[str, str]) -> None:
         (("run", "wrong"), 2, "qemu-launcher: DIR/wrong.yml:2:7: the section qemu must be a list, not 'x'\n"),
         (("command", b"\xff\x1b[1m"), 2, "qemu-launcher: '\\udcff\\x1b[1m' is no name for a VM\n"
          "    use letters, digits, - and _, beginning with a letter or digit; at most 48\n"),
-        ((b"--\xff",), 2, "qemu-launcher: unrecognized arguments: --\\xff\n"
+        ((b"--\xff",), 2, "qemu-launcher: there is no option --\\xff\n"
          "    qemu-launcher --help shows what can be said\n"),
         (("stop", "a b"), 2, "qemu-launcher: 'a b' is no name for a VM\n"
          "    use letters, digits, - and _, beginning with a letter or digit; at most 48\n"),
