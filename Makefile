@@ -28,8 +28,8 @@ export PATH := $(CURDIR)/$(VENV):$(PATH):/usr/sbin:/sbin
 
 # What the tools, the tests and the lab need, by its Debian name. The package's own dependencies are in debian/control.
 APT_RUN := python3 python3-yaml python3-prctl python3-dbus-next python3-rich dbus polkitd qemu-system-x86
-APT_BUILD := dpkg-dev debhelper dh-python go-md2man lintian man-db
-APT_TEST := python3-venv ca-certificates git strace procps util-linux swtpm desktop-file-utils
+APT_BUILD := dpkg-dev debhelper dh-python go-md2man
+APT_TEST := lintian man-db python3-venv ca-certificates git strace procps util-linux swtpm desktop-file-utils
 # The shells in which completion is tried.
 APT_TEST += bash-completion fish zsh
 # virsh, and what it needs to tell QEMU's command line without a daemon (4 MB): `qemu-launcher import --libvirt`.
@@ -41,7 +41,8 @@ APT_SCREEN := xvfb x11-apps qemu-system-gui spice-client-gtk
 APT_SCREEN += $(if $(filter 12,$(shell . /etc/os-release && echo "$$VERSION_ID")),,qemu-system-modules-spice)
 # What builds and checks the packages of other distributions: `make rpm`, `make arch`.
 APT_OTHERS := rpm rpmlint makepkg pacman-package-manager libarchive-tools shellcheck
-APT_PACKAGES := $(APT_RUN) $(APT_BUILD) $(APT_TEST) $(APT_LAB) \
+# Whoever wants the package alone, `make deb`, gets nothing that only tests and labs need.
+APT_PACKAGES := $(APT_BUILD) $(if $(filter-out deb,$(MAKECMDGOALS)),$(APT_RUN) $(APT_TEST) $(APT_LAB)) \
 	$(if $(filter setup test test-all,$(MAKECMDGOALS)),$(APT_SCREEN) $(APT_OTHERS))
 
 DEB := build/qemu-launcher_$(VERSION)_all.deb

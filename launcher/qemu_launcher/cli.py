@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from .errors import PROGRAM, UsageError, did_you_mean, shortened
+from .errors import A_SLIP, PROGRAM, UsageError, did_you_mean, shortened
 
 VERSION = "0.1.0"
 
@@ -238,7 +238,6 @@ VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 LONGEST_COMPLAINT = 300  # characters; argparse repeats all the words that it does not know
 _HINT = f"{PROGRAM} --help shows what can be said"
-_A_SLIP = 0.75  # how near a word must be to a command to be a slip of one: stpo, and not first to list
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,11 +267,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     foreign = [option for word in words if command not in OPTIONS.get(option := word.partition("=")[0], (command,))]
     if len(rest) == len(argv):
         _check_command(words, foreign=bool(foreign))
-    if foreign and (command != "import" or "--" in rest):  # without -- they are QEMU's
-        parser.error(f"{foreign[0]} is an option of {_either(OPTIONS[foreign[0]])}, not of {command}")
+    if command != "import" or "--" in rest:  # without -- they are QEMU's
+        _check_options(parser, command, words, foreign)
     if command == "import":
         return _import(parser, rest)
-    found = parser.parse_args(rest)
+    found = _found(parser, command, rest, words)
     if command not in _WITHOUT_NAME and found.vm is None:
         parser.error("the name of a VM is missing")
     if command == "status":
@@ -281,7 +280,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         parser.error("--quiet and --debug do not go together")
     if command == "monitor":
         return Monitor(found.vm, line)
-    if command == "qmp" and found.command is None:
+    if command == "qmp" and not found.command:
         parser.error("the QMP command is missing")
     return _MEANINGS[command](**vars(found))
 
@@ -294,11 +293,39 @@ def _check_command(words: Sequence[str], *, foreign: bool) -> None:
     plain = [word for at, word in enumerate(words) if not word.startswith("-") and words[max(0, at - 1)] not in VALUED]
     if not plain or not (foreign or len(plain) > 1):
         return
-    hint = did_you_mean(plain[0], COMMANDS, _A_SLIP)
+    hint = did_you_mean(plain[0], COMMANDS, A_SLIP)
     if len(plain) > 1 and plain[1] in COMMANDS:
         hint = hint or f"the command comes first: {PROGRAM} {plain[1]} {shortened(plain[0])}"
     if hint or len(plain) > 1:
         raise UsageError(f"there is no command {shortened(plain[0])!r}", hint or _HINT)
+
+
+def _check_options(parser: _Parser, command: str, words: Sequence[str], foreign: Sequence[str]) -> None:
+    """`foreign`: options that the command has not. No value is given to one that takes none."""
+    if foreign:
+        parser.error(f"{foreign[0]} is an option of {_either(OPTIONS[foreign[0]])}, not of {command}")
+    for option, equals, value in (word.partition("=") for word in words):
+        if equals and option in OPTIONS and option not in VALUED:
+            parser.error(f"{option} takes no value, and here is {shortened(value)!r}")
+
+
+def _found(parser: _Parser, command: str, rest: Sequence[str], words: Sequence[str]) -> argparse.Namespace:
+    found, unknown = parser.parse_known_args(rest)
+    if unknown:
+        raise _unknown(command, unknown, words)
+    return found
+
+
+def _unknown(command: str, unknown: Sequence[str], words: Sequence[str]) -> UsageError:
+    """`unknown`: what of the command line nothing is known about. `words`: what of it stands before --."""
+    first = unknown[0]
+    if first.startswith("-") and first in words:
+        option = first.partition("=")[0]
+        known = ["--help", "--version", *(own for own, commands in OPTIONS.items() if command in commands)]
+        return UsageError(f"there is no option {shortened(option)}", did_you_mean(option, known, A_SLIP) or _HINT)
+    if command in _NAMELESS:
+        return UsageError(f"{command} takes no NAME, and here is {shortened(first)!r}", _HINT)
+    return UsageError(shortened(f"unrecognized arguments: {' '.join(unknown)}", LONGEST_COMPLAINT), _HINT)
 
 
 def _check_status(parser: _Parser, found: argparse.Namespace) -> None:
@@ -320,7 +347,7 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
     behind = tuple(words[end + 1 :])
     stray = next((word for word in words[:end] if word in (found.vm, *unknown)), None)
     if stray is not None and stray.startswith("--"):
-        parser.error(f"unrecognized arguments: {stray}")
+        raise _unknown("import", [stray], words)
     if stray is not None and "--" not in words:
         from . import noqemu  # noqa: PLC0415  only where something is wrong
 
@@ -337,7 +364,8 @@ def _import(parser: _Parser, words: Sequence[str]) -> Import:
     return Import(found.output, found.libvirt, behind)
 
 
-_WITHOUT_NAME = ("list", "status", "check", "limits")
+_NAMELESS = ("list", "limits")
+_WITHOUT_NAME = (*_NAMELESS, "status", "check")
 _MEANINGS: dict[str, Callable[..., Arguments]] = {
     "run": Run,
     "start": Start,
@@ -369,7 +397,7 @@ def _parser(command: str) -> _Parser:
     if command == "import":
         parser.add_argument("--libvirt", metavar="VM")
         parser.add_argument("-o", "--output", metavar="FILE")
-    if command not in ("list", "limits"):
+    if command not in _NAMELESS:
         parser.add_argument("vm", metavar="NAME", nargs="?")
     if command == "qmp":
         parser.add_argument("command", metavar="COMMAND", nargs="?")

@@ -20,6 +20,7 @@ from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
 from .keys import (
     KEY_NAMES,
+    NO_KEYS_HINT,
     REALTIME_POLICIES,
     HookCommand,
     Isolation,
@@ -29,7 +30,7 @@ from .keys import (
     priority_of,
     read_launcher,
 )
-from .optionlist import read_options
+from .optionlist import NO_OPTIONS_HINT, read_options
 from .options import (
     QemuOption,
     drives_host_devices,
@@ -174,7 +175,8 @@ def parse(data: bytes, path: Path, name: str) -> VmDefinition:
 def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> dict[str, Node]:
     root = document.root
     if not isinstance(root, Map):
-        fail(root, f"a definition has the sections launcher: and qemu:, but this is {describe(root)}")
+        what = f"a definition has the sections launcher: and qemu:, but this is {describe(root)}"
+        fail(root, what, yamlnode.EXAMPLE_HINT)
     sections: dict[str, Node] = {}
     for key, node in root.pairs:
         if key.kind == "str" and key.text in SECTIONS:
@@ -184,7 +186,9 @@ def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> d
         ):  # a place for an &anchor that a section uses: YAML's way to share
             problems.append(_unknown_section(key))
     problems.extend(
-        DefinitionError(f"the section {name}: is missing", mark=root.mark) for name in SECTIONS if name not in sections
+        DefinitionError(f"the section {name}: is missing", hint, mark=root.mark)
+        for name, hint in (("launcher", NO_KEYS_HINT), ("qemu", NO_OPTIONS_HINT))
+        if name not in sections
     )
     return sections
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 PROGRAM = "qemu-launcher"
 LONGEST_QUOTE = 60  # characters of a wrong value that a message repeats
+A_SLIP = 0.75  # how near a word must be to a command to be a slip of one: stpo, and not first to list
 MOST_PROBLEMS = 10  # more than a screenful hides the first one, which is usually the cause of the others
 
 

@@ -26,6 +26,7 @@ MIN_PRIORITY, MAX_PRIORITY = 1, 99  # of the real-time policies: sched(7)
 Isolation = Literal["shield", "cpuset", "affinity"]
 ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 MEMLOCK_HINT = "write true (as much as I may), false, auto (guest RAM and 1 GiB more) or a size such as 16G"
+NO_KEYS_HINT = "write launcher: and below it, two spaces further in, binary: qemu-system-x86_64"
 
 _VARIABLE = re.compile(r"(\w+)=([\w./][\w./-]*)")  # a shell's, with a value that needs no quotes
 _DURATION = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}) ?s?")  # 1:30, 60s, 08
@@ -80,7 +81,7 @@ def read_launcher(node: Node | None, problems: list[DefinitionError]) -> Section
         return Section(values, marks, FIELDS)
     failed: frozenset[str] = frozenset()
     try:
-        for key, value in yamlnode.entries(node, "the section launcher"):
+        for key, value in yamlnode.entries(node, "the section launcher", NO_KEYS_HINT):
             if len(problems) >= MOST_PROBLEMS:
                 failed = FIELDS
                 break

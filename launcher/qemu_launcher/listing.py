@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import locate, runtime, stdout, table
-from .errors import DefinitionError, printable
+from .errors import DefinitionError, one_line, printable
 from .locate import Located
 from .runtime import Found
 from .voice import Voice
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
         if self.remark is not None:
             remarks.append(self.remark)
         pid = "" if self.pid is None else str(self.pid)
-        return tuple(map(printable, (self.name, self.state, pid, place, "; ".join(remarks))))
+        return tuple(map(one_line, (self.name, self.state, pid, place, "; ".join(remarks))))
 
     def as_json(self) -> dict[str, object]:
         """The keys are documented in qemu-launcher(1): they stay."""

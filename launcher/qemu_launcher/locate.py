@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DefinitionError, did_you_mean, shortened
+from .errors import A_SLIP, DefinitionError, did_you_mean, shortened
 from .names import VM_NAME
 
 MOST_OF_A_PATH = 200  # characters that a message repeats of a path that is none
@@ -102,8 +102,8 @@ def vm_name(argument: str) -> str:
     name = argument
     if is_path(argument):
         name = os.path.basename(argument)  # noqa: PTH119  Path would forget a final slash
-        for suffix in SUFFIXES:
-            name = name.removesuffix(suffix)
+        suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+        name = name.removesuffix(suffix)
     if VM_NAME.fullmatch(name):
         return name
     raise _no_name(name, argument)
@@ -132,7 +132,7 @@ def find(argument: str, environ: Mapping[str, str], commands: Sequence[str] = ()
     if name in commands:  # written after `run` or `--`
         hint: str | None = f"{name} is a command too: qemu-launcher {name}"
     else:
-        hint = did_you_mean(name, [*names(where), *commands])
+        hint = did_you_mean(name, names(where)) or did_you_mean(name, commands, A_SLIP)
     raise DefinitionError(
         f"there is no VM {name!r}: no {name}{SUFFIX} in {', '.join(map(str, where))}",
         hint or _no_folder(environ) or "its definition is described in qemu-launcher.yml(5)",

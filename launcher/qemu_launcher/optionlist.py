@@ -13,6 +13,7 @@ from .yamlnode import List, Map, Node, Scalar, describe, fail
 
 MAX_ARGUMENT_BYTES = (128 << 10) - 1  # MAX_ARG_STRLEN of execve(2), less the final NUL
 MAX_OPTIONS_BYTES = 1 << 20  # execve(2) gives arguments and environment a quarter of the stack limit, 2 MiB by default
+NO_OPTIONS_HINT = "write qemu: and below it an option in each line, such as - nographic; or qemu: [] for none"
 _NO_SPACE = re.compile(r"([a-z][a-z_-]*):([^\s,=]+)")
 
 
@@ -44,9 +45,11 @@ def read_options(node: Node, problems: list[DefinitionError]) -> tuple[QemuOptio
 
 
 def _no_list(node: Node) -> str | None:
-    """A hint for the section where it has its options as a map, or as a command line."""
+    """A hint for the section where it has its options as a map, or as a command line, or none."""
     if isinstance(node, Map):
         return 'begin each option with "- "'
+    if isinstance(node, Scalar) and node.kind == "null":
+        return NO_OPTIONS_HINT
     if isinstance(node, Scalar) and node.text.startswith(("-", "qemu")):
         return f"a list is what this makes of a command line: {PROGRAM} import -- qemu-system-x86_64 ..."
     return None

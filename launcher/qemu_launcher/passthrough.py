@@ -25,6 +25,7 @@ from .runtime import Found
 
 PROMPT = "(qemu) "
 _BANNER = "QEMU's monitor of {name}. Ctrl-D or exit leaves it; quit would end the VM, without asking the guest."
+_QUIT = ("quit", "q")
 _MEANT = "quit ends {name} at once, without asking the guest: say it once more if you mean that, or leave with Ctrl-D"
 _HMP = "human-monitor-command"
 # HMP's names end at white space or a slash (get_command_name in monitor/hmp.c), and these have no such suffix.
@@ -154,20 +155,25 @@ def _prompt(name: str) -> None:
     stdout.say(_BANNER.format(name=name) + "\n")
     asked_twice = False
     for line in _typed():
-        if line in ("quit", "q") and not asked_twice:
+        if line in _QUIT and not asked_twice:
             asked_twice = True
             stdout.say(_MEANT.format(name=name) + "\n")
             continue
         asked_twice = False
         try:
             _say_text(asyncio.run(_execute_hmp(control.running(name, f"monitor {name}"), line)))
+            if line not in _QUIT:
+                continue
         except NotRunning:
-            stdout.say(f"{name} has ended\n")
-            return
+            pass
         except KeyboardInterrupt:  # of a command that takes too long
             stdout.say("\n")
+            continue
         except LauncherError as err:
             stdout.say(render(err))
+            continue
+        stdout.say(f"{name} has ended\n")
+        return
     stdout.say("\n")
 
 

@@ -30,6 +30,7 @@ from yaml.reader import Reader
 from .errors import MOST_PROBLEMS, DefinitionError, Mark, did_you_mean, shortened
 
 MAX_DEPTH = 32  # a definition needs six levels; deeper is a mistake or an attack on somebody's stack
+EXAMPLE_HINT = "qemu-launcher.yml(5) has an example"
 
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_KINDS = ("str", "int", "float", "bool", "null")
@@ -262,7 +263,9 @@ def compose(text: str, file: str) -> Document:
         raise _syntax_error(err, text, file) from err
     root = composer.root
     if root is None or (isinstance(root, Scalar) and root.kind == "null"):
-        raise DefinitionError("the definition is empty", mark=Mark(file, 1, 1) if root is None else root.mark)
+        raise DefinitionError(
+            "the definition is empty", EXAMPLE_HINT, mark=Mark(file, 1, 1) if root is None else root.mark
+        )
     return Document(root, frozenset(composer.aliased), tuple(composer.problems))
 
 

@@ -117,12 +117,11 @@ def test_odd_words_are_kept() -> None:
         ("qmp win11 eject {} {}", "unrecognized arguments: {}"),
         ("monitor", "the name of a VM is missing"),
         ("monitor -q win11 x", "-q is an option of run and start, not of monitor"),
-        ("monitor --foo win11 x", "unrecognized arguments: --foo"),
-        ("list win11", "unrecognized arguments: win11"),
+        ("monitor --foo win11 x", "there is no option --foo"),
+        ("list win11", "list takes no NAME, and here is 'win11'"),
         ("status a b", "unrecognized arguments: b"),
-        ("--unt win11", "unrecognized arguments: --unt"),
-        ("--foo win11", "unrecognized arguments: --foo"),
-        ("-x win11", "unrecognized arguments: -x"),
+        ("--foo win11", "there is no option --foo"),
+        ("-x win11", "there is no option -x"),
         ("command -q win11", "-q is an option of run and start, not of command"),
         ("-q status", "-q is an option of run and start, not of status"),
         ("stop win11 --quiet", "--quiet is an option of run and start, not of stop"),
@@ -143,18 +142,19 @@ def test_odd_words_are_kept() -> None:
         ("release win11 --all-users", "--all-users is an option of status, not of release"),
         ("--owner bob stop win11", "--owner is an option of limits and release, not of stop"),
         ("--owner bob win11", "--owner is an option of limits and release, not of run"),
-        ("limits win11", "unrecognized arguments: win11"),
+        ("limits win11", "limits takes no NAME, and here is 'win11'"),
+        ("limits win11 win12", "limits takes no NAME, and here is 'win11'"),
         ("limits --all-users", "--all-users is an option of status, not of limits"),
         ("import", "QEMU's command line is missing: write it after import --, as for a shell"),
         ("import --", "QEMU's command line is missing: write it after import --, as for a shell"),
         ("import qemu -- x", "'qemu' stands before --: write import -- and then QEMU's command line"),
         ("import --libvirt x -- q", "import takes either --libvirt or, after --, QEMU's command line"),
         ("import --libvirt", "argument --libvirt: expected one argument"),
-        ("import --libvrt win11", "unrecognized arguments: --libvrt"),
         ("import -q -- x", "-q is an option of run and start, not of import"),
         ("run -o x y", "-o is an option of import, not of run"),
         ("status -- -q x", "unrecognized arguments: x"),
-        ("--quiet=yes win11", "argument -q/--quiet: ignored explicit argument 'yes'"),
+        ("--quiet=yes win11", "--quiet takes no value, and here is 'yes'"),
+        ("list --json=1", "--json takes no value, and here is '1'"),
     ],
 )
 def test_refused(words: str, message: str) -> None:
@@ -219,6 +219,22 @@ def test_mistyped_commands(words: str, name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         cli.parse_arguments(words.split())
     assert (caught.value.message, caught.value.hint) == (f"there is no command {name!r}", hint)
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "hint"),
+    [
+        ("--jsn list", "--jsn", "did you mean --json?"),
+        ("list --JSON", "--JSON", "did you mean --json?"),
+        ("run --untune win11", "--untune", "did you mean --untuned?"),
+        ("limits --user bob", "--user", NO_SLIP),
+        ("import --libvrit win11", "--libvrit", "did you mean --libvirt?"),
+    ],
+)
+def test_mistyped_options(words: str, option: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_arguments(words.split())
+    assert (caught.value.message, caught.value.hint) == (f"there is no option {option}", hint)
 
 
 @pytest.mark.parametrize("words", ["startt", "startt -q", "-- startt first"])

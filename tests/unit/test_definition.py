@@ -345,16 +345,24 @@ def test_preconfig_without_tuning(keys: str, item: str) -> None:
     definition.validate_tunable(launcher(keys, f"[{item}]"))
 
 
+EXAMPLE = "    qemu-launcher.yml(5) has an example"
+NO_KEYS = "    write launcher: and below it, two spaces further in, binary: qemu-system-x86_64"
+NO_OPTIONS = "    write qemu: and below it an option in each line, such as - nographic; or qemu: [] for none"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a", "1:1: a definition has the sections launcher: and qemu:, but this is a list"),
-        ("a", "1:1: a definition has the sections launcher: and qemu:, but this is 'a'"),
-        ("launcher: {binary: q}", "1:1: the section qemu: is missing"),
-        ("qemu: []", "1:1: the section launcher: is missing"),
+        ("- a", f"1:1: a definition has the sections launcher: and qemu:, but this is a list\n{EXAMPLE}"),
+        ("a", f"1:1: a definition has the sections launcher: and qemu:, but this is 'a'\n{EXAMPLE}"),
+        ("launcher: {binary: q}", f"1:1: the section qemu: is missing\n{NO_OPTIONS}"),
+        ("qemu: []", f"1:1: the section launcher: is missing\n{NO_KEYS}"),
         ("launcher: {}\nqemu: []", "1:11: the key binary is missing in launcher:\n"
          "    name the QEMU to run, for example binary: qemu-system-x86_64"),
-        ("launcher: ~\nqemu: []", "1:11: the section launcher must be a map (key: value), not nothing (null)"),
+        ("launcher: ~\nqemu: []", "1:11: the section launcher must be a map (key: value), not nothing (null)\n"
+         f"{NO_KEYS}"),
+        ("launcher: {binary: q}\nqemu:", "2:6: the section qemu must be a list, not nothing (null)\n"
+         f"{NO_OPTIONS}"),
         ("launcher: {binary: 5}\nqemu: []", '1:20: binary must be text, not the number 5\n    write it in quotes: "5"'),
         ("launcher: {binary: q}\nqemu: {a: b}", "2:7: the section qemu must be a list, not a map\n"
          '    begin each option with "- "'),

@@ -612,6 +612,24 @@ def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> N
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("output", "better"),
+    [
+        ("{}/foo.yaml", "{}/foo.yml"),  # which no name would find
+        ("{}", "{}/NAME.yml"),
+        ("{}/", "{}/NAME.yml"),
+        ("", "NAME.yml"),
+    ],
+)
+def test_output_of_another_ending(tmp_path: Path, output: str, better: str) -> None:
+    output, better = output.format(tmp_path), better.format(tmp_path)
+    done = launch("-o", output, "--", QEMU)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"qemu-launcher: a definition's file ends in .yml, and {output!r} does not\n    write -o {better}\n"
+    assert done.stderr == said
+    assert list(tmp_path.iterdir()) == []
+
+
 HOW_TO_IMPORT_A_SCRIPT = (
     "in a copy of it put 'qemu-launcher import -- ' before the line with QEMU, and run that: it does all else as before"
 )

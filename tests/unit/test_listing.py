@@ -83,6 +83,14 @@ def test_files_that_no_name_finds_are_told(folders: tuple[Path, Path, Path]) -> 
     ]
 
 
+def test_a_line_is_one_line_whatever_a_file_is_called(folders: tuple[Path, Path, Path]) -> None:
+    own, _system, _none = folders
+    (own / "a\nwin11  running.yml").write_text(GOOD)
+    (entry,) = listed(folders)
+    assert not any("\n" in cell for cell in entry.cells())
+    assert entry.cells()[0] == r"a\nwin11  running"
+
+
 def test_what_runs(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     own, system, _ = folders
     for path in (own / "a.yml", own / "b.yml", system / "b.yml", tmp_path / "elsewhere.yml"):

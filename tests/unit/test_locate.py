@@ -100,6 +100,17 @@ def test_not_found_may_be_a_command(home: Path) -> None:
     assert caught.value.hint == "did you mean status?"
 
 
+def test_a_word_is_a_slip_of_a_command_only_if_it_is_near_one(home: Path) -> None:
+    """first, of the README, is as near to list as VMs' names may be to each other."""
+    with pytest.raises(DefinitionError) as caught:
+        locate.find("first", environment(home), ("run", "list", "status"))
+    assert caught.value.hint == "its definition is described in qemu-launcher.yml(5)"
+    (home / "first2.yml").touch()
+    with pytest.raises(DefinitionError) as caught:
+        locate.find("first", environment(home), ("run", "list", "status"))
+    assert caught.value.hint == "did you mean first2?"
+
+
 def test_a_vm_called_as_a_command_is_not_there(home: Path) -> None:
     with pytest.raises(DefinitionError) as caught:
         locate.find("status", environment(home), ("run", "status"))
@@ -154,6 +165,11 @@ def test_refused_names(name: str) -> None:
     with pytest.raises(DefinitionError) as caught:
         locate.vm_name(path)
     assert caught.value.message == f"{path!r} gives {name!r}, which is no name for a VM"
+
+
+def test_one_ending_is_taken_off_as_list_does_it() -> None:
+    with pytest.raises(DefinitionError, match=r"^'\./vm\.yaml\.yml' gives 'vm\.yaml', which is no name for a VM$"):
+        locate.vm_name("./vm.yaml.yml")
 
 
 def test_a_folder_is_no_path_of_a_definition() -> None:

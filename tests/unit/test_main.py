@@ -42,6 +42,18 @@ def test_command(environ: dict[str, str]) -> None:
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, LINE, b"")
 
 
+def test_ctrl_c_before_the_program_can_see_to_it(tmp_path: Path) -> None:
+    """While its modules are being imported: no traceback, and the exit status of Ctrl-C."""
+    package = tmp_path / "qemu_launcher"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("raise KeyboardInterrupt\n")
+    script = (ROOT / "launcher/qemu-launcher").read_text()
+    (tmp_path / "script").write_text(script.replace('"/usr/lib/python3/dist-packages"', repr(str(tmp_path))))
+    done = subprocess.run([sys.executable, "-I", tmp_path / "script"], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_command_json(environ: dict[str, str]) -> None:
     done = launch(environ, "command", "--json", "vm")
     assert done.returncode == 0
@@ -77,7 +89,7 @@ def test_help_and_version(environ: dict[str, str]) -> None:
     ("words", "status", "message"),
     [
         ((), 2, "qemu-launcher: the name of a VM is missing\n    qemu-launcher --help shows what can be said\n"),
-        (("command", "--yaml", "vm"), 2, "qemu-launcher: unrecognized arguments: --yaml\n"
+        (("command", "--yaml", "vm"), 2, "qemu-launcher: there is no option --yaml\n"
          "    qemu-launcher --help shows what can be said\n"),
         (("vmm",), 2, "qemu-launcher: there is no VM 'vmm': no vmm.yml in DIR\n    did you mean vm?\n"),
         (("kil",), 2, "qemu-launcher: there is no VM 'kil': no kil.yml in DIR\n    did you mean kill?\n"),
@@ -85,7 +97,7 @@ def test_help_and_version(environ: dict[str, str]) -> None:
         (("run", "wrong"), 2, "qemu-launcher: DIR/wrong.yml:2:7: the section qemu must be a list, not 'x'\n"),
         (("command", b"\xff\x1b[1m"), 2, "qemu-launcher: '\\udcff\\x1b[1m' is no name for a VM\n"
          "    use letters, digits, - and _, beginning with a letter or digit; at most 48\n"),
-        ((b"--\xff",), 2, "qemu-launcher: unrecognized arguments: --\\xff\n"
+        ((b"--\xff",), 2, "qemu-launcher: there is no option --\\xff\n"
          "    qemu-launcher --help shows what can be said\n"),
         (("stop", "a b"), 2, "qemu-launcher: 'a b' is no name for a VM\n"
          "    use letters, digits, - and _, beginning with a letter or digit; at most 48\n"),

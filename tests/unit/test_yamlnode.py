@@ -113,9 +113,9 @@ def test_refused_in_the_qemu_section(items: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "1:1: the definition is empty"),
-        (b"# nothing\n", "1:1: the definition is empty"),
-        (b"---\n", "2:1: the definition is empty"),
+        (b"", "1:1: the definition is empty\n    qemu-launcher.yml(5) has an example"),
+        (b"# nothing\n", "1:1: the definition is empty\n    qemu-launcher.yml(5) has an example"),
+        (b"---\n", "2:1: the definition is empty\n    qemu-launcher.yml(5) has an example"),
         (b"a: b\n---\nc: d\n", "2:1: a second document starts here\n    a definition is one document: one VM per file"),
         (b"a: b\n---\n", "2:1: a second document starts here\n    a definition is one document: one VM per file"),
         (b"\xff\xfea\0", "1:1: this is UTF-16\n    save the file as UTF-8"),

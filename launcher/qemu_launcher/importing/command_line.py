@@ -350,10 +350,14 @@ def check_output(output: str | None) -> None:
     """Raises UsageError or DefinitionError for a file that no command would take for a definition."""
     if output is None:
         return
-    if not output.endswith(SUFFIXES):
-        hint = f"write -o {shlex.quote(output + SUFFIX)}" if output else None
+    if not output.endswith(SUFFIX):
+        if not output or os.path.isdir(output):  # noqa: PTH112  Path would take nothing for the folder we are in
+            better = os.path.join(output, f"NAME{SUFFIX}")  # noqa: PTH118
+        else:
+            better = output.removesuffix(SUFFIXES[1]) + SUFFIX
         raise UsageError(
-            f"a definition's file ends in {SUFFIX}, and {shortened(output, MOST_OF_A_PATH)!r} does not", hint
+            f"a definition's file ends in {SUFFIX}, and {shortened(output, MOST_OF_A_PATH)!r} does not",
+            f"write -o {shlex.quote(better)}",
         )
     vm_name(output)
 
