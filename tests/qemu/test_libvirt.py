@@ -132,6 +132,17 @@ def test_the_folder_that_virsh_names_is_known(host: Host, backing: str, memory: 
     assert [word for word in found if "id=pc.ram" in word] == [f"memory-backend-{memory}"]
 
 
+def test_memory_of_a_node_of_the_host(host: Host) -> None:
+    """-object has lists otherwise than -blockdev, and QEMU refuses the one for the other."""
+    bound = "<numatune><memory mode='strict' nodeset='0'/></numatune>"
+    vm = host.imported(host.xml("<memtune>", f"{bound}<memtune>"))
+    argv = [word for word in cmdline.qemu_argv(vm) if word.startswith("memory-backend")]
+    assert [word.partition("host-nodes=")[2].split(",")[0] for word in argv] == ["0"]
+    assert "memory backend: m0" in tree(
+        [vm.binary, "-M", "none", "-display", "none", "-object", argv[0].replace("id=pc.ram", "id=m0")]
+    )
+
+
 def test_virtual_cpus_that_are_plugged_in(host: Host) -> None:
     each = "<vcpu id='0' enabled='yes' hotpluggable='no'/>" + "".join(
         f"<vcpu id='{index}' enabled='{enabled}' hotpluggable='yes'/>"

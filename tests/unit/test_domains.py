@@ -290,13 +290,19 @@ def test_command_line_without_libvirt_s_own() -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ('-object {"qom-type":"a","host-nodes":[0,2],"x":true}', "-object a,host-nodes.0=0,host-nodes.1=2,x=on"),
+        # -object is read by another of QEMU's readers, which has lists of numbers, and nothing inner.
+        ('-object {"qom-type":"a","host-nodes":[0,2],"x":true}', "-object a,host-nodes=0,host-nodes=2,x=on"),
+        ('-object {"qom-type":"a","host-nodes":[3,0,1,2]}', "-object a,host-nodes=0-3"),
         ('-blockdev {"driver":"a","b":{"c":{"d":"e,f"}}}', "-blockdev a,b.c.d=e,,f"),
         ('-audiodev {"driver":"a","in":{"x":1}}', "-audiodev a,in.x=1"),
         # Left as they are: what QEMU reads otherwise, or not at all, in the other form.
         ('-device {"driver":"a","b":[1]}', None),
         ('-device {"driver":"a","b":1.5}', None),
         ('-netdev {"type":"a","b":{"c":1}}', None),
+        ('-object {"qom-type":"a","limits":{"bps-total":1}}', None),
+        ('-object {"qom-type":"a","b":["x"]}', None),
+        ('-object {"qom-type":"a","b":[true]}', None),
+        ('-object {"qom-type":"a","b":[]}', None),
         ('-blockdev {"driver":"a","b":{}}', None),
         ('-blockdev {"driver":"a","b":null}', None),
         ('-blockdev {"driver":"a","b.c":1}', None),

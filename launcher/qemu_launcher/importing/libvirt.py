@@ -23,7 +23,10 @@ from .drafting import Draft, Option, env_key
 from .prefixes import peel
 
 _JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
-_NESTED = ("audiodev", "blockdev", "object")  # QEMU takes a path for a name there; nothing else libvirt writes as JSON
+_NESTED = (
+    "audiodev",
+    "blockdev",
+)  # QEMU takes a path for a name there, and in nothing else that libvirt writes as JSON
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LEFT_OUT = (
     "Left out, because they are libvirt's own means: -S, -no-shutdown, its monitor and the key for its secrets. "
@@ -99,14 +102,16 @@ def _readable(option: Option) -> Option:
     if not isinstance(kind, str) or not _PLAIN_NAME.fullmatch(kind):
         return option
     try:
-        properties = tuple(_flat(members, nests=option.bare_name in _NESTED))
+        properties = tuple(
+            _of_object(members) if option.bare_name == "object" else _flat(members, nests=option.bare_name in _NESTED)
+        )
     except ValueError:
         return option
     return option._replace(value=(kind, *properties))
 
 
 def _flat(members: dict[str, Any], *, nests: bool, path: str = "") -> Iterator[Property]:
-    """Members of a JSON object as properties, those of inner ones as `cache.direct` and `host-nodes.0` if it `nests`.
+    """Members of a JSON object as properties, those of inner ones as `cache.direct` and `server.0` if it `nests`.
 
     ValueError for what has no such form. How QEMU reads it: util/keyval.c.
     """
@@ -121,6 +126,18 @@ def _flat(members: dict[str, Any], *, nests: bool, path: str = "") -> Iterator[P
             yield from _flat(inner, nests=True, path=f"{path}{name}.")
         else:
             raise ValueError(name)
+
+
+def _of_object(members: dict[str, Any]) -> Iterator[Property]:
+    """The same of -object, which is read otherwise: a list of numbers is a name given several times, or as a range.
+
+    qapi/opts-visitor.c. ValueError for inner objects: that reader has none.
+    """
+    for name, value in members.items():
+        if isinstance(value, list) and value and all(type(part) is int and part >= 0 for part in value):
+            yield from (Property(name, part) for part in format_cpulist(value).split(","))
+        else:
+            yield from _flat({name: value}, nests=False)
 
 
 def _placed(device: Option, others: Sequence[Option]) -> Option:
