@@ -143,6 +143,35 @@ def test_memory_of_a_node_of_the_host(host: Host) -> None:
     )
 
 
+def test_throttled_disks(host: Host) -> None:
+    """QEMU tells what it has understood; the disk on SATA is another's."""
+    iotune = (
+        "<iotune><total_bytes_sec>1000000</total_bytes_sec><total_bytes_sec_max>5000000</total_bytes_sec_max>"
+        "<total_bytes_sec_max_length>7</total_bytes_sec_max_length><write_iops_sec>50</write_iops_sec>"
+        "<size_iops_sec>8192</size_iops_sec><group_name>my disks</group_name></iotune>"
+    )
+    first = "<target dev='vda' bus='virtio'/>"
+    more = (
+        f"{first}{iotune}</disk><disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source file='{host.folder}/disk2.img'/><target dev='sdb' bus='sata'/>{iotune}"
+    )
+    shutil.copy(host.folder / "disk,1.img", host.folder / "disk2.img")
+    vm = host.imported(host.xml(first, more))
+    of_group = {"path": "/objects/throttle-group-.1", "property": "limits"}
+    with tempfile.TemporaryDirectory() as ground:
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        (limits, blocks) = answers(argv, {"execute": "qom-get", "arguments": of_group}, {"execute": "query-block"})
+    assert {name: value for name, value in limits.items() if value > 1} == {
+        "bps-total": 1000000,
+        "bps-total-max": 5000000,
+        "bps-total-max-length": 7,
+        "iops-write": 50,
+        "iops-size": 8192,
+    }
+    inserted = [block["inserted"] for block in blocks if "inserted" in block]
+    assert {node["node-name"] for node in inserted if node["drv"] == "throttle"} == {"throttled-vda", "throttled-sdb"}
+
+
 def test_virtual_cpus_that_are_plugged_in(host: Host) -> None:
     each = "<vcpu id='0' enabled='yes' hotpluggable='no'/>" + "".join(
         f"<vcpu id='{index}' enabled='{enabled}' hotpluggable='yes'/>"
@@ -174,27 +203,30 @@ def test_what_libvirt_refuses(host: Host) -> None:
     assert "    it is about what stands in the XML" in done.stderr
 
 
-def tree(argv: list[str]) -> str:
-    """All devices of this QEMU and their properties, as it tells them."""
-    commands: list[Any] = [
-        {"execute": "qmp_capabilities"},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info qtree"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info block"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info iothreads"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info memdev"}},
-        {"execute": "quit"},
-    ]
+def answers(argv: list[str], *commands: dict[str, Any]) -> list[Any]:
+    """What this QEMU says to these commands of QMP, before its guest runs."""
+    spoken = [{"execute": "qmp_capabilities"}, *commands, {"execute": "quit"}]
     done = subprocess.run(
         [*argv, "-S", "-qmp", "stdio"],
-        input="".join(json.dumps(command) + "\n" for command in commands),
+        input="".join(json.dumps(command) + "\n" for command in spoken),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    texts = [answer["return"] for answer in answers if isinstance(answer.get("return"), str)]
-    assert len(texts) == 4, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    returned = [answer["return"] for answer in found if "return" in answer]
+    assert len(returned) == len(spoken), done.stderr
+    return returned[1:-1]
+
+
+def tree(argv: list[str]) -> str:
+    """All devices of this QEMU and their properties, as it tells them."""
+    about = ("qtree", "block", "iothreads", "memdev")
+    texts = answers(
+        argv,
+        *({"execute": "human-monitor-command", "arguments": {"command-line": f"info {what}"}} for what in about),
+    )
     # The numbers of processes and of threads differ.
     return "\n".join(line for line in "\n".join(texts).splitlines() if "thread_id" not in line)
 

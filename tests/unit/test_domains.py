@@ -198,7 +198,7 @@ def test_unpinned_and_different_ones_are_named() -> None:
 @pytest.mark.parametrize(
     ("inside", "names"),
     [
-        ("<devices><disk><target dev='vda'/><iotune/></disk><disk><iotune/></disk></devices>", "iotune of vda, iotune"),
+        ("<blkiotune><weight>500</weight></blkiotune>", "blkiotune"),
         ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>2048</currentMemory>", "currentMemory"),
         ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>4096</currentMemory>", None),
         ("<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>", None),
@@ -381,7 +381,8 @@ def test_numbers_that_cannot_be(inside: str, message: str) -> None:
 TAGS = """
     domain vcpu cputune vcpupin emulatorpin iothreadpin vcpusched devices interface mac source model address hostdev tpm
     backend memtune hard_limit cpu topology memoryBacking hugepages page os type name controller boot
-    rom vlan tag vcpus iotune numatune memory currentMemory on_reboot on_crash
+    rom vlan tag vcpus disk target iotune group_name total_bytes_sec size_iops_sec
+    numatune memory currentMemory on_reboot on_crash
 """
 NAMES = """
     enabled guestReset bar file mode placement unit nodeset type vcpu cpuset

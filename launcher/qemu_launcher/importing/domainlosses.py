@@ -36,11 +36,8 @@ def _of_memory(root: ET.Element) -> Iterator[str]:
 
 
 def _of_disks(root: ET.Element) -> Iterator[str]:
+    """For their <iotune> see `domainthrottling`."""
     yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
-    for disk in root.iterfind("devices/disk[iotune]"):
-        target = disk.find("target")
-        name = target.get("dev", "") if target is not None else ""
-        yield f"iotune of {name}" if _WORD.fullmatch(name) else "iotune"
 
 
 def _of_the_end(root: ET.Element) -> Iterator[str]:

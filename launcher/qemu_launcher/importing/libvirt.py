@@ -16,7 +16,17 @@ from .. import cmdline, definition
 from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainlosses, domainmemory, domainremarks, domainshown, domainxml, virsh
+from . import (
+    domaindevices,
+    domainkeys,
+    domainlosses,
+    domainmemory,
+    domainremarks,
+    domainshown,
+    domainthrottling,
+    domainxml,
+    virsh,
+)
 from .command_line import check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
@@ -65,10 +75,11 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     options = [option for option in options if not _is_libvirts(option)]
     options = [_with_plugged(option, found) for option in options]
     options = list(domainmemory.in_no_folder(options, found.huge_pages))
+    options, unthrottled = domainthrottling.throttled(options, root)
     # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple(domainxml.environment(root).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
-    if lost := domainlosses.not_carried(root):
+    if lost := (*domainlosses.not_carried(root), *unthrottled):
         notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     options += [_placed(new, options) for new in domaindevices.replacements(root)]
     options = list(domainremarks.remarked(options, root))
