@@ -172,6 +172,26 @@ def test_throttled_disks(host: Host) -> None:
     assert {node["node-name"] for node in inserted if node["drv"] == "throttle"} == {"throttled-vda", "throttled-sdb"}
 
 
+def test_a_memory_device_with_pages_of_its_own(host: Host) -> None:
+    """What virsh refuses where hugetlbfs is not mounted for it."""
+    device = (
+        "<memory model='dimm'><source><pagesize unit='MiB'>2</pagesize><nodemask>0</nodemask></source>"
+        "<target><size unit='MiB'>128</size><node>0</node></target></memory>"
+    )
+    numa = (
+        "<maxMemory slots='2' unit='GiB'>1</maxMemory>"
+        "<cpu><numa><cell id='0' cpus='0-3' memory='128' unit='MiB'/></numa></cpu><memtune>"
+    )
+    path = host.xml("<memtune>", numa)
+    path.write_text(
+        path.read_text().replace("</emulator>", f"</emulator>{device}").replace("128</memory>", "256</memory>")
+    )
+    words = [word for word in cmdline.qemu_argv(host.imported(path)) if "id=memdimm0" in word]
+    assert words == [
+        "memory-backend-memfd,id=memdimm0,size=134217728,host-nodes=0,policy=bind,hugetlb=on,hugetlbsize=2097152,prealloc=on"
+    ]
+
+
 def test_virtual_cpus_that_are_plugged_in(host: Host) -> None:
     each = "<vcpu id='0' enabled='yes' hotpluggable='no'/>" + "".join(
         f"<vcpu id='{index}' enabled='{enabled}' hotpluggable='yes'/>"

@@ -36,9 +36,18 @@ def prepared(root: ET.Element) -> bytes:
     for element in [] if devices is None else list(devices):
         if is_replaced(element):
             devices.remove(element)  # type: ignore[union-attr]  # as above
+        elif element.tag == "memory":
+            _without_pagesize(element)
         elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
             element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
     return ET.tostring(whole)
+
+
+def _without_pagesize(device: ET.Element) -> None:
+    """Pages of a memory device's own, which are hugetlbfs to libvirt as all others are."""
+    source = device.find("source")
+    for page in [] if source is None else source.findall("pagesize"):
+        source.remove(page)  # type: ignore[union-attr]  # as above
 
 
 def _without_numad(whole: ET.Element) -> None:

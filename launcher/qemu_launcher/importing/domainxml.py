@@ -43,6 +43,7 @@ class Tuning(NamedTuple):
     emulator_schedule: Scheduling | None
     memory_limit: int | None  # bytes, memtune's hard_limit
     huge_pages: tuple[HugePage, ...]
+    device_pages: tuple[int | None, ...]  # of the memory devices, bytes; None: as for their node
 
 
 class _Shallow(ET.TreeBuilder):
@@ -122,6 +123,12 @@ def tuning(root: ET.Element) -> Tuning:
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
         memory_limit=None if limit is None else size(limit),
         huge_pages=_huge_pages(root.find("memoryBacking/hugepages")),
+        device_pages=tuple(
+            None if page is None else size(page)
+            for device in root.iterfind("devices/memory")
+            if device.get("model") != "sgx-epc"
+            for page in [device.find("source/pagesize")]
+        ),
     )
 
 
