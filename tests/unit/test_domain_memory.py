@@ -51,6 +51,11 @@ SHARED_FILE = f'{{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":"{FI
         ("", [SHARED_FILE], ["memfd,id=pc.ram,share=on"]),
         ("", [SHARED_FILE.replace('"share":true', '"share":false')], ["ram,id=pc.ram,share=off"]),
         ("", [SHARED_FILE.replace(',"share":true', "")], ["ram,id=pc.ram"]),
+        (  # of a memory device, the file has the device's name
+            "",
+            [f'{{"qom-type":"memory-backend-file","id":"memdimm0","mem-path":"{FILE}/dimm0","share":true}}'],
+            ["memfd,id=memdimm0,share=on"],
+        ),
         # Pages as small as any are none, as in libvirt.
         (f"<hugepages><page size='{PAGESIZE}' unit='b'/></hugepages>", [], ["ram,id=pc.ram"]),
         # Files that somebody has named stay what they are.

@@ -101,8 +101,9 @@ def _backed(option: Option, uses: dict[str, _Use]) -> Option:
 
 
 def _is_in_libvirts_folder(path: str, ident: str) -> bool:
-    """memory_backing_dir of its qemu.conf, a folder for the VM, which has no number yet, and the id."""
-    return re.fullmatch(f".*/-1-[^/]*/{re.escape(ident)}", path) is not None
+    """memory_backing_dir of its qemu.conf, a folder for the VM, which has no number yet, and the id or the device's."""
+    folder, _slash, name = path.rpartition("/")
+    return name in (ident, ident.removeprefix("mem")) and re.fullmatch(".*/-1-[^/]*", folder) is not None
 
 
 def _page(node: int | None, pages: Sequence[HugePage]) -> HugePage | None:
