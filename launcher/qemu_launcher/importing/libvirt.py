@@ -21,6 +21,7 @@ from . import (
     domainkeys,
     domainlosses,
     domainmemory,
+    domainmoment,
     domainremarks,
     domainshown,
     domainthrottling,
@@ -74,10 +75,11 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
         raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
     options = [option for option in options if not _is_libvirts(option)]
     options = [_with_plugged(option, found) for option in options]
+    options = list(domainmoment.lasting(options, root))
     options = list(domainmemory.in_no_folder(options, found.huge_pages, found.device_pages))
     options, unthrottled = domainthrottling.throttled(options, root)
-    # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
-    env = tuple(domainxml.environment(root).items())
+    # virsh prints more variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
+    env = tuple((domainmoment.environment(root) | domainxml.environment(root)).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
     if lost := (*domainlosses.not_carried(root), *unthrottled):
         notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
