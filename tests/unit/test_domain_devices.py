@@ -63,7 +63,15 @@ def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
             "-device vfio-pci,host=0000:07:00.0,romfile=",
         ),
         ("<tpm model='tpm-crb'><backend type='emulator'/></tpm><filesystem><driver type='virtiofs'/></filesystem>", ""),
-        ("<tpm model='tpm-tis'><backend type='passthrough'/></tpm><filesystem type='mount'/>", ""),
+        ("<tpm model='tpm-tis'><backend type='external'/></tpm><filesystem type='mount'/>", ""),
+        (
+            "<tpm model='tpm-crb'><backend type='passthrough'><device path='/dev/tpm1'/></backend></tpm>",
+            "-tpmdev passthrough,id=tpm-tpm0,path=/dev/tpm1 -device tpm-crb,tpmdev=tpm-tpm0,id=tpm0",
+        ),
+        (
+            "<tpm><backend type='passthrough'/></tpm>",
+            "-tpmdev passthrough,id=tpm-tpm0,path=/dev/tpm0 -device tpm-tis,tpmdev=tpm-tpm0,id=tpm0",
+        ),
         (
             "<interface type='x,y'><source a='b c'/><model type='a,b'/><mac address='x y'/>"
             "<address type='pci' bus='zz'/></interface>",

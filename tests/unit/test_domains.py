@@ -199,6 +199,12 @@ def test_unpinned_and_different_ones_are_named() -> None:
     ("inside", "names"),
     [
         ("<blkiotune><weight>500</weight></blkiotune>", "blkiotune"),
+        # QEMU does not start without it.
+        (
+            "<devices><disk><target dev='sda'/><source startupPolicy='optional'/></disk>"
+            "<disk><target dev='sdb'/><source startupPolicy='mandatory'/></disk></devices>",
+            "startupPolicy of sda",
+        ),
         ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>2048</currentMemory>", "currentMemory"),
         ("<memory unit='GiB'>4</memory><currentMemory unit='MiB'>4096</currentMemory>", None),
         ("<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>", None),
@@ -216,6 +222,16 @@ def test_what_has_no_counterpart_is_named(inside: str, names: str | None) -> Non
     lines = definition_of(inside).splitlines()
     found = [line for line in lines if line.startswith("# Not carried over from libvirt: ")]
     assert found == ([] if names is None else [f"# Not carried over from libvirt: {names}."])
+
+
+def test_a_limit_of_memory_is_named_unless_it_is_kept() -> None:
+    """It is rlimit_memlock's where memory is locked; else it was the cgroup's alone."""
+    limit = "<memtune><hard_limit unit='GiB'>4</hard_limit></memtune>"
+    unlocked = LINE.replace("mem-lock=on", "mem-lock=off").replace("vfio-pci", "e1000")
+    said = "# Not carried over from libvirt: hard_limit.\n"
+    assert said in definition_of(limit, unlocked)
+    assert said not in definition_of(limit)
+    assert said not in definition_of("", unlocked)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def is_replaced(element: ET.Element) -> bool:
         case "hostdev":
             return element.get("type") == "usb" and element.find("source/address") is None
         case "tpm":
-            return element.find("backend[@type='emulator']") is not None
+            return attribute(element, "backend", "type") in ("emulator", "passthrough")
         case "filesystem":
             return element.find("driver[@type='virtiofs']") is not None
     return False
@@ -40,6 +40,8 @@ def replacements(root: ET.Element) -> Iterator[Option]:
                 cards += 1
             case "hostdev":
                 yield _usb(element)
+            case "tpm" if attribute(element, "backend", "type") == "passthrough":
+                yield from _host_tpm(element)
             case "tpm":
                 yield _tpm(root, element)
             case _:
@@ -90,6 +92,15 @@ def _tpm(root: ET.Element, element: ET.Element) -> Option:
         ),
         left_out=True,
     )
+
+
+def _host_tpm(element: ET.Element) -> Iterator[Option]:
+    """virsh itself opens it, and may not be allowed to."""
+    path = attribute(element, "backend/device", "path") or "/dev/tpm0"
+    why = "You must be allowed to write to it, and nothing else may have it open."
+    yield Option("tpmdev", ("passthrough", Property("id", "tpm-tpm0"), Property("path", path)), (why,))
+    model = safe(element.get("model", ""), "tpm-tis")
+    yield Option("device", (model, Property("tpmdev", "tpm-tpm0"), Property("id", "tpm0")))
 
 
 def _virtiofs(element: ET.Element, number: int) -> Option:

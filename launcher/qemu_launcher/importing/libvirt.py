@@ -81,15 +81,17 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     # virsh prints more variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple((domainmoment.environment(root) | domainxml.environment(root)).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
-    if lost := (*domainlosses.not_carried(root), *unthrottled):
-        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     options += [_placed(new, options) for new in domaindevices.replacements(root)]
     options = list(domainremarks.remarked(options, root))
     if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
         options.append(Option("no-reboot", None))
-    draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
+    draft = Draft(prefix.argv[0], tuple(options))
+    memory = domainkeys.memory_keys(found, kept(draft))
+    unused = ("hard_limit",) if found.memory_limit is not None and not memory else ()
+    if lost := (*domainlosses.not_carried(root), *unthrottled, *unused):
+        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     keys = [env_key(env)] if env else []
-    return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *domainkeys.memory_keys(found, kept(draft))))
+    return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *memory), notes=tuple(notes))
 
 
 # The command line
