@@ -119,6 +119,17 @@ def test_folders_of_virtiofs() -> None:
         assert said in text
 
 
+def test_what_virtiofsd_is_told() -> None:
+    text = comments_on(
+        "<filesystem><driver type='virtiofs' queue='1024'/><source dir='/srv'/><target dir='s'/><readonly/><idmap/>"
+        "<binary xattr='on'><cache mode='none'/><sandbox mode='chroot'/><thread_pool size='4'/><lock/></binary>"
+        "<address type='pci' bus='0x02' slot='0x00' function='0x0'/></filesystem>"
+    )
+    assert "--shared-dir=/srv --readonly --xattr --cache=never --sandbox=chroot --thread-pool-size=4 yourself" in text
+    assert "chardev: fs0, tag: s, queue-size: 1024, bus: pci.2, addr: 0x0]" in text
+    assert "Not carried over: binary/lock, idmap." in text
+
+
 PASSWORD = "libvirt sets the password later"
 NO_VIEWER = "libvirt itself lets viewers in here."
 CHOSEN = "virsh has chosen this port"

@@ -45,7 +45,7 @@ def replacements(root: ET.Element) -> Iterator[Option]:
             case "tpm":
                 yield _tpm(root, element)
             case _:
-                yield _virtiofs(element, folders)
+                yield _virtiofs(root, element, folders)
                 folders += 1
 
 
@@ -103,19 +103,35 @@ def _host_tpm(element: ET.Element) -> Iterator[Option]:
     yield Option("device", (model, Property("tpmdev", "tpm-tpm0"), Property("id", "tpm0")))
 
 
-def _virtiofs(element: ET.Element, number: int) -> Option:
+def _virtiofs(root: ET.Element, element: ET.Element, number: int) -> Option:
     """virtiofsd is started by libvirt too, unless the XML names its socket."""
     ident = f"fs{number}"
     tag = safe(attribute(element, "target", "dir"), "TAG")
     folder = _path(attribute(element, "source", "dir"), "FOLDER")
     given = attribute(element, "source", "socket")
     socket = _path(given, f"DIR/{ident}")
-    start = "A" if given else f"Start virtiofsd --socket-path={socket} --shared-dir={folder} yourself, and a"
+    words = " ".join(["virtiofsd", f"--socket-path={socket}", f"--shared-dir={folder}", *_of_virtiofsd(element)])
+    start = "A" if given else f"Start {words} yourself, and a"
+    place = [*domainplaces.boot(element), *domainplaces.pci(root, element.find("address"))]
+    queue = safe(attribute(element, "driver", "queue"))
+    more = "".join(f", {name}: {value}" for name, value in [*([("queue-size", queue)] if queue else []), *place])
     text = (
         f"Left out: a folder shared with virtiofs. {start}dd - chardev: [socket, id: {ident}, path: {socket}] and "
-        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}]"
+        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}{more}]"
     )
-    return Option("device", None, (text,), left_out=True)
+    left = [path for path in ("binary/lock", "idmap") if element.find(path) is not None]
+    return Option("device", None, (text, *([f"Not carried over: {', '.join(left)}."] if left else [])), left_out=True)
+
+
+def _of_virtiofsd(element: ET.Element) -> Iterator[str]:
+    """The options of virtiofsd 1.12; older ones have no --readonly, and refuse it."""
+    if element.find("readonly") is not None:
+        yield "--readonly"
+    if attribute(element, "binary", "xattr") == "on":
+        yield "--xattr"
+    for path, name, option in (("cache", "mode", "cache"), ("sandbox", "mode", "sandbox"), ("thread_pool", "size", "")):
+        if value := safe(attribute(element, f"binary/{path}", name)):
+            yield f"--{option or 'thread-pool-size'}={'never' if (path, value) == ('cache', 'none') else value}"
 
 
 def _path(text: str, default: str) -> str:
