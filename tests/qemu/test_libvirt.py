@@ -109,8 +109,8 @@ def test_what_becomes_of_a_domain(host: Host) -> None:
     assert "masterKey0" not in words
     assert "charmonitor" not in words
     assert not {"-S", "-no-shutdown"} & set(argv)
-    assert "vfio-pci,host=0000:01:00.1,id=hostdev0" in words
-    assert "usb-host,vendorid=0x1234,productid=0x5678" in words
+    assert "vfio-pci,host=0000:01:00.1,id=hostdev1" in words
+    assert "usb-host,vendorid=0x1234,productid=0x5678,id=hostdev0" in words
     assert "virtio-net-pci,netdev=hostnet0,id=net0,mac=52:54:00:12:34:56,bootindex=2,bus=pcie.0,addr=0x1c" in words
     assert "e1000e,netdev=hostnet1,id=net1,mac=52:54:00:12:34:57" in words
     assert f"filename={host.folder}/disk,,1.img" in words

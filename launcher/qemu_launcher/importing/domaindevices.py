@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ..options import Property
 from . import domainplaces
+from .domainaliases import aliases, overridden, shown
 from .domainnetwork import interface
 from .domainplaces import attribute, safe
 from .drafting import Option
@@ -30,16 +31,19 @@ def is_replaced(element: ET.Element) -> bool:
 
 def replacements(root: ET.Element) -> Iterator[Option]:
     """QEMU's options for what virsh is not shown, with what there is to choose."""
-    cards = folders = 0
-    for element in root.iterfind("devices/*"):
-        if not is_replaced(element):
-            continue
+    ids = aliases(root)
+    for option in _replacements(root, ids):
+        yield overridden(option, root)
+
+
+def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Option]:
+    folders = 0
+    for element in filter(is_replaced, root.iterfind("devices/*")):
         match element.tag:
             case "interface":
-                yield from interface(root, element, cards)
-                cards += 1
+                yield from interface(root, element, ids[element])
             case "hostdev":
-                yield _usb(element)
+                yield _usb(element, ids[element])
             case "tpm" if attribute(element, "backend", "type") == "passthrough":
                 yield from _host_tpm(element)
             case "tpm":
@@ -49,6 +53,11 @@ def replacements(root: ET.Element) -> Iterator[Option]:
                 folders += 1
 
 
+def ids_shown(root: ET.Element) -> dict[str, str]:
+    """libvirt's ids of passed-through devices -> those that virsh gives, who sees fewer of them."""
+    return shown(root, [element for element in root.iterfind("devices/hostdev") if is_replaced(element)])
+
+
 _GUEST_RESET = {  # of <source>, as libvirt writes it
     "off": [Property("guest-reset", "off")],
     "uninitialized": [Property("guest-reset", "on"), Property("guest-resets-all", "off")],
@@ -56,14 +65,13 @@ _GUEST_RESET = {  # of <source>, as libvirt writes it
 }
 
 
-def _usb(element: ET.Element) -> Option:
+def _usb(element: ET.Element, alias: str) -> Option:
     """By vendor and product: QEMU takes it when it is there, and does not miss it."""
     source = element.find("source")
     properties = [
         Property(f"{tag}id", value) for tag in ("vendor", "product") if (value := safe(attribute(source, tag, "id")))
     ]
-    name = safe(attribute(element, "alias", "name"))
-    properties += [Property("id", name)] if name.startswith("ua-") else []
+    properties.append(Property("id", alias))
     properties += _GUEST_RESET.get(source.get("guestReset", ""), []) if source is not None else []
     properties += domainplaces.boot(element) + domainplaces.usb(element.find("address"))
     remarks = ["You must be allowed to write to it: see lsusb, and /dev/bus/usb."]

@@ -9,8 +9,9 @@ import copy
 import xml.etree.ElementTree as ET
 
 from ..errors import DefinitionError
-from .domaindevices import is_replaced
+from .domaindevices import ids_shown, is_replaced
 from .domainplaces import attribute, safe
+from .domainxml import QEMU_NAMESPACE
 
 # Nothing of this is on a command line, and a libvirt that is not root's refuses some of it.
 _NOT_FOR_VIRSH = ("metadata", "seclabel", "resource", "cputune", "memtune", "blkiotune", "memoryBacking/hugepages")
@@ -32,6 +33,9 @@ def prepared(root: ET.Element) -> bytes:
         for element in [] if parent is None else parent.findall(tag):
             parent.remove(element)  # type: ignore[union-attr]  # None has no elements
     _without_numad(whole)
+    names = ids_shown(whole)
+    for device in whole.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
+        device.set("alias", names.get(device.get("alias", ""), device.get("alias", "")))
     devices = whole.find("devices")
     for element in [] if devices is None else list(devices):
         if is_replaced(element):

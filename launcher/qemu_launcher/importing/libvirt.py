@@ -17,6 +17,7 @@ from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
 from . import (
+    domainaliases,
     domaindevices,
     domainkeys,
     domainlosses,
@@ -76,12 +77,14 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     options = [option for option in options if not _is_libvirts(option)]
     options = [_with_plugged(option, found) for option in options]
     options = list(domainmoment.lasting(options, root))
+    options = list(domainaliases.renamed(options, domaindevices.ids_shown(root)))
     options = list(domainmemory.in_no_folder(options, found.huge_pages, found.device_pages))
     options, unthrottled = domainthrottling.throttled(options, root)
     # virsh prints more variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
     env = tuple((domainmoment.environment(root) | domainxml.environment(root)).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
     options += [_placed(new, options) for new in domaindevices.replacements(root)]
+    options.sort(key=lambda option: option.bare_name == "set")  # which is for what stands before it
     options = list(domainremarks.remarked(options, root))
     if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
         options.append(Option("no-reboot", None))
