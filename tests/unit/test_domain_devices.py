@@ -48,6 +48,13 @@ def replaced(devices: str, machine: str = "pc-q35-7.2") -> list[str]:
         ),
         ("<hostdev type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
         (
+            "<interface type='user'><model type='virtio'/><teaming type='persistent'/><alias name='ua-a'/></interface>"
+            "<interface type='hostdev'><source><address type='pci' bus='7'/></source>"
+            "<teaming type='transient' persistent='ua-a'/></interface>",
+            "-netdev user,id=hostua-a -device virtio-net-pci,netdev=hostua-a,id=ua-a,failover=on "
+            "-device vfio-pci,host=0000:07:00.0,id=hostdev0,failover_pair_id=ua-a",
+        ),
+        (
             "<interface type='user'><ip family='ipv4' address='172.17.2.0' prefix='24'/>"
             "<ip family='ipv6' address='2001:db8::' prefix='64'/><alias name='ua-a'/></interface>",
             "-netdev user,id=hostua-a,net=172.17.2.0/24,ipv6-prefix=2001:db8::,ipv6-prefixlen=64 "
@@ -200,12 +207,12 @@ def test_a_function_of_a_card() -> None:
         "<source><address type='pci' bus='7' slot='0x10' function='2'/></source><mac address='52:54:00:6d:90:02'/>"
     )
     text = comments_on(
-        f"<interface type='hostdev'>{function}<vlan><tag id='42'/></vlan><teaming/></interface>",
+        f"<interface type='hostdev'>{function}<vlan><tag id='42'/></vlan><bandwidth/></interface>",
         LINE.replace("0000:01:00.0", "0000:02:00.0").replace("vfio-pci", "e1000"),
     )
     assert "and you must now: ip link set PF vf N mac 52:54:00:6d:90:02 vlan 42. PF is the card" in text
     assert "its function 0000:07:10.2" in text
-    assert "Not carried over from the interface: teaming." in text
+    assert "Not carried over from the interface: bandwidth." in text
     assert "libvirt binds it to vfio-pci" in text
 
 

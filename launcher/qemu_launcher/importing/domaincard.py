@@ -34,6 +34,8 @@ def properties(element: ET.Element, *, is_vhost_user: bool) -> list[Property]:
                 found.append((name if whose == "host" and name in ("csum", "gso") else f"{whose}_{name}", value))
             elif name == "mrg_rxbuf":
                 found.append((name, value))
+    if element.find("teaming[@type='persistent']") is not None:
+        found.append(("failover", "on"))
     if is_vhost_user:
         queues = attributes.get("queues", "")
         found += [("mq", "on"), ("vectors", str(2 * int(queues) + 2))] if queues.isdecimal() and queues != "1" else []

@@ -12,8 +12,8 @@ from . import domaincard, domainplaces
 from .domainplaces import attribute, safe
 from .drafting import Option
 
-_OF_CARDS = ("mac", "source", "model", "address", "alias", "target", "boot", "rom", "driver", "acpi")
-_OF_FUNCTIONS = ("mac", "vlan", "source", "driver", "address", "alias", "boot", "rom", "acpi")
+_OF_CARDS = ("mac", "source", "model", "address", "alias", "target", "boot", "rom", "driver", "acpi", "teaming")
+_OF_FUNCTIONS = ("mac", "vlan", "source", "driver", "address", "alias", "boot", "rom", "acpi", "teaming")
 _VIRTIO = {
     "virtio": "virtio-net-pci",
     "virtio-transitional": "virtio-net-pci-transitional",
@@ -112,7 +112,9 @@ def _function(root: ET.Element, element: ET.Element, alias: str) -> Option:
             f"libvirt tells the card before the start, and you must now: ip link set PF vf N {' '.join(words)}. PF is "
             f"the card, N the number of its function {host}: see virtfnN in /sys/class/net/PF/device.",
         )
-    properties = [Property("host", host), Property("id", alias), *_as_any_card(root, element)]
+    pair = safe(attribute(element, "teaming[@type='transient']", "persistent"))
+    team = [Property("failover_pair_id", pair)] if pair else []
+    properties = [Property("host", host), Property("id", alias), *team, *_as_any_card(root, element)]
     return Option("device", ("vfio-pci", *properties), (*remarks, *_left(element, _OF_FUNCTIONS)))
 
 
