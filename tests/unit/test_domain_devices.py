@@ -147,6 +147,15 @@ def test_an_emulated_tpm(tpm: str, swtpm: str, device: str, state: str) -> None:
     assert f"/var/lib/libvirt/swtpm/11111111-2222/{state}, or" in text
 
 
+def test_an_encrypted_tpm() -> None:
+    tpm = "<tpm><backend type='emulator'>{}</backend></tpm>"
+    said = (
+        "write what virsh secret-get-value --plain 6dd3e4a5-1d76 prints into a file, and give swtpm --key pwdfile=FILE"
+    )
+    assert said in comments_on(tpm.format("<encryption secret='6dd3e4a5-1d76'/>"))
+    assert "It is encrypted" not in comments_on(tpm.format(""))
+
+
 def test_folders_of_virtiofs() -> None:
     one = "<filesystem><driver type='virtiofs'/><source {}/><target dir='{}'/></filesystem>"
     text = comments_on(
@@ -177,6 +186,8 @@ def test_what_virtiofsd_is_told() -> None:
 PASSWORD = "libvirt sets the password later"
 NO_VIEWER = "libvirt itself lets viewers in here."
 CHOSEN = "virsh has chosen this port"
+PR_HELPER = "libvirt starts qemu-pr-helper"
+BUS = "libvirt starts a dbus-daemon"
 MDEV = "An mdev, which is gone"
 BOUND = "libvirt binds it to vfio-pci"
 
@@ -193,13 +204,21 @@ BOUND = "libvirt binds it to vfio-pci"
         ("-spice unix=on,addr=/tmp/s,disable-ticketing=on", set()),
         ("-device vfio-pci,sysfsdev=/sys/bus/mdev/devices/c2177883", {MDEV}),
         ("-device vfio-pci,host=0000:02:00.0", {BOUND}),
+        ("-blockdev nvme,device=0000:05:00.0,namespace=1", {BOUND}),
+        ("-object pr-manager-helper,id=pr-helper0,path=/l/domain--1-vm/pr-helper0.sock", {PR_HELPER}),
+        ("-display dbus,addr=unix:path=/l/dbus.sock,gl=on", {BUS}),
+        ("-display dbus,p2p=on", set()),
     ],
 )
 def test_what_libvirt_would_do_later(option: str, said: set[str]) -> None:
     (read_option,) = command_line.options_of(option.split(" "))
     root = domain("<devices><graphics autoport='yes'/></devices>")
     (remarked,) = domainremarks.remarked([read_option], root)
-    assert {text for text in (PASSWORD, NO_VIEWER, CHOSEN, MDEV, BOUND) if text in " ".join(remarked.comments)} == said
+    assert {
+        text
+        for text in (PASSWORD, NO_VIEWER, CHOSEN, MDEV, BOUND, PR_HELPER, BUS)
+        if text in " ".join(remarked.comments)
+    } == said
 
 
 def test_a_function_of_a_card() -> None:

@@ -45,9 +45,11 @@ def test_the_clock_goes_on_between_two_starts(clock: str, printed: str, base: st
             (("TZ", "UTC"),),
         ),
         ("<clock offset='localtime'/>", ()),
+        ("<devices><audio type='sdl' driver='pulseaudio'/></devices>", (("SDL_AUDIODRIVER", "pulseaudio"),)),
+        ("<devices><audio type='alsa' driver='x'/></devices>", ()),
     ],
 )
-def test_the_time_zone_of_a_clock(inside: str, env: tuple[tuple[str, str], ...]) -> None:
+def test_what_libvirt_says_in_the_environment(inside: str, env: tuple[tuple[str, str], ...]) -> None:
     assert read(definition_of(inside)).env == env
 
 

@@ -198,7 +198,7 @@ def test_unpinned_and_different_ones_are_named() -> None:
 @pytest.mark.parametrize(
     ("inside", "names"),
     [
-        ("<blkiotune><weight>500</weight></blkiotune>", "blkiotune"),
+        ("<blkiotune><weight>500</weight></blkiotune><devices><lease/><lease/></devices>", "blkiotune, lease"),
         # QEMU does not start without it.
         (
             "<devices><disk><target dev='sda'/><source startupPolicy='optional'/></disk>"

@@ -87,6 +87,9 @@ def _tpm(root: ET.Element, element: ET.Element) -> Option:
     if model == "tpm-tis" and attribute(root, "os/type", "arch") == "aarch64":
         model = "tpm-tis-device"
     uuid = safe((root.findtext("uuid") or "").strip(), "UUID")
+    secret = safe(attribute(element, "backend/encryption", "secret"))
+    how = "It is encrypted: write what virsh secret-get-value --plain {} prints into a file, and give swtpm"
+    key = (f"{how.format(secret)} --key pwdfile=FILE,mode=aes-256-cbc.",) if secret else ()
     two = "--tpm2 " if version == "2" else ""
     return Option(
         "tpmdev",
@@ -97,6 +100,7 @@ def _tpm(root: ET.Element, element: ET.Element) -> Option:
             f"chardev: tpm] and - device: [{model}, tpmdev: tpm0]",
             f"What the TPM knows, keys of the guest's disks too, is in /var/lib/libvirt/swtpm/{uuid}/tpm{version}, or "
             f"if the VM is of your own libvirt, in ~/.config/libvirt/qemu/swtpm/{uuid}/tpm{version}: copy it to DIR.",
+            *key,
         ),
         left_out=True,
     )

@@ -39,6 +39,7 @@ def _of_memory(root: ET.Element) -> Iterator[str]:
 def _of_disks(root: ET.Element) -> Iterator[str]:
     """For their <iotune> see `domainthrottling`."""
     yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
+    yield from ("lease" for _element in root.iterfind("devices/lease"))
     for disk in root.iterfind("devices/disk[source]"):
         policy = attribute(disk, "source", "startupPolicy")
         if policy in ("optional", "requisite"):

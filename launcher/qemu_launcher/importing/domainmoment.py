@@ -38,9 +38,12 @@ def lasting(options: Sequence[Option], root: ET.Element) -> Iterator[Option]:
 
 
 def environment(root: ET.Element) -> dict[str, str]:
-    """The time zone of a clock with one, which libvirt gives to QEMU as its local time."""
-    zone = attribute(root, "clock[@offset='timezone']", "timezone")
-    return {"TZ": zone} if zone else {}
+    """What libvirt says in QEMU's environment: the local time of a clock with a zone, and what SDL plays by."""
+    said = {
+        "TZ": attribute(root, "clock[@offset='timezone']", "timezone"),
+        "SDL_AUDIODRIVER": attribute(root, "devices/audio[@type='sdl']", "driver"),
+    }
+    return {name: value for name, value in said.items() if value}
 
 
 def _with(option: Option, new: dict[Property, Property | None], *comments: str) -> Option:

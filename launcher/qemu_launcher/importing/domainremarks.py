@@ -25,7 +25,11 @@ def remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
 
 
 def _of_files(name: str, text: str) -> Iterator[str]:
-    if name == "object" and "masterKey0" in text:
+    if name == "object" and text.startswith("pr-manager-helper,"):
+        yield "libvirt starts qemu-pr-helper for this: start it yourself, with --socket=PATH, and name that path here."
+    elif name == "display" and text.startswith("dbus,addr="):
+        yield "libvirt starts a dbus-daemon for this: without addr, QEMU is on the bus of your session."
+    elif name == "object" and "masterKey0" in text:
         yield "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
     elif "/domain-" in text:
         yield "libvirt makes this folder when it starts the VM: choose a path of yours."
@@ -39,7 +43,7 @@ def _of_devices(name: str, text: str) -> Iterator[str]:
             "An mdev, which is gone with each boot of the host: make it first, see mdevctl(8), and give yourself "
             "/dev/vfio/GROUP."
         )
-    elif name == "device" and "vfio-pci" in text:
+    elif (name == "device" and "vfio-pci" in text) or (name == "blockdev" and text.startswith("nvme,device=")):
         yield "libvirt binds it to vfio-pci when it starts the VM: do that first, and give yourself /dev/vfio/GROUP."
 
 
