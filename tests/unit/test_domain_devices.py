@@ -236,6 +236,50 @@ def test_a_function_of_a_card() -> None:
 
 
 @pytest.mark.parametrize(
+    ("devices", "first", "turns"),
+    [
+        # What virsh sees has no turn of its own, so it gives the first disk one; libvirt sees the interface too.
+        ("<interface type='user'><boot order='1'/></interface>", "", ["rtl8139 1"]),
+        ("<disk><boot order='2'/></disk><interface type='user'><boot order='1'/></interface>", "",
+         ["virtio-blk-pci 1", "rtl8139 1"]),
+        ("<interface type='user'/>", "", ["virtio-blk-pci 1"]),
+        ("<interface type='user'/><interface type='user'/>", "<boot dev='hd'/><boot dev='network'/>",
+         ["virtio-blk-pci 1", "rtl8139 2"]),
+    ],
+)  # fmt: skip
+def test_whose_turn_it_is_at_the_boot(devices: str, first: str, turns: list[str]) -> None:
+    line = LINE + """ -device '{"driver":"virtio-blk-pci","drive":"x","id":"virtio-disk0","bootindex":1}'"""
+    argv = cmdline.qemu_argv(read(definition_of(f"<os><type>hvm</type>{first}</os><devices>{devices}</devices>", line)))
+    found = [word.split(",bootindex=") for word in argv if "bootindex=" in word]
+    assert [f"{device.partition(',')[0]} {turn.partition(',')[0]}" for device, turn in found] == turns
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "bridge"),
+    [
+        ("bridge", "bridge='br0'", "br0"),
+        ("bridge", "network='default' portid='x' bridge='virbr3'", "virbr3"),  # of a VM that runs
+        ("network", "network='default'", "virbr0"),
+        ("network", "network='lan'", "BRIDGE"),
+        ("direct", "dev='eth0'", "BRIDGE"),
+    ],
+)
+def test_the_bridge_for_an_interface(kind: str, source: str, bridge: str) -> None:
+    text = comments_on(f"<interface type='{kind}'><source {source}/></interface>")
+    assert f"- netdev: [bridge, id: hostnet0, br: {bridge}]" in text
+
+
+FOLDER = "libvirt makes this folder"
+
+
+@pytest.mark.parametrize("folder", ["/tmp/l/channel/target/domain--1-vm", "/run/libvirt/qemu/channel/5-vm"])
+def test_a_folder_of_the_moment(folder: str) -> None:
+    option = command_line.options_of(["-chardev", f"socket,id=a,path={folder}/org.qemu.guest_agent.0"])
+    (remarked,) = domainremarks.remarked(option, domain(""))
+    assert [text.startswith(FOLDER) for text in remarked.comments] == [True]
+
+
+@pytest.mark.parametrize(
     ("policy", "said"), [("", 1), ("startupPolicy='requisite'", 1), ("startupPolicy='optional'", 0)]
 )
 def test_a_usb_device_may_be_missing(policy: str, said: int) -> None:

@@ -5,7 +5,7 @@ Which they are is said here too: virsh is not shown them, see `domainshown`. Pur
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..options import Property
 from . import domainplaces
@@ -51,6 +51,21 @@ def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Opti
             case _:
                 yield _virtiofs(root, element, folders)
                 folders += 1
+
+
+def without_default_boot(options: Sequence[Option], root: ET.Element) -> list[Option]:
+    """The options that virsh has printed: it boots from the disk by default, where it sees no device with a turn."""
+    turns = [is_replaced(element) for element in root.iterfind("devices/*") if element.find("boot") is not None]
+    if not turns or not all(turns):
+        return list(options)
+    return [_without_turn(option) if option.bare_name == "device" else option for option in options]
+
+
+def _without_turn(option: Option) -> Option:
+    if not isinstance(option.value, tuple):
+        return option
+    rest = (e for e in option.value if not (isinstance(e, Property) and e.name == "bootindex"))
+    return option._replace(value=tuple(rest))
 
 
 def ids_shown(root: ET.Element) -> dict[str, str]:

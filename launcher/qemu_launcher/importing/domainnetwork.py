@@ -53,7 +53,7 @@ def _as_any_card(root: ET.Element, element: ET.Element) -> list[Property]:
     index = safe(attribute(element, "acpi", "index"))
     place = domainplaces.pci(root, element.find("address"))
     named = [Property("acpi-index", index)] if index else []
-    return [*domainplaces.boot(element), *place, *named, *domainplaces.rom(element)]
+    return [*domainplaces.network_boot(root, element), *place, *named, *domainplaces.rom(element)]
 
 
 def _left(element: ET.Element, carried: tuple[str, ...], lost: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -125,9 +125,9 @@ def _network_remark(element: ET.Element, ident: str) -> tuple[str, ...]:
     if kind == "user":
         return ()
     name = safe(next(iter(source.attrib.values()), "")) if source is not None else ""
-    bridge = (
-        (name or "BRIDGE") if kind == "bridge" else "virbr0" if (kind, name) == ("network", "default") else "BRIDGE"
-    )
+    # Of a VM that runs, a bridge of the network's is told too.
+    told = safe(attribute(element, "source", "bridge"))
+    bridge = told or ("virbr0" if (kind, name) == ("network", "default") else "BRIDGE")
     was = f"{safe(kind, 'odd')} {name}".strip()
     return (
         f"In libvirt: {was}. QEMU's own network (user) needs no rights, and nobody can call in. For a bridge, if "

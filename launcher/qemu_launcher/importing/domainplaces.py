@@ -25,6 +25,14 @@ def boot(element: ET.Element) -> list[Property]:
     return [Property("bootindex", order)] if (order := safe(attribute(element, "boot", "order"))) else []
 
 
+def network_boot(root: ET.Element, element: ET.Element) -> list[Property]:
+    """The same of an interface: <os><boot dev='network'/> is for the first (qemuProcessPrepareDeviceBootorder)."""
+    devices = [found.get("dev") for found in root.iterfind("os/boot")]
+    is_first = element is root.find("devices/interface")
+    turn = [Property("bootindex", str(devices.index("network") + 1))] if is_first and "network" in devices else []
+    return boot(element) or turn
+
+
 def rom(element: ET.Element) -> list[Property]:
     """rombar and romfile."""
     found = element.find("rom")

@@ -31,7 +31,7 @@ def _of_files(name: str, text: str) -> Iterator[str]:
         yield "libvirt starts a dbus-daemon for this: without addr, QEMU is on the bus of your session."
     elif name == "object" and "masterKey0" in text:
         yield "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
-    elif "/domain-" in text:
+    elif "/domain-" in text or "/libvirt/qemu/channel/" in text:
         yield "libvirt makes this folder when it starts the VM: choose a path of yours."
     elif "/libvirt/" in text or "/dev/disk/" in text:
         yield "libvirt gives QEMU access to this when it starts the VM: you must have it yourself."

@@ -77,6 +77,7 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
     options = [option for option in options if not _is_libvirts(option)]
     options = [_with_plugged(option, found) for option in options]
     options = list(domainmoment.lasting(options, root))
+    options = domaindevices.without_default_boot(options, root)
     options = list(domainaliases.renamed(options, domaindevices.ids_shown(root)))
     options = list(domainmemory.in_no_folder(options, found.huge_pages, found.device_pages))
     options, unthrottled = domainthrottling.throttled(options, root)
