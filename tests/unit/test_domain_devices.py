@@ -269,6 +269,16 @@ def test_the_bridge_for_an_interface(kind: str, source: str, bridge: str) -> Non
     assert f"- netdev: [bridge, id: hostnet0, br: {bridge}]" in text
 
 
+def test_variables_of_the_efi() -> None:
+    """A VM that libvirt has never started has none yet."""
+    options = command_line.options_of(["-blockdev", "file,filename=/n/a,,b_VARS.fd", "-blockdev", "file,filename=/c"])
+    nvram = "<os><nvram{}>/n/a,b_VARS.fd</nvram></os>"
+    remarked = domainremarks.remarked(options, domain(nvram.format(" template='/usr/VARS.fd'")))
+    said = "The EFI's variables: libvirt makes this file at the first start, as a copy of /usr/VARS.fd."
+    assert [option.comments for option in remarked] == [(said,), ()]
+    assert not any(option.comments for option in domainremarks.remarked(options, domain(nvram.format(""))))
+
+
 FOLDER = "libvirt makes this folder"
 
 

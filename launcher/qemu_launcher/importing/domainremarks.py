@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element
 
 from .. import cmdline
+from ..options import QemuOption
 from .command_line import as_read
 from .drafting import Option
 
@@ -12,16 +13,26 @@ def remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
     """The same options; the first of each kind that needs a choice with a comment."""
     said: set[str] = set()
     auto = root.find("devices/graphics[@autoport='yes']") is not None
+    variables = root.find("os/nvram[@template]")
     for option in options:
         known = as_read(option)
         text = cmdline.option_argv(known)[-1]
         found = [*_of_files(option.bare_name, text), *_of_devices(option.bare_name, text)]
         found += _of_screens(option.bare_name, dict(known.properties()), auto_port=auto)
+        if variables is not None and option.bare_name == "blockdev" and _is_file(known, variables.text or ""):
+            found.append(_VARIABLES.format(variables.get("template")))
         if any(name in ("fd", "fds", "vhostfd", "vhostfds") for name, _value in known.properties()):
             found.append("A descriptor of libvirtd's, which QEMU is started without: name the file or device instead.")
         new = [remark for remark in found if remark not in said]
         said.update(new)
         yield option._replace(comments=(*option.comments, *new))
+
+
+_VARIABLES = "The EFI's variables: libvirt makes this file at the first start, as a copy of {}."
+
+
+def _is_file(option: QemuOption, path: str) -> bool:
+    return dict(option.properties()).get("filename") == path.strip()
 
 
 def _of_files(name: str, text: str) -> Iterator[str]:
