@@ -399,14 +399,36 @@ TAGS = """
     backend memtune hard_limit cpu topology memoryBacking hugepages page os type name controller boot
     rom vlan tag vcpus disk target iotune group_name total_bytes_sec size_iops_sec
     numatune memory currentMemory on_reboot on_crash
+    clock audio teaming acpi ip reconnect local filesystem driver binary cache readonly encryption mtu alias nvram
+    pagesize
 """
 NAMES = """
     enabled guestReset bar file mode placement unit nodeset type vcpu cpuset
     current scheduler vcpus id bus slot iothread cores address order size
+    offset basis adjustment timezone port prefix path queues index template model dev socket secret persistent device
 """
 TAG = st.sampled_from(TAGS.split())
 VALUE = st.sampled_from(
-    ["", "0", "1", "0-1", "^0", "pci", "usb", "user", "fifo", "emulator", "-1", "0x1", "x" * 99, "é,\n"]
+    [
+        "",
+        "0",
+        "1",
+        "0-1",
+        "^0",
+        "pci",
+        "usb",
+        "user",
+        "fifo",
+        "emulator",
+        "vhostuser",
+        "virtiofs",
+        "virtio",
+        "vda",
+        "-1",
+        "0x1",
+        "x" * 99,
+        "é,\n",
+    ]
 )
 Tree = tuple[str, dict[str, str], str, list[Any]]
 LEAF: st.SearchStrategy[Tree] = st.tuples(
