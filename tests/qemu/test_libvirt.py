@@ -291,6 +291,29 @@ def without_what_we_replace(host: Host) -> Path:
     return path
 
 
+def test_a_card_with_all_that_libvirt_can_say_of_it(host: Host) -> None:
+    """Its properties must have QEMU's names; and no two devices the same turn at the boot, which QEMU refuses."""
+    old = "<model type='virtio'/><boot order='2'/>"
+    driver = (
+        "<driver name='vhost' txmode='iothread' ioeventfd='on' event_idx='off' rx_queue_size='512' rss='on' "
+        "rss_hash_report='on' iommu='on' ats='on' packed='on' page_per_vq='on'>"
+        "<host csum='off' gso='off' tso4='off' tso6='off' ecn='off' ufo='off' mrg_rxbuf='on'/>"
+        "<guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/></driver>"
+    )
+    model = "<model type='virtio-non-transitional'/>"
+    path = host.xml(old, f"{model}{driver}<teaming type='persistent'/><boot order='1'/>")
+    clock = "<clock offset='variable' adjustment='3600' basis='utc'/>"
+    last = "<qemu:arg value='-set'/><qemu:arg value='device.net1.mac=52:54:00:00:00:99'/>"
+    text = path.read_text(encoding="utf-8").replace("<locked/>", "").replace("<devices>", f"{clock}<devices>")
+    path.write_text(text.replace("<qemu:env ", f"{last}<qemu:env "), encoding="utf-8")
+    vm = host.imported(path)
+    assert "base=utc" in cmdline.qemu_argv(vm)
+    with tempfile.TemporaryDirectory() as ground:
+        found = tree([vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)])
+    for said in ("rx_queue_size = 512", "page-per-vq = true", "failover = true", 'mac = "52:54:00:00:00:99"'):
+        assert said in found
+
+
 def test_the_definition_starts(host: Host) -> None:
     """All of it, the replaced network too; only the agent's socket must be where there is a folder."""
     vm = host.imported(host.xml("<locked/>", ""))

@@ -16,7 +16,7 @@ _NAMES = {  # of <driver>
     "iommu": "iommu_platform",
     "ats": "ats",
     "packed": "packed",
-    "page_per_vq": "page_per_vq",
+    "page_per_vq": "page-per-vq",
 }
 _WAYS = {"iothread": "bh", "timer": "timer"}
 _OF_THE_HOST = ("name",)  # where the packets are worked on
