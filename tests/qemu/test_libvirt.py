@@ -109,8 +109,8 @@ def test_what_becomes_of_a_domain(host: Host) -> None:
     assert "masterKey0" not in words
     assert "charmonitor" not in words
     assert not {"-S", "-no-shutdown"} & set(argv)
-    assert "vfio-pci,host=0000:01:00.1,id=hostdev0" in words
-    assert "usb-host,vendorid=0x1234,productid=0x5678" in words
+    assert "vfio-pci,host=0000:01:00.1,id=hostdev1" in words
+    assert "usb-host,vendorid=0x1234,productid=0x5678,id=hostdev0" in words
     assert "virtio-net-pci,netdev=hostnet0,id=net0,mac=52:54:00:12:34:56,bootindex=2,bus=pcie.0,addr=0x1c" in words
     assert "e1000e,netdev=hostnet1,id=net1,mac=52:54:00:12:34:57" in words
     assert f"filename={host.folder}/disk,,1.img" in words
@@ -130,6 +130,66 @@ def test_the_folder_that_virsh_names_is_known(host: Host, backing: str, memory: 
     words = cmdline.qemu_argv(host.imported(host.xml("<locked/>", backing)))
     found = [word.replace("x-use-canonical-path-for-ramblock-id=off,", "") for word in words]
     assert [word for word in found if "id=pc.ram" in word] == [f"memory-backend-{memory}"]
+
+
+def test_memory_of_a_node_of_the_host(host: Host) -> None:
+    """-object has lists otherwise than -blockdev, and QEMU refuses the one for the other."""
+    bound = "<numatune><memory mode='strict' nodeset='0'/></numatune>"
+    vm = host.imported(host.xml("<memtune>", f"{bound}<memtune>"))
+    argv = [word for word in cmdline.qemu_argv(vm) if word.startswith("memory-backend")]
+    assert [word.partition("host-nodes=")[2].split(",")[0] for word in argv] == ["0"]
+    assert "memory backend: m0" in tree(
+        [vm.binary, "-M", "none", "-display", "none", "-object", argv[0].replace("id=pc.ram", "id=m0")]
+    )
+
+
+def test_throttled_disks(host: Host) -> None:
+    """QEMU tells what it has understood; the disk on SATA is another's."""
+    iotune = (
+        "<iotune><total_bytes_sec>1000000</total_bytes_sec><total_bytes_sec_max>5000000</total_bytes_sec_max>"
+        "<total_bytes_sec_max_length>7</total_bytes_sec_max_length><write_iops_sec>50</write_iops_sec>"
+        "<size_iops_sec>8192</size_iops_sec><group_name>my disks</group_name></iotune>"
+    )
+    first = "<target dev='vda' bus='virtio'/>"
+    more = (
+        f"{first}{iotune}</disk><disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source file='{host.folder}/disk2.img'/><target dev='sdb' bus='sata'/>{iotune}"
+    )
+    shutil.copy(host.folder / "disk,1.img", host.folder / "disk2.img")
+    vm = host.imported(host.xml(first, more))
+    of_group = {"path": "/objects/throttle-group-.1", "property": "limits"}
+    with tempfile.TemporaryDirectory() as ground:
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        (limits, blocks) = answers(argv, {"execute": "qom-get", "arguments": of_group}, {"execute": "query-block"})
+    assert {name: value for name, value in limits.items() if value > 1} == {
+        "bps-total": 1000000,
+        "bps-total-max": 5000000,
+        "bps-total-max-length": 7,
+        "iops-write": 50,
+        "iops-size": 8192,
+    }
+    inserted = [block["inserted"] for block in blocks if "inserted" in block]
+    assert {node["node-name"] for node in inserted if node["drv"] == "throttle"} == {"throttled-vda", "throttled-sdb"}
+
+
+def test_a_memory_device_with_pages_of_its_own(host: Host) -> None:
+    """What virsh refuses where hugetlbfs is not mounted for it."""
+    device = (
+        "<memory model='dimm'><source><pagesize unit='MiB'>2</pagesize><nodemask>0</nodemask></source>"
+        "<target><size unit='MiB'>128</size><node>0</node></target></memory>"
+    )
+    numa = (
+        "<maxMemory slots='2' unit='GiB'>1</maxMemory>"
+        "<cpu><numa><cell id='0' cpus='0-3' memory='128' unit='MiB'/></numa></cpu><memtune>"
+    )
+    path = host.xml("<memtune>", numa)
+    path.write_text(
+        path.read_text().replace("</emulator>", f"</emulator>{device}").replace("128</memory>", "256</memory>")
+    )
+    words = [word for word in cmdline.qemu_argv(host.imported(path)) if "id=memdimm0" in word]
+    assert words == [
+        "memory-backend-memfd,id=memdimm0,size=134217728,host-nodes=0,policy=bind,hugetlb=on,hugetlbsize=2097152,prealloc=on"
+    ]
 
 
 def test_virtual_cpus_that_are_plugged_in(host: Host) -> None:
@@ -163,27 +223,30 @@ def test_what_libvirt_refuses(host: Host) -> None:
     assert "    it is about what stands in the XML" in done.stderr
 
 
-def tree(argv: list[str]) -> str:
-    """All devices of this QEMU and their properties, as it tells them."""
-    commands: list[Any] = [
-        {"execute": "qmp_capabilities"},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info qtree"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info block"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info iothreads"}},
-        {"execute": "human-monitor-command", "arguments": {"command-line": "info memdev"}},
-        {"execute": "quit"},
-    ]
+def answers(argv: list[str], *commands: dict[str, Any]) -> list[Any]:
+    """What this QEMU says to these commands of QMP, before its guest runs."""
+    spoken = [{"execute": "qmp_capabilities"}, *commands, {"execute": "quit"}]
     done = subprocess.run(
         [*argv, "-S", "-qmp", "stdio"],
-        input="".join(json.dumps(command) + "\n" for command in commands),
+        input="".join(json.dumps(command) + "\n" for command in spoken),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    texts = [answer["return"] for answer in answers if isinstance(answer.get("return"), str)]
-    assert len(texts) == 4, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    returned = [answer["return"] for answer in found if "return" in answer]
+    assert len(returned) == len(spoken), done.stderr
+    return returned[1:-1]
+
+
+def tree(argv: list[str]) -> str:
+    """All devices of this QEMU and their properties, as it tells them."""
+    about = ("qtree", "block", "iothreads", "memdev")
+    texts = answers(
+        argv,
+        *({"execute": "human-monitor-command", "arguments": {"command-line": f"info {what}"}} for what in about),
+    )
     # The numbers of processes and of threads differ.
     return "\n".join(line for line in "\n".join(texts).splitlines() if "thread_id" not in line)
 
@@ -226,6 +289,29 @@ def without_what_we_replace(host: Host) -> Path:
             text = text[:begin] + text[end:]
     path.write_text(text)
     return path
+
+
+def test_a_card_with_all_that_libvirt_can_say_of_it(host: Host) -> None:
+    """Its properties must have QEMU's names; and no two devices the same turn at the boot, which QEMU refuses."""
+    old = "<model type='virtio'/><boot order='2'/>"
+    driver = (
+        "<driver name='vhost' txmode='iothread' ioeventfd='on' event_idx='off' rx_queue_size='512' rss='on' "
+        "rss_hash_report='on' iommu='on' ats='on' packed='on' page_per_vq='on'>"
+        "<host csum='off' gso='off' tso4='off' tso6='off' ecn='off' ufo='off' mrg_rxbuf='on'/>"
+        "<guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/></driver>"
+    )
+    model = "<model type='virtio-non-transitional'/>"
+    path = host.xml(old, f"{model}{driver}<teaming type='persistent'/><boot order='1'/>")
+    clock = "<clock offset='variable' adjustment='3600' basis='utc'/>"
+    last = "<qemu:arg value='-set'/><qemu:arg value='device.net1.mac=52:54:00:00:00:99'/>"
+    text = path.read_text(encoding="utf-8").replace("<locked/>", "").replace("<devices>", f"{clock}<devices>")
+    path.write_text(text.replace("<qemu:env ", f"{last}<qemu:env "), encoding="utf-8")
+    vm = host.imported(path)
+    assert "base=utc" in cmdline.qemu_argv(vm)
+    with tempfile.TemporaryDirectory() as ground:
+        found = tree([vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)])
+    for said in ("rx_queue_size = 512", "page-per-vq = true", "failover = true", 'mac = "52:54:00:00:00:99"'):
+        assert said in found
 
 
 def test_the_definition_starts(host: Host) -> None:

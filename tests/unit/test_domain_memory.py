@@ -6,7 +6,8 @@ from mmap import PAGESIZE
 import pytest
 
 from qemu_launcher import cmdline
-from unit.domains import LINE, definition_of
+from qemu_launcher.importing import domainshown, domainxml
+from unit.domains import LINE, definition_of, domain
 from unit.reading import read
 
 RAM = """-object '{"qom-type":"memory-backend-ram","id":"pc.ram","size":536870912}'"""
@@ -50,6 +51,11 @@ SHARED_FILE = f'{{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":"{FI
         ("", [SHARED_FILE], ["memfd,id=pc.ram,share=on"]),
         ("", [SHARED_FILE.replace('"share":true', '"share":false')], ["ram,id=pc.ram,share=off"]),
         ("", [SHARED_FILE.replace(',"share":true', "")], ["ram,id=pc.ram"]),
+        (  # of a memory device, the file has the device's name
+            "",
+            [f'{{"qom-type":"memory-backend-file","id":"memdimm0","mem-path":"{FILE}/dimm0","share":true}}'],
+            ["memfd,id=memdimm0,share=on"],
+        ),
         # Pages as small as any are none, as in libvirt.
         (f"<hugepages><page size='{PAGESIZE}' unit='b'/></hugepages>", [], ["ram,id=pc.ram"]),
         # Files that somebody has named stay what they are.
@@ -90,6 +96,50 @@ def test_huge_pages_of_memory_devices() -> None:
         "memfd,id=memdimm0,hugetlb=on,hugetlbsize=2097152,prealloc=on",
         "memfd,id=memvirtiomem0,hugetlb=on,hugetlbsize=2097152",  # which takes its memory as it grows
     ]
+
+
+DIMMS = [
+    f'{{"qom-type":"memory-backend-ram","id":"mem{name}"}}' for name in ("dimm1", "nvdimm0", "dimm2", "virtiomem0")
+]
+DIMM_DEVICES = " ".join(
+    f"""-device '{{"driver":"{driver}","node":0,"memdev":"mem{name}","id":"{name}"}}'"""
+    for driver, name in (
+        ("pc-dimm", "dimm1"), ("nvdimm", "nvdimm0"), ("pc-dimm", "dimm2"), ("virtio-mem-pci", "virtiomem0")
+    )
+)  # fmt: skip
+
+
+def test_pages_of_a_memory_device_s_own() -> None:
+    """They come before those of its node; small ones too."""
+    source = "<memory model='{}'><source><pagesize{}>{}</pagesize></source></memory>"
+    devices = (
+        source.format("dimm", " unit='GiB'", 1)
+        + "<memory model='nvdimm'/><memory model='sgx-epc'/>"
+        + source.format("dimm", "", PAGESIZE >> 10)
+        + source.format("virtio-mem", "", 2048)
+    )
+    inside = "<hugepages><page size='2' unit='MiB'/></hugepages></memoryBacking><devices>{}</devices><memoryBacking>"
+    assert memory_of(inside.format(devices), *DIMMS, more=DIMM_DEVICES) == [
+        "memfd,id=memdimm1,hugetlb=on,hugetlbsize=1073741824,prealloc=on",
+        "ram,id=memnvdimm0",
+        "ram,id=memdimm2",
+        "memfd,id=memvirtiomem0,hugetlb=on,hugetlbsize=2097152",
+    ]
+
+
+@pytest.mark.parametrize(("inside", "count"), [("<hugepages/>", 1), ("", 0)])
+def test_memory_that_grows_asks_for_huge_pages_first(inside: str, count: int) -> None:
+    line = LINE.replace(RAM, " ".join(f"-object '{text}'" for text in DIMMS) + " " + DIMM_DEVICES)
+    argv = cmdline.qemu_argv(read(definition_of(f"<memoryBacking>{inside}</memoryBacking>", line)))
+    found = [word for word in argv if word.startswith(("pc-dimm", "virtio-mem"))]
+    assert [word.count(",prealloc=on") for word in found] == [0, 0, count]
+
+
+def test_virsh_is_not_shown_pages_of_a_memory_device_s_own() -> None:
+    """It has no command line otherwise: "hugetlbfs filesystem is not mounted"."""
+    device = "<memory><source><pagesize>4</pagesize><nodemask>0</nodemask></source></memory><memory/>"
+    shown = domainxml.parse(domainshown.prepared(domain(f"<devices>{device}</devices>")).decode(), "x")
+    assert [part.tag for part in shown.iter()][-4:] == ["memory", "source", "nodemask", "memory"]
 
 
 def test_shared_memory_is_not_said_to_need_access() -> None:

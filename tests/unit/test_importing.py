@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings, strategies as st
 
 from qemu_launcher import cmdline, yamlnode
 from qemu_launcher.errors import DefinitionError, LauncherError, UsageError
-from qemu_launcher.importing import command_line, drafting, prefixes, yamltext
+from qemu_launcher.importing import command_line, drafting, prefixes, program, yamltext
 from qemu_launcher.importing.qemuoptions import FLAGS, LISTS, TAKE_VALUE
 from qemu_launcher.optionlist import is_name
 from qemu_launcher.options import Property
@@ -26,7 +26,7 @@ CASES = json.loads((ROOT / "tests" / "argv_cases.json").read_text(encoding="utf-
 def imported(*words: str) -> str:
     """The definition for a command line."""
     prefix = prefixes.peel(words)
-    command_line.check_program(prefix.argv)
+    program.check_program(prefix.argv)
     draft = command_line.draft_of(prefix)
     return command_line.written(draft, [word for o in draft.options if not o.left_out for word in o.given])
 
@@ -209,6 +209,13 @@ def test_no_option_is_both() -> None:
         ([QEMU, ""], "'' stands where an option must"),
         ([QEMU, "-"], "'-' is no option of QEMU's"),
         ([QEMU, "-" + "x" * 300], "is too long for the name of an option"),
+        (
+            ["runuser", "-u", "kvm", "--", QEMU, "-S"],
+            f"'runuser -u kvm --' stands before '{QEMU}', and is not known here",
+        ),
+        (["nix-shell", "-p", "qemu", "--run", f"{QEMU} -m 2G"], f"'{QEMU} -m 2G' is one word here"),
+        (["su", "kvm", "-c", "/usr/bin/kvm -S"], "'su' is a shell, and not QEMU"),
+        (["ssh", "host", f"exec {QEMU} -S"], f"'exec {QEMU} -S' is one word here"),
         ([QEMU, "-m 64M"], "'-m 64M' is one word here, and no option of QEMU's has a space in it"),
         ([QEMU, "-S", "-m 64M"], "'-m 64M' is one word here"),
         ([QEMU, "---nographic"], "'---nographic' is no option of QEMU's"),

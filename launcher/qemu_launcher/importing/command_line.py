@@ -8,8 +8,6 @@ what a definition must not have, and that is said on stderr too.
 import os
 import shlex
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 from .. import cmdline, definition, noqemu, ram, restrictions, stdout
@@ -21,7 +19,8 @@ from ..names import VM_NAME
 from ..optionlist import is_name
 from ..options import QemuOption, has_mem_lock, pinned_by, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
-from .prefixes import Prefix, is_known, peel
+from .prefixes import Prefix, peel
+from .program import check_program
 from .qemuoptions import FLAGS, TAKE_VALUE
 from .yamltext import LONGEST_KEY
 
@@ -45,39 +44,6 @@ def import_argv(words: Sequence[str], output: str | None) -> int:
             stdout.say_on_stderr(f"{PROGRAM}: {printable(told)}\n")
     deliver(text, output)
     return 0
-
-
-def check_program(argv: Sequence[str]) -> None:
-    """Raises UsageError for a command line of another program's than QEMU, as far as that can be told."""
-    program = argv[0]
-    if " -" in program:
-        raise UsageError(f"{shortened(program)!r} is one word here", "leave out the quotes around the whole line")
-    at = None if noqemu.may_be_qemu(program) else _place_of_qemu(argv)
-    if at is not None:
-        stranger = argv[: _first_known(argv, at)]
-        what = f"{shortened(shlex.join(stranger), MOST_OF_A_PATH)!r} stands before {shortened(argv[at])!r}"
-        shield = ": vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
-        is_cset = program.rpartition("/")[2] == "cset"
-        raise UsageError(f"{what}, and is not known here", "leave it out" + shield * is_cset)
-    if (refused := noqemu.by_name(argv) or noqemu.by_content(argv)) is not None:
-        raise refused
-
-
-def _place_of_qemu(argv: Sequence[str]) -> int | None:
-    """Where behind the first word a QEMU is named. kvm is none as the value of an option: -accel kvm."""
-    for at, (before, word) in enumerate(pairwise(argv), 1):
-        if noqemu.is_qemu(word) or (word.rpartition("/")[2] == "kvm" and before.lstrip("-") not in TAKE_VALUE):
-            return at
-    return None
-
-
-def _first_known(argv: Sequence[str], end: int) -> int:
-    """From where on all that stands before the QEMU at `end` is known."""
-    for start in range(1, end):
-        with suppress(UsageError):
-            if is_known(argv[start]) and len(peel(argv[start : end + 1]).argv) == 1:
-                return start
-    return end
 
 
 def draft_of(prefix: Prefix, *, is_saved: bool = False) -> Draft:

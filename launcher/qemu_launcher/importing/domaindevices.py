@@ -5,10 +5,11 @@ Which they are is said here too: virsh is not shown them, see `domainshown`. Pur
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..options import Property
 from . import domainplaces
+from .domainaliases import aliases, overridden, shown
 from .domainnetwork import interface
 from .domainplaces import attribute, safe
 from .drafting import Option
@@ -22,7 +23,7 @@ def is_replaced(element: ET.Element) -> bool:
         case "hostdev":
             return element.get("type") == "usb" and element.find("source/address") is None
         case "tpm":
-            return element.find("backend[@type='emulator']") is not None
+            return attribute(element, "backend", "type") in ("emulator", "passthrough")
         case "filesystem":
             return element.find("driver[@type='virtiofs']") is not None
     return False
@@ -30,21 +31,46 @@ def is_replaced(element: ET.Element) -> bool:
 
 def replacements(root: ET.Element) -> Iterator[Option]:
     """QEMU's options for what virsh is not shown, with what there is to choose."""
-    cards = folders = 0
-    for element in root.iterfind("devices/*"):
-        if not is_replaced(element):
-            continue
+    ids = aliases(root)
+    for option in _replacements(root, ids):
+        yield overridden(option, root)
+
+
+def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Option]:
+    folders = 0
+    for element in filter(is_replaced, root.iterfind("devices/*")):
         match element.tag:
             case "interface":
-                yield from interface(root, element, cards)
-                cards += 1
+                yield from interface(root, element, ids[element])
             case "hostdev":
-                yield _usb(element)
+                yield _usb(element, ids[element])
+            case "tpm" if attribute(element, "backend", "type") == "passthrough":
+                yield from _host_tpm(element)
             case "tpm":
                 yield _tpm(root, element)
             case _:
-                yield _virtiofs(element, folders)
+                yield _virtiofs(root, element, folders)
                 folders += 1
+
+
+def without_default_boot(options: Sequence[Option], root: ET.Element) -> list[Option]:
+    """The options that virsh has printed: it boots from the disk by default, where it sees no device with a turn."""
+    turns = [is_replaced(element) for element in root.iterfind("devices/*") if element.find("boot") is not None]
+    if not turns or not all(turns):
+        return list(options)
+    return [_without_turn(option) if option.bare_name == "device" else option for option in options]
+
+
+def _without_turn(option: Option) -> Option:
+    if not isinstance(option.value, tuple):
+        return option
+    rest = (e for e in option.value if not (isinstance(e, Property) and e.name == "bootindex"))
+    return option._replace(value=tuple(rest))
+
+
+def ids_shown(root: ET.Element) -> dict[str, str]:
+    """libvirt's ids of passed-through devices -> those that virsh gives, who sees fewer of them."""
+    return shown(root, [element for element in root.iterfind("devices/hostdev") if is_replaced(element)])
 
 
 _GUEST_RESET = {  # of <source>, as libvirt writes it
@@ -54,14 +80,13 @@ _GUEST_RESET = {  # of <source>, as libvirt writes it
 }
 
 
-def _usb(element: ET.Element) -> Option:
+def _usb(element: ET.Element, alias: str) -> Option:
     """By vendor and product: QEMU takes it when it is there, and does not miss it."""
     source = element.find("source")
     properties = [
         Property(f"{tag}id", value) for tag in ("vendor", "product") if (value := safe(attribute(source, tag, "id")))
     ]
-    name = safe(attribute(element, "alias", "name"))
-    properties += [Property("id", name)] if name.startswith("ua-") else []
+    properties.append(Property("id", alias))
     properties += _GUEST_RESET.get(source.get("guestReset", ""), []) if source is not None else []
     properties += domainplaces.boot(element) + domainplaces.usb(element.find("address"))
     remarks = ["You must be allowed to write to it: see lsusb, and /dev/bus/usb."]
@@ -77,6 +102,9 @@ def _tpm(root: ET.Element, element: ET.Element) -> Option:
     if model == "tpm-tis" and attribute(root, "os/type", "arch") == "aarch64":
         model = "tpm-tis-device"
     uuid = safe((root.findtext("uuid") or "").strip(), "UUID")
+    secret = safe(attribute(element, "backend/encryption", "secret"))
+    how = "It is encrypted: write what virsh secret-get-value --plain {} prints into a file, and give swtpm"
+    key = (f"{how.format(secret)} --key pwdfile=FILE,mode=aes-256-cbc.",) if secret else ()
     two = "--tpm2 " if version == "2" else ""
     return Option(
         "tpmdev",
@@ -87,24 +115,50 @@ def _tpm(root: ET.Element, element: ET.Element) -> Option:
             f"chardev: tpm] and - device: [{model}, tpmdev: tpm0]",
             f"What the TPM knows, keys of the guest's disks too, is in /var/lib/libvirt/swtpm/{uuid}/tpm{version}, or "
             f"if the VM is of your own libvirt, in ~/.config/libvirt/qemu/swtpm/{uuid}/tpm{version}: copy it to DIR.",
+            *key,
         ),
         left_out=True,
     )
 
 
-def _virtiofs(element: ET.Element, number: int) -> Option:
+def _host_tpm(element: ET.Element) -> Iterator[Option]:
+    """virsh itself opens it, and may not be allowed to."""
+    path = attribute(element, "backend/device", "path") or "/dev/tpm0"
+    why = "You must be allowed to write to it, and nothing else may have it open."
+    yield Option("tpmdev", ("passthrough", Property("id", "tpm-tpm0"), Property("path", path)), (why,))
+    model = safe(element.get("model", ""), "tpm-tis")
+    yield Option("device", (model, Property("tpmdev", "tpm-tpm0"), Property("id", "tpm0")))
+
+
+def _virtiofs(root: ET.Element, element: ET.Element, number: int) -> Option:
     """virtiofsd is started by libvirt too, unless the XML names its socket."""
     ident = f"fs{number}"
     tag = safe(attribute(element, "target", "dir"), "TAG")
     folder = _path(attribute(element, "source", "dir"), "FOLDER")
     given = attribute(element, "source", "socket")
     socket = _path(given, f"DIR/{ident}")
-    start = "A" if given else f"Start virtiofsd --socket-path={socket} --shared-dir={folder} yourself, and a"
+    words = " ".join(["virtiofsd", f"--socket-path={socket}", f"--shared-dir={folder}", *_of_virtiofsd(element)])
+    start = "A" if given else f"Start {words} yourself, and a"
+    place = [*domainplaces.boot(element), *domainplaces.pci(root, element.find("address"))]
+    queue = safe(attribute(element, "driver", "queue"))
+    more = "".join(f", {name}: {value}" for name, value in [*([("queue-size", queue)] if queue else []), *place])
     text = (
         f"Left out: a folder shared with virtiofs. {start}dd - chardev: [socket, id: {ident}, path: {socket}] and "
-        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}]"
+        f"- device: [vhost-user-fs-pci, chardev: {ident}, tag: {tag}{more}]"
     )
-    return Option("device", None, (text,), left_out=True)
+    left = [path for path in ("binary/lock", "idmap") if element.find(path) is not None]
+    return Option("device", None, (text, *([f"Not carried over: {', '.join(left)}."] if left else [])), left_out=True)
+
+
+def _of_virtiofsd(element: ET.Element) -> Iterator[str]:
+    """The options of virtiofsd 1.12; older ones have no --readonly, and refuse it."""
+    if element.find("readonly") is not None:
+        yield "--readonly"
+    if attribute(element, "binary", "xattr") == "on":
+        yield "--xattr"
+    for path, name, option in (("cache", "mode", "cache"), ("sandbox", "mode", "sandbox"), ("thread_pool", "size", "")):
+        if value := safe(attribute(element, f"binary/{path}", name)):
+            yield f"--{option or 'thread-pool-size'}={'never' if (path, value) == ('cache', 'none') else value}"
 
 
 def _path(text: str, default: str) -> str:

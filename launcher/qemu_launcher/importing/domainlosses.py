@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
 from . import domainxml
+from .domainplaces import attribute, safe
 
 _TUNED = ("vcpupin", "emulatorpin", "iothreadpin", "vcpusched", "emulatorsched")
 # What a guest's end leads to, where it is as with QEMU alone. on_reboot: destroy is an option of QEMU's.
@@ -36,11 +37,13 @@ def _of_memory(root: ET.Element) -> Iterator[str]:
 
 
 def _of_disks(root: ET.Element) -> Iterator[str]:
+    """For their <iotune> see `domainthrottling`."""
     yield from ("blkiotune" for _element in root.iterfind("blkiotune"))
-    for disk in root.iterfind("devices/disk[iotune]"):
-        target = disk.find("target")
-        name = target.get("dev", "") if target is not None else ""
-        yield f"iotune of {name}" if _WORD.fullmatch(name) else "iotune"
+    yield from ("lease" for _element in root.iterfind("devices/lease"))
+    for disk in root.iterfind("devices/disk[source]"):
+        policy = attribute(disk, "source", "startupPolicy")
+        if policy in ("optional", "requisite"):
+            yield f"startupPolicy of {safe(attribute(disk, 'target', 'dev'), 'a disk')}"
 
 
 def _of_the_end(root: ET.Element) -> Iterator[str]:

@@ -24,13 +24,25 @@ class _Use(NamedTuple):
 
     node: int | None  # the guest's, None if it has none
     grows: bool  # takes no more than the guest wants
+    page: HugePage | None = None
 
 
-def in_no_folder(options: Sequence[Option], pages: Sequence[HugePage]) -> Iterator[Option]:
-    """The same options, their memory in huge pages where `pages` says so. Virsh has not been shown those."""
-    uses = {name: use for option in options for name, use in [_used(option)] if name}
+def in_no_folder(
+    options: Sequence[Option], pages: Sequence[HugePage], own: Sequence[int | None] = ()
+) -> Iterator[Option]:
+    """The same options, their memory in huge pages where `pages` says so. Virsh has not been shown those.
+
+    `own`: for each memory device the size of the pages that it has for itself, small ones too; None for none.
+    """
+    uses: dict[str, _Use] = {}
+    devices = iter(own)  # virsh prints them in the XML's order
     for option in options:
-        yield _backed(option, uses, pages)
+        name, use = _used(option)
+        size = next(devices, None) if _is_memory_device(option) else None
+        if name:
+            uses[name] = use._replace(page=_huge(HugePage(size, None)) if size else _page(use.node, pages))
+    for option in options:
+        yield _growing(_backed(option, uses), uses)
 
 
 def _used(option: Option) -> tuple[str, _Use]:
@@ -38,7 +50,7 @@ def _used(option: Option) -> tuple[str, _Use]:
     found = _named(option)
     if option.bare_name == "machine":
         return found.get("memory-backend", ""), _Use(None, grows=False)
-    driver = str(option.value[0]) if option.bare_name == "device" and isinstance(option.value, tuple) else ""
+    driver = _driver(option)
     grows = driver.startswith("virtio-mem-")
     if option.bare_name != "numa" and driver != "pc-dimm" and not grows:
         return "", _Use(None, grows=False)
@@ -46,12 +58,28 @@ def _used(option: Option) -> tuple[str, _Use]:
     return found.get("memdev", ""), _Use(int(number) if re.fullmatch("[0-9]{1,4}", number) else None, grows)
 
 
+def _driver(option: Option) -> str:
+    return str(option.value[0]) if option.bare_name == "device" and isinstance(option.value, tuple) else ""
+
+
+def _is_memory_device(option: Option) -> bool:
+    return _driver(option) in ("pc-dimm", "nvdimm") or _driver(option).startswith(("virtio-mem-", "virtio-pmem-"))
+
+
 def _named(option: Option) -> dict[str, str]:
     value = option.value if isinstance(option.value, tuple) else ()
     return {element.name: element.value for element in value if isinstance(element, Property)}
 
 
-def _backed(option: Option, uses: dict[str, _Use], pages: Sequence[HugePage]) -> Option:
+def _growing(option: Option, uses: dict[str, _Use]) -> Option:
+    """A device that takes huge pages as it grows asks for them first, as in libvirt: without, QEMU dies of the lack."""
+    name, use = _used(option)
+    if not use.grows or uses[name].page is None or not isinstance(option.value, tuple) or "prealloc" in _named(option):
+        return option
+    return option._replace(value=(*option.value, Property("prealloc", "on")))
+
+
+def _backed(option: Option, uses: dict[str, _Use]) -> Option:
     value = option.value
     if option.bare_name != "object" or not isinstance(value, tuple) or value[0] not in (_RAM, _MEMFD, _FILE):
         return option
@@ -61,25 +89,29 @@ def _backed(option: Option, uses: dict[str, _Use], pages: Sequence[HugePage]) ->
         return option
     rest = [e for e in value[1:] if not (kind == _FILE and isinstance(e, Property) and e.name in _OF_FILES)]
     use = uses.get(ident)
-    page = None if use is None else _page(use.node, pages)
-    if use is None or page is None:
+    if use is None or use.page is None:
         if kind == _FILE:
             kind = _MEMFD if found.get("share") == "on" else _RAM
         return option._replace(value=(kind, *rest))
     rest.append(Property("hugetlb", "on"))
-    rest += [Property("hugetlbsize", str(page.size))] if page.size else []
+    rest += [Property("hugetlbsize", str(use.page.size))] if use.page.size else []
     if "prealloc" not in found and not use.grows:
         rest.append(Property("prealloc", "on"))
     return option._replace(value=(_MEMFD, *rest), comments=(*option.comments, _REMARK))
 
 
 def _is_in_libvirts_folder(path: str, ident: str) -> bool:
-    """memory_backing_dir of its qemu.conf, a folder for the VM, which has no number yet, and the id."""
-    return re.fullmatch(f".*/-1-[^/]*/{re.escape(ident)}", path) is not None
+    """memory_backing_dir of its qemu.conf, a folder for the VM, which has no number yet, and the id or the device's."""
+    folder, _slash, name = path.rpartition("/")
+    return name in (ident, ident.removeprefix("mem")) and re.fullmatch(".*/-1-[^/]*", folder) is not None
 
 
 def _page(node: int | None, pages: Sequence[HugePage]) -> HugePage | None:
-    """The pages for this node; small ones are none."""
+    """The pages for this node."""
     found = next((page for page in pages if page.nodes is not None and node in page.nodes), None)
-    found = found or next((page for page in pages if page.nodes is None), None)
-    return None if found is None or found.size == PAGESIZE else found
+    return _huge(found or next((page for page in pages if page.nodes is None), None))
+
+
+def _huge(page: HugePage | None) -> HugePage | None:
+    """Small ones are none."""
+    return None if page is None or page.size == PAGESIZE else page

@@ -25,6 +25,14 @@ def boot(element: ET.Element) -> list[Property]:
     return [Property("bootindex", order)] if (order := safe(attribute(element, "boot", "order"))) else []
 
 
+def network_boot(root: ET.Element, element: ET.Element) -> list[Property]:
+    """The same of an interface: <os><boot dev='network'/> is for the first (qemuProcessPrepareDeviceBootorder)."""
+    devices = [found.get("dev") for found in root.iterfind("os/boot")]
+    is_first = element is root.find("devices/interface")
+    turn = [Property("bootindex", str(devices.index("network") + 1))] if is_first and "network" in devices else []
+    return boot(element) or turn
+
+
 def rom(element: ET.Element) -> list[Property]:
     """rombar and romfile."""
     found = element.find("rom")
@@ -68,3 +76,38 @@ def usb(address: ET.Element | None) -> list[Property]:
     if not bus or not port:
         return []
     return [Property("bus", f"usb{'' if bus == '0' else bus}.0"), Property("port", port)]
+
+
+def disk_ids(disk: ET.Element) -> list[str]:
+    """The ids, one of which libvirt gives to the device of this disk (qemuAssignDeviceDiskAlias, qemu_alias.c)."""
+    if (own := attribute(disk, "alias", "name")).startswith("ua-"):
+        return [own]
+    index = _disk_index(attribute(disk, "target", "dev"))
+    bus = attribute(disk, "target", "bus") or _BUSES.get(attribute(disk, "target", "dev")[:2], "")
+    if index is None or bus not in _DISKS_OF_A_CONTROLLER:
+        return [] if index is None else [f"{bus}-disk{index}"]
+    controller, unit = divmod(index, _DISKS_OF_A_CONTROLLER[bus])
+    place = {"controller": str(controller), "bus": "0", "target": "0", "unit": str(unit)}
+    if bus == "ide":
+        place |= {"bus": str(unit // 2), "unit": str(unit % 2)}
+    address = disk.find("address[@type='drive']")
+    if address is not None:
+        place = {name: address.get(name, "0") for name in place}
+    ids = [f"{bus}{place['controller']}-{place['bus']}-{place['unit']}"]
+    # SCSI has targets too, but for one kind of controller.
+    return ids if bus != "scsi" else [f"{bus}{'-'.join(place.values())}", *ids]
+
+
+_BUSES = {"hd": "ide", "sd": "scsi", "vd": "virtio", "fd": "fdc"}
+_DISKS_OF_A_CONTROLLER = {"ide": 4, "sata": 6, "fdc": 2, "scsi": 7}
+
+
+def _disk_index(target: str) -> int | None:
+    """`a` of vda is 0, `aa` is 26."""
+    found = re.fullmatch("(?:fd|hd|vd|sd|xvd|ubd)([a-z]{1,3})", target)
+    if found is None:
+        return None
+    index = 0
+    for letter in found[1]:
+        index = index * 26 + ord(letter) - ord("a") + 1
+    return index - 1

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element
 
 from .. import cmdline
+from ..options import QemuOption
 from .command_line import as_read
 from .drafting import Option
 
@@ -12,11 +13,14 @@ def remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
     """The same options; the first of each kind that needs a choice with a comment."""
     said: set[str] = set()
     auto = root.find("devices/graphics[@autoport='yes']") is not None
+    variables = root.find("os/nvram[@template]")
     for option in options:
         known = as_read(option)
         text = cmdline.option_argv(known)[-1]
         found = [*_of_files(option.bare_name, text), *_of_devices(option.bare_name, text)]
         found += _of_screens(option.bare_name, dict(known.properties()), auto_port=auto)
+        if variables is not None and option.bare_name == "blockdev" and _is_file(known, variables.text or ""):
+            found.append(_VARIABLES.format(variables.get("template")))
         if any(name in ("fd", "fds", "vhostfd", "vhostfds") for name, _value in known.properties()):
             found.append("A descriptor of libvirtd's, which QEMU is started without: name the file or device instead.")
         new = [remark for remark in found if remark not in said]
@@ -24,10 +28,21 @@ def remarked(options: Sequence[Option], root: Element) -> Iterator[Option]:
         yield option._replace(comments=(*option.comments, *new))
 
 
+_VARIABLES = "The EFI's variables: libvirt makes this file at the first start, as a copy of {}."
+
+
+def _is_file(option: QemuOption, path: str) -> bool:
+    return dict(option.properties()).get("filename") == path.strip()
+
+
 def _of_files(name: str, text: str) -> Iterator[str]:
-    if name == "object" and "masterKey0" in text:
+    if name == "object" and text.startswith("pr-manager-helper,"):
+        yield "libvirt starts qemu-pr-helper for this: start it yourself, with --socket=PATH, and name that path here."
+    elif name == "display" and text.startswith("dbus,addr="):
+        yield "libvirt starts a dbus-daemon for this: without addr, QEMU is on the bus of your session."
+    elif name == "object" and "masterKey0" in text:
         yield "Encrypted with libvirt's key: put the secret into a file, and name that with file:."
-    elif "/domain-" in text:
+    elif "/domain-" in text or "/libvirt/qemu/channel/" in text:
         yield "libvirt makes this folder when it starts the VM: choose a path of yours."
     elif "/libvirt/" in text or "/dev/disk/" in text:
         yield "libvirt gives QEMU access to this when it starts the VM: you must have it yourself."
@@ -39,7 +54,7 @@ def _of_devices(name: str, text: str) -> Iterator[str]:
             "An mdev, which is gone with each boot of the host: make it first, see mdevctl(8), and give yourself "
             "/dev/vfio/GROUP."
         )
-    elif name == "device" and "vfio-pci" in text:
+    elif (name == "device" and "vfio-pci" in text) or (name == "blockdev" and text.startswith("nvme,device=")):
         yield "libvirt binds it to vfio-pci when it starts the VM: do that first, and give yourself /dev/vfio/GROUP."
 
 

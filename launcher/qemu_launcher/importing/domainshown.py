@@ -9,8 +9,9 @@ import copy
 import xml.etree.ElementTree as ET
 
 from ..errors import DefinitionError
-from .domaindevices import is_replaced
+from .domaindevices import ids_shown, is_replaced
 from .domainplaces import attribute, safe
+from .domainxml import QEMU_NAMESPACE
 
 # Nothing of this is on a command line, and a libvirt that is not root's refuses some of it.
 _NOT_FOR_VIRSH = ("metadata", "seclabel", "resource", "cputune", "memtune", "blkiotune", "memoryBacking/hugepages")
@@ -32,13 +33,25 @@ def prepared(root: ET.Element) -> bytes:
         for element in [] if parent is None else parent.findall(tag):
             parent.remove(element)  # type: ignore[union-attr]  # None has no elements
     _without_numad(whole)
+    names = ids_shown(whole)
+    for device in whole.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
+        device.set("alias", names.get(device.get("alias", ""), device.get("alias", "")))
     devices = whole.find("devices")
     for element in [] if devices is None else list(devices):
         if is_replaced(element):
             devices.remove(element)  # type: ignore[union-attr]  # as above
+        elif element.tag == "memory":
+            _without_pagesize(element)
         elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
             element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
     return ET.tostring(whole)
+
+
+def _without_pagesize(device: ET.Element) -> None:
+    """Pages of a memory device's own, which are hugetlbfs to libvirt as all others are."""
+    source = device.find("source")
+    for page in [] if source is None else source.findall("pagesize"):
+        source.remove(page)  # type: ignore[union-attr]  # as above
 
 
 def _without_numad(whole: ET.Element) -> None:

@@ -43,6 +43,7 @@ class Tuning(NamedTuple):
     emulator_schedule: Scheduling | None
     memory_limit: int | None  # bytes, memtune's hard_limit
     huge_pages: tuple[HugePage, ...]
+    device_pages: tuple[int | None, ...]  # of the memory devices, bytes; None: as for their node
 
 
 class _Shallow(ET.TreeBuilder):
@@ -91,12 +92,12 @@ def environment(root: ET.Element) -> dict[str, str]:
 def tuning(root: ET.Element) -> Tuning:
     """Raises DefinitionError for CPU sets and numbers that cannot be."""
     vcpu = root.find("vcpu")
-    most = _number((vcpu.text if vcpu is not None else None) or "1", "vcpu", 1, MAX_PINNED)
+    most = number((vcpu.text if vcpu is not None else None) or "1", "vcpu", 1, MAX_PINNED)
     started, plugged = _started(root, most)
     everything = _cpus(vcpu.get("cpuset"), "vcpu cpuset") if vcpu is not None and vcpu.get("cpuset") else None
     pins = dict.fromkeys(range(most), everything) if everything else {}
     for element in root.iterfind("cputune/vcpupin"):
-        pins[_number(element.get("vcpu"), "vcpupin vcpu", 0, MAX_PINNED)] = _cpus(element.get("cpuset"), "vcpupin")
+        pins[number(element.get("vcpu"), "vcpupin vcpu", 0, MAX_PINNED)] = _cpus(element.get("cpuset"), "vcpupin")
     emulator = root.find("cputune/emulatorpin")
     schedules = {
         index: schedule
@@ -113,7 +114,7 @@ def tuning(root: ET.Element) -> Tuning:
         vcpu_pins={index: cpus for index, cpus in sorted(pins.items()) if cpus and index < most},
         emulator_pin=everything if emulator is None else _cpus(emulator.get("cpuset"), "emulatorpin"),
         iothread_pins={
-            f"iothread{_number(element.get('iothread'), 'iothreadpin', 1, 1 << 31)}": _cpus(
+            f"iothread{number(element.get('iothread'), 'iothreadpin', 1, 1 << 31)}": _cpus(
                 element.get("cpuset"), "iothreadpin"
             )
             for element in root.iterfind("cputune/iothreadpin")
@@ -122,19 +123,25 @@ def tuning(root: ET.Element) -> Tuning:
         emulator_schedule=None if emulator_schedule is None else _schedule(emulator_schedule),
         memory_limit=None if limit is None else size(limit),
         huge_pages=_huge_pages(root.find("memoryBacking/hugepages")),
+        device_pages=tuple(
+            None if page is None else size(page)
+            for device in root.iterfind("devices/memory")
+            if device.get("model") != "sgx-epc"
+            for page in [device.find("source/pagesize")]
+        ),
     )
 
 
 def _started(root: ET.Element, most: int) -> tuple[frozenset[int], frozenset[int]]:
     found = {
-        _number(element.get("id"), "vcpus id", 0, most - 1): element.get("hotpluggable") == "yes"
+        number(element.get("id"), "vcpus id", 0, most - 1): element.get("hotpluggable") == "yes"
         for element in root.iterfind("vcpus/vcpu")
         if element.get("enabled") == "yes"
     }
     if found:
         return frozenset(found), frozenset(index for index, is_plugged in found.items() if is_plugged)
     vcpu = root.find("vcpu")
-    now = most if vcpu is None else _number(vcpu.get("current", str(most)), "vcpu current", 1, most)
+    now = most if vcpu is None else number(vcpu.get("current", str(most)), "vcpu current", 1, most)
     return frozenset(range(now)), frozenset()
 
 
@@ -154,7 +161,7 @@ def _topology(root: ET.Element) -> tuple[int, int]:
     if found is None:
         return 1, 1  # each vCPU is a socket of its own then
     dies, clusters, cores, threads = (
-        _number(found.get(name, "1"), f"topology {name}", 1, MAX_PINNED)
+        number(found.get(name, "1"), f"topology {name}", 1, MAX_PINNED)
         for name in ("dies", "clusters", "cores", "threads")
     )
     return dies * clusters * cores, threads
@@ -164,7 +171,7 @@ def _schedule(element: ET.Element) -> Scheduling:
     policy = element.get("scheduler", "")
     if policy not in POLICIES:
         raise DefinitionError(f"{element.tag} has the scheduler {shortened(policy)!r}, which is none that libvirt has")
-    return Scheduling(policy, _number(element.get("priority", "0"), f"{element.tag} priority", 0, 99))
+    return Scheduling(policy, number(element.get("priority", "0"), f"{element.tag} priority", 0, 99))
 
 
 def size(element: ET.Element) -> int | None:
@@ -173,11 +180,12 @@ def size(element: ET.Element) -> int | None:
     if unit not in _UNITS:
         raise DefinitionError(f"{element.tag} has the unit {shortened(unit)!r}, which is none that libvirt has")
     text = element.text if element.tag != "page" else element.get("size")
-    found = _number(text, str(element.tag), 0, 1 << 63) * _UNITS[unit]
+    found = number(text, str(element.tag), 0, 1 << 63) * _UNITS[unit]
     return found if found < NO_LIMIT else None
 
 
-def _number(text: str | None, what: str, least: int, most: int) -> int:
+def number(text: str | None, what: str, least: int, most: int) -> int:
+    """Raises DefinitionError, with `what` it is, for anything else."""
     digits = (text or "").strip()
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 20 or not least <= int(digits) <= most:
         raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, and must be a number ({least}-{most})")
@@ -197,8 +205,8 @@ def _set(text: str | None, what: str, most: int, member: str) -> frozenset[int]:
     found: set[int] = set()
     for part in (text or "").split(","):
         first, dash, last = part.strip().removeprefix("^").partition("-")
-        low = _number(first, f"a {member} of {what}", 0, most)
-        high = _number(last, f"a {member} of {what}", low, most) if dash else low
+        low = number(first, f"a {member} of {what}", 0, most)
+        high = number(last, f"a {member} of {what}", low, most) if dash else low
         (found.difference_update if part.strip().startswith("^") else found.update)(range(low, high + 1))
     if not found:
         raise DefinitionError(f"{what} in the XML is {shortened(text or '')!r}, which leaves no {member}")

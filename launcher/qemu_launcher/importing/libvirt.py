@@ -16,14 +16,29 @@ from .. import cmdline, definition
 from ..cpulist import format_cpulist
 from ..errors import DefinitionError, LauncherError
 from ..options import Property
-from . import domaindevices, domainkeys, domainlosses, domainmemory, domainremarks, domainshown, domainxml, virsh
+from . import (
+    domainaliases,
+    domaindevices,
+    domainkeys,
+    domainlosses,
+    domainmemory,
+    domainmoment,
+    domainremarks,
+    domainshown,
+    domainthrottling,
+    domainxml,
+    virsh,
+)
 from .command_line import check_output, deliver, headline, kept, options_of, written
 from .domainxml import Tuning
 from .drafting import Draft, Option, env_key
 from .prefixes import peel
 
 _JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
-_NESTED = ("audiodev", "blockdev", "object")  # QEMU takes a path for a name there; nothing else libvirt writes as JSON
+_NESTED = (
+    "audiodev",
+    "blockdev",
+)  # QEMU takes a path for a name there, and in nothing else that libvirt writes as JSON
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LEFT_OUT = (
     "Left out, because they are libvirt's own means: -S, -no-shutdown, its monitor and the key for its secrets. "
@@ -61,19 +76,26 @@ def _draft(root: Element, found: Tuning, line: str, *, is_saved: bool = False) -
         raise LauncherError(f"the command line that virsh printed cannot be read: {err}") from err
     options = [option for option in options if not _is_libvirts(option)]
     options = [_with_plugged(option, found) for option in options]
-    options = list(domainmemory.in_no_folder(options, found.huge_pages))
-    # virsh prints other variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
-    env = tuple(domainxml.environment(root).items())
+    options = list(domainmoment.lasting(options, root))
+    options = domaindevices.without_default_boot(options, root)
+    options = list(domainaliases.renamed(options, domaindevices.ids_shown(root)))
+    options = list(domainmemory.in_no_folder(options, found.huge_pages, found.device_pages))
+    options, unthrottled = domainthrottling.throttled(options, root)
+    # virsh prints more variables for libvirtd's sake: PATH, HOME and XDG folders in libvirt's own state.
+    env = tuple((domainmoment.environment(root) | domainxml.environment(root)).items())
     notes = [headline(root.findtext("name"), is_saved=is_saved), LEFT_OUT]
-    if lost := domainlosses.not_carried(root):
-        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     options += [_placed(new, options) for new in domaindevices.replacements(root)]
+    options.sort(key=lambda option: option.bare_name == "set")  # which is for what stands before it
     options = list(domainremarks.remarked(options, root))
     if root.findtext("on_reboot") == "destroy" and all(option.bare_name != "no-reboot" for option in options):
         options.append(Option("no-reboot", None))
-    draft = Draft(prefix.argv[0], tuple(options), (), tuple(notes))
+    draft = Draft(prefix.argv[0], tuple(options))
+    memory = domainkeys.memory_keys(found, kept(draft))
+    unused = ("hard_limit",) if found.memory_limit is not None and not memory else ()
+    if lost := (*domainlosses.not_carried(root), *unthrottled, *unused):
+        notes.append(f"Not carried over from libvirt: {', '.join(lost)}.")
     keys = [env_key(env)] if env else []
-    return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *domainkeys.memory_keys(found, kept(draft))))
+    return draft._replace(keys=(*keys, *domainkeys.thread_keys(found), *memory), notes=tuple(notes))
 
 
 # The command line
@@ -99,14 +121,16 @@ def _readable(option: Option) -> Option:
     if not isinstance(kind, str) or not _PLAIN_NAME.fullmatch(kind):
         return option
     try:
-        properties = tuple(_flat(members, nests=option.bare_name in _NESTED))
+        properties = tuple(
+            _of_object(members) if option.bare_name == "object" else _flat(members, nests=option.bare_name in _NESTED)
+        )
     except ValueError:
         return option
     return option._replace(value=(kind, *properties))
 
 
 def _flat(members: dict[str, Any], *, nests: bool, path: str = "") -> Iterator[Property]:
-    """Members of a JSON object as properties, those of inner ones as `cache.direct` and `host-nodes.0` if it `nests`.
+    """Members of a JSON object as properties, those of inner ones as `cache.direct` and `server.0` if it `nests`.
 
     ValueError for what has no such form. How QEMU reads it: util/keyval.c.
     """
@@ -121,6 +145,18 @@ def _flat(members: dict[str, Any], *, nests: bool, path: str = "") -> Iterator[P
             yield from _flat(inner, nests=True, path=f"{path}{name}.")
         else:
             raise ValueError(name)
+
+
+def _of_object(members: dict[str, Any]) -> Iterator[Property]:
+    """The same of -object, which is read otherwise: a list of numbers is a name given several times, or as a range.
+
+    qapi/opts-visitor.c. ValueError for inner objects: that reader has none.
+    """
+    for name, value in members.items():
+        if isinstance(value, list) and value and all(type(part) is int and part >= 0 for part in value):
+            yield from (Property(name, part) for part in format_cpulist(value).split(","))
+        else:
+            yield from _flat({name: value}, nests=False)
 
 
 def _placed(device: Option, others: Sequence[Option]) -> Option:
