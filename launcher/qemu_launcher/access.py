@@ -12,7 +12,7 @@ import pwd
 import re
 from pathlib import Path
 
-from . import absence
+from . import absence, users
 from .errors import TuningFailed
 from .procfs import PROC
 
@@ -75,7 +75,7 @@ def is_absent(err: TuningFailed) -> bool:
 def not_let_in() -> tuple[str, str]:
     """Message and hint for a caller whose call the bus has not passed on."""
     return not_a_member() or (
-        f"the system bus lets {user_name()} send nothing to qemu-launcher-helper",
+        f"the system bus lets {users.own_name()} send nothing to qemu-launcher-helper",
         f"if it has just been installed: {absence.reload_bus()}\n"
         "otherwise a file of the administrator's in /etc/dbus-1/system.d decides this",
     )
@@ -91,8 +91,8 @@ def not_authorised(text: str) -> tuple[str, str]:
     hint = "an administrator's polkit rule decides this, or the question for a password was dismissed"
     gid = _group_gid()
     if gid is not None and not _is_member(gid):
-        hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(user_name()))}"
-    return text or f"{user_name()} is not authorised", hint
+        hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(users.own_name()))}"
+    return text or f"{users.own_name()} is not authorised", hint
 
 
 def wants_password(text: str) -> bool:
@@ -102,7 +102,7 @@ def wants_password(text: str) -> bool:
 
 def not_a_member() -> tuple[str, str] | None:
     """Message and hint for a user who is no member of the group, or not in this login; None for a member."""
-    user = user_name()
+    user = users.own_name()
     gid = _group_gid()
     if gid is None:
         return (
@@ -143,14 +143,6 @@ def _read(path: Path) -> str | None:
         return path.read_text("utf-8", "replace")
     except OSError:
         return None
-
-
-def user_name() -> str:
-    """Name of the user we are, his number if he has none."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def _group_gid() -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from . import access, agent, cgroups, limits, runtime, stdout, table
+from . import access, agent, cgroups, limits, runtime, stdout, table, users
 from .cpulist import format_cpulist
 from .errors import NoGrant, TuningFailed, UsageError, printable, shortened
 from .helper_proxy import GrantedVm, Helper
@@ -137,7 +137,7 @@ async def _asked(question: Callable[[Helper], Awaitable[T]]) -> T:
 def _user(owner: str | None) -> tuple[int, str]:
     """uid and name of `owner`, ourselves for None. A number needs no account. UsageError if there is no such user."""
     if owner is None:
-        return os.geteuid(), access.user_name()
+        return os.geteuid(), users.own_name()
     try:
         entry = pwd.getpwnam(owner)
     except (KeyError, ValueError):  # the second for a name with a null byte in it
@@ -146,15 +146,8 @@ def _user(owner: str | None) -> tuple[int, str]:
             raise UsageError(
                 f"there is no user {shortened(owner)!r} on this host", "--owner takes a name or a number"
             ) from None
-        return int(owner), _name_of(int(owner))
+        return int(owner), users.name_of(int(owner)) or f"uid {int(owner)}"
     return entry.pw_uid, entry.pw_name
-
-
-def _name_of(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
 
 
 # How limits are shown

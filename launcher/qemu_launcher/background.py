@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen
+from . import cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen, users
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .voice import Voice
@@ -194,7 +194,7 @@ def _is_ending(unit: str, place: Path) -> bool:
 def _mention_logout(environ: Mapping[str, str], voice: Voice) -> None:
     """On a desktop everybody expects it; who has come through ssh may not."""
     is_desktop = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-    if ("SSH_CONNECTION" in environ or not is_desktop) and not (LINGER / access.user_name()).exists():
+    if ("SSH_CONNECTION" in environ or not is_desktop) and not (LINGER / users.own_name()).exists():
         voice.note("it is powered down when your last login ends; to have it stay: loginctl enable-linger")
 
 

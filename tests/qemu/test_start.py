@@ -427,9 +427,9 @@ def test_who_is_not_on_a_desktop_is_told_what_logging_out_does(
 def test_without_logging_out_there_is_nothing_to_tell(managed: Managed) -> None:
     """A user who lingers; and a VM without a user manager is a process like any other."""
     managed.home.define()
-    change = f"from qemu_launcher import background as b, access; b.LINGER = b.Path({str(managed.desk)!r})"
+    change = f"from qemu_launcher import background as b, users; b.LINGER = b.Path({str(managed.desk)!r})"
     (managed.desk / "alice").touch()
-    change += "; access.user_name = lambda: 'alice'"
+    change += "; users.own_name = lambda: 'alice'"
     done = managed.home.ask("start", VM, env={"SSH_CONNECTION": "x"}, change=change)
     assert done.returncode == 0, done.stderr
     assert "linger" not in done.stderr

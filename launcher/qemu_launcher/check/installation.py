@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import absence, access, agent, cgroups, locate
+from .. import absence, access, agent, cgroups, locate, users
 from ..patience import patiently
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
@@ -43,7 +43,7 @@ _OLDEST_SYSTEMD = 249  # which has OnSuccess=, systemd.unit(5)
 def check_installation(version: str, *, as_json: bool) -> int:
     """Check what is installed. `version`: the launcher's own. Returns the exit status."""
     tree, facts = Tree(), [("launcher", version)]
-    user, system = access.user_name(), report.system_facts(tree)
+    user, system = users.own_name(), report.system_facts(tree)
     helper_facts, answers, mechanism = _helper(version)
     found = [*together(list(installed(tree)), answers), *members(user)]
     found += host_facts(tree, user)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from .. import (
     absence,
-    access,
     agent,
     cgroups,
     cmdline,
@@ -31,6 +30,7 @@ from .. import (
     stdout,
     table,
     unexpanded,
+    users,
 )
 from ..definition import VmDefinition, validate_tunable
 from ..errors import DefinitionError, LauncherError, TuningFailed, printable
@@ -127,7 +127,7 @@ class _Vm:
         self.qemu = "not found"
         self._definition = definition
         self._tree = tree
-        self._user = access.user_name()
+        self._user = users.own_name()
         self._folder = _where_we_are() / (definition.working_directory or "")
         self._env = definition.environment(os.environ)
         self._path: str | None = None  # of the QEMU program
