@@ -320,10 +320,12 @@ def test_qemus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin")
     assert the_only(list(installation.qemus(host.tree)))[0] == "error"
     monkeypatch.setattr(versions, "qemu", lambda *_: "QEMU emulator version 10")
+    host.write("/usr/local/bin/kvm")
+    assert told(list(installation.qemus(host.tree))) == ["ok: /usr/local/bin/kvm: QEMU emulator version 10"]
     host.write(f"/usr/bin/qemu-system-{os.uname().machine}")
     host.write("/usr/bin/qemu-system-aaa")
     host.write("/usr/bin/qemu-img")
-    expected = f"ok: /usr/bin/qemu-system-{os.uname().machine}: QEMU emulator version 10, and 1 more"
+    expected = f"ok: /usr/bin/qemu-system-{os.uname().machine}: QEMU emulator version 10, and 2 more"
     assert told(list(installation.qemus(host.tree))) == [expected]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import absence, access, agent, cgroups, locate, users
 from ..patience import patiently
+from ..programs import is_a_qemus
 from ..voice import Voice
 from . import cpus, devices, finding, report, versions
 from .files import may_start
@@ -228,7 +229,7 @@ def qemus(tree: Tree) -> Iterator[Finding]:
     for folder in os.get_exec_path():
         for name in tree.names(folder):
             path = f"{folder.rstrip('/')}/{name}"
-            if (name.startswith("qemu-system-") or name == "qemu-kvm") and may_start(tree, path):
+            if is_a_qemus(name) and may_start(tree, path):
                 found.setdefault(name, path)
     if not found:
         text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"
