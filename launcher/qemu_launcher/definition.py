@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
+from .hostdevices import drives_host_devices, pinned_by
 from .keys import (
     KEY_NAMES,
     REALTIME_POLICIES,
@@ -29,13 +30,11 @@ from .keys import (
     priority_of,
     read_launcher,
 )
+from .locking import has_mem_lock
 from .optionlist import read_options
 from .options import (
     QemuOption,
-    drives_host_devices,
-    has_mem_lock,
     iothread_ids,
-    pinned_by,
     smp_numbers,
     vcpu_limit,
 )

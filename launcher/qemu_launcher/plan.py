@@ -11,11 +11,11 @@ Nothing has been done then.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from . import ram
+from . import locking, ram
 from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
-from .options import has_mem_lock, vfio_more_containers
+from .hostdevices import vfio_more_containers
 from .pinning import describe_place
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
@@ -88,7 +88,7 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
     kind = definition.memlock.kind
     if kind == "none":
         return None
-    locked = ram.lockable(definition.options)
+    locked = locking.lockable(definition.options)
     if kind == "auto" and locked is None:
         mark = definition.memlock.mark
         raise Unfit(
@@ -112,7 +112,7 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
         least,
         unaided=hard_limit >= enough,
         several=(locked or 0) > (ram.guest_ram(definition.options) or 0),
-        twice=ram.is_locked_twice(definition.options),
+        twice=locking.is_locked_twice(definition.options),
     )
     if kind == "size":
         check_granted(need, wanted, definition.memlock.mark)
@@ -143,11 +143,11 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
 
     The guest's RAM and 1 GiB do not hold everything: TCG's code buffer alone takes up to 1 GiB (tcg/region.c of QEMU).
     """
-    if granted is None or granted == INFINITY or not has_mem_lock(definition.options):
+    if granted is None or granted == INFINITY or not locking.has_mem_lock(definition.options):
         return None
     more = -(-(granted + 2 * MEMLOCK_OVERHEAD) >> 30)  # GiB, rounded up
     way_out = "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"
-    if ram.is_locked_twice(definition.options):
+    if locking.is_locked_twice(definition.options):
         way_out = "or leave out mem-lock: VFIO locks the guest's RAM anyway, and it counts twice so"
     return (
         f"if it could not lock its memory: it may lock {format_size(granted)}; write rlimit_memlock: {more}G\n{way_out}"

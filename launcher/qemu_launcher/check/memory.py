@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from .. import ram
+from .. import locking, ram
 from ..definition import VmDefinition
-from ..options import has_mem_lock, pinned_by
+from ..hostdevices import pinned_by
 from ..plan import MEMLOCK_OVERHEAD, MemlockNeed
 from ..sizes import INFINITY, format_limit, format_size
 from .finding import Finding
@@ -26,14 +26,14 @@ def enough(tree: Tree, ram: int | None, in_huge_pages: int) -> Iterator[Finding]
 def own_memlock(definition: VmDefinition, need: MemlockNeed | None, soft: int, hard: int) -> Iterator[Finding]:
     """What this user may lock without the helper: RLIMIT_MEMLOCK of this login, in bytes."""
     options = definition.options
-    locked = ram.lockable(options)
+    locked = locking.lockable(options)
     if need is not None and need.unaided:
         text = f"{format_limit(hard, 'all memory')} may be locked in this login, without the helper"
         yield Finding("ok", "memlock", text)
     elif need is None and locked is not None and soft < locked:
-        if ram.is_locked_twice(options):
+        if locking.is_locked_twice(options):
             locks = "VFIO and mem-lock=on each lock the guest's RAM, together"
-        elif (who := pinned_by(options)) or has_mem_lock(options):
+        elif (who := pinned_by(options)) or locking.has_mem_lock(options):
             several = " more than once, together" if locked > (ram.guest_ram(options) or 0) else ","
             locks = f"{who or 'mem-lock=on'} locks the guest's RAM{several}"
         else:
