@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_launcher import absence, locate, procfs, record, runtime
-from qemu_launcher.check import dryrun, finding, installation, report, versions
+from qemu_launcher.check import dryrun, finding, installation, premises, report, start, versions
 from qemu_launcher.check.finding import Finding
 from qemu_launcher.plan import thread_plan
 from qemu_launcher.sizes import INFINITY
@@ -95,7 +95,7 @@ MADE = Finding("note", "file a", "there is no a", finding.MAY_COME)
     ],
 )
 def test_verdict(found: list[Finding], words: str) -> None:
-    assert report.verdict("win11", found) == words
+    assert start.verdict("win11", found) == words
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_verdict(found: list[Finding], words: str) -> None:
     ],
 )
 def test_session(cgroup: str, severity: str | None) -> None:
-    assert [one.severity for one in report.session_of(cgroup, 1000)] == ([severity] if severity else [])
+    assert [one.severity for one in premises.session_of(cgroup, 1000)] == ([severity] if severity else [])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_session(cgroup: str, severity: str | None) -> None:
     ],
 )
 def test_session_without_systemd(cgroup: str, wrong: bool) -> None:
-    found = list(report.session_of(cgroup, 1000, systemd=False))
+    found = list(premises.session_of(cgroup, 1000, systemd=False))
     assert [(one.severity, "pam_elogind.so" in (one.fix or "")) for one in found] == [("error", True)] * wrong
 
 
@@ -217,7 +217,7 @@ def test_window_that_may_open_all_the_same(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     monkeypatch.setattr(versions, "default_window", lambda *_: "gtk")
-    vm = report._Vm(launcher("", "[m: 1G]"), host.tree)
+    vm = start._Vm(launcher("", "[m: 1G]"), host.tree)
     assert list(vm._window()) == [], "there is no QEMU"
     vm._path = "/usr/bin/qemu"
     assert the_only(list(vm._window()))[0] == severity
@@ -370,7 +370,7 @@ IOMMUFD = "[m: 4G, device: [vfio-pci, host: '01:00.0', iommufd: io]]"
 
 
 def tuning(host: OtherHost, keys: str, qemu: str, *, runs: bool = False) -> list[Finding]:
-    return [one for one in report._Vm(launcher(keys, qemu), host.tree)._tuning(runs=runs) if one.severity == "warning"]
+    return [one for one in start._Vm(launcher(keys, qemu), host.tree)._tuning(runs=runs) if one.severity == "warning"]
 
 
 def test_other_vms_with_iommufd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -417,6 +417,6 @@ def test_c_library_without_scheduler_calls(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(os, "sched_getscheduler", none)
-    vm = report._Vm(launcher(keys, "[m: 1G]"), OtherHost(tmp_path).tree)
+    vm = start._Vm(launcher(keys, "[m: 1G]"), OtherHost(tmp_path).tree)
     found = [one for one in vm._tuning(runs=True) if one.about == "libc"]
     assert [one.severity for one in found] == severities

@@ -16,7 +16,7 @@ from .. import absence, access, agent, cgroups, locate, users
 from ..patience import patiently
 from ..programs import is_a_qemus
 from ..voice import Voice
-from . import cpus, devices, finding, report, versions
+from . import cpus, devices, finding, premises, report, versions
 from .files import may_start
 from .finding import Finding, Severity
 from .tree import Tree
@@ -186,7 +186,7 @@ async def _polkit(asker: "Asker", limits: "Limits") -> list[Finding]:
 
 def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
     """What tuned VMs stand on, besides the helper."""
-    yield from report.c_library()
+    yield from premises.c_library()
     systemd = absence.has_systemd(tree.root)
     # Without systemd they may be in cgroup v2 beside v1.
     at = [f"/sys/fs/cgroup/{folder}cgroup.controllers" for folder in ([""] if systemd else ["", "unified/"])]
