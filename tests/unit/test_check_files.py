@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher.check import environment, files, finding
+from qemu_launcher.check import environment, files
 from qemu_launcher.check.asked import Image
 from qemu_launcher.check.finding import Finding
 from unit.other_host import OtherHost, the_only, told
@@ -13,7 +13,7 @@ from unit.reading import launcher
 VMS = Path("/var/lib/vms")
 DISK = Image("win11.qcow2", "drive", writable=True)
 ISO = Image("/srv/iso/virtio.iso", "cdrom", writable=False)
-MADE = finding.MAY_COME
+MADE = "before_start may make it"
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_image_that_may_be_made_before_the_start(host: OtherHost, path: str, sev
     [one] = files.images(host.tree, wanted, VMS, "alice", made_before=True)
     [otherwise] = images(host, *wanted)
     assert (one.severity, one.text, otherwise.severity) == (severity, otherwise.text, "error")
+    assert one.may_come == (severity == "note")
     fixes = {"note": MADE, "warning": f"{otherwise.fix}\nbefore_start may make it only with more rights than yours"}
     assert one.fix == fixes.get(severity, otherwise.fix)
 

@@ -80,7 +80,7 @@ def test_what_findings_come_to() -> None:
     assert finding.without_repetitions(twice) == twice[:2]
 
 
-MADE = Finding("note", "file a", "there is no a", finding.MAY_COME)
+MADE = Finding("note", "file a", "there is no a", "before_start may make it", may_come=True)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,16 @@ def show(head: Facts, found: Sequence[Finding], verdict: str) -> None:
 def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) -> None:
     """The same for programs: head and findings with their names."""
     facts = {name: printable(value) for name, value in head}
-    # printable: a file's name may be no text.
-    items = [one._replace(text=printable(one.text), fix=one.fix and printable(one.fix))._asdict() for one in found]
+    items = [
+        # printable: a file's name may be no text.
+        {
+            "severity": one.severity,
+            "about": one.about,
+            "text": printable(one.text),
+            "fix": one.fix and printable(one.fix),
+        }
+        for one in found
+    ]
     left = {"left_to_before_start": finding.left_to_before_start(found)}
     whole = {**begin, **left, "system": facts, "findings": items}
     stdout.say_json(whole, indent=2)
