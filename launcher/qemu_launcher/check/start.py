@@ -134,7 +134,6 @@ class _Vm:
         made_before = bool(definition.before_start)
         found += files.images(tree, asked.images(definition), self._folder, self._user, made_before=made_before)
         found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
-        found += environment.variables(definition, self._env, os.environ)
         found += self._window()
         found += devices.evdev(tree, asked.evdev(definition), self._user)
         found += vfio.addresses(asked.no_addresses(definition))
@@ -171,12 +170,13 @@ class _Vm:
             yield Finding("warning", "binary", f"{path} does not tell its version as a QEMU does", fix)
 
     def _window(self) -> Iterator[Finding]:
-        if (path := self._path) is not None:
-            env, tree = self._env, self._tree
+        definition, env, path = self._definition, self._env, self._path
+        server = environment.default_server(self._tree, env)
+        certain = path is None or files.is_program(self._tree, path)  # a script may add options, and variables
+        yield from environment.variables(definition, env, os.environ, server, certain=certain)
+        if path is not None:
             kind = partial(versions.default_window, path, env, self._where_it_runs())
-            # A script may add an option, and this is where GTK looks without WAYLAND_DISPLAY (wl_display_connect).
-            certain = files.is_program(tree, path) and not tree.exists(f"{env.get('XDG_RUNTIME_DIR', '')}/wayland-0")
-            yield from environment.window(self._definition, env, os.environ, kind, certain=certain)
+            yield from environment.window(definition, env, os.environ, kind, server, certain=certain)
 
     def _where_it_runs(self) -> Path:
         return self._folder if self._tree.is_directory(str(self._folder)) else Path("/")
