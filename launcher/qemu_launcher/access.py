@@ -13,15 +13,15 @@ import re
 from pathlib import Path
 
 from . import absence, users
-from .errors import TuningFailed
+from .errors import PasswordWanted, TuningFailed
 from .procfs import PROC
 
 GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
 NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of a password
 TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
-# In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
-_FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
+# How the helper's text ends where polkit would say yes to a password: its error has no other word for that.
+_FOR_A_PASSWORD = " without a password"  # noqa: S105  it is not one
 LOOK_AT_JOURNAL = (
     "see what it says with: journalctl -u qemu-launcher-helper "
     "(without systemd: in syslog's files, where a syslog daemon runs)"
@@ -54,7 +54,7 @@ def explained(error_name: str, text: str) -> TuningFailed:
     if error_name == _DENIED:
         return TuningFailed(*not_let_in(), wire_name=error_name)
     if error_name == NOT_AUTHORIZED:
-        return TuningFailed(*not_authorised(text), wire_name=error_name)
+        return _not_authorised(text)
     if error_name in _MISSING:
         return TuningFailed("qemu-launcher-helper is not installed", absence.remedy(), wire_name=error_name)
     if error_name.startswith(_FAILED_TO_START):
@@ -81,23 +81,19 @@ def not_let_in() -> tuple[str, str]:
     )
 
 
-def not_authorised(text: str) -> tuple[str, str]:
-    """Message and hint for a caller whom the bus has let through, and polkit has not: membership is not the reason.
+def _not_authorised(text: str) -> TuningFailed:
+    """For a caller whom the bus has let through, and polkit has not: membership is not the reason.
 
     That he is no member is still worth telling: members are not asked for a password where the package's rule holds.
     """
-    if wants_password(text):
-        return text, "start it in a terminal or on a desktop, where polkit can ask"
+    if text.endswith(_FOR_A_PASSWORD):
+        hint = "start it in a terminal or on a desktop, where polkit can ask"
+        return PasswordWanted(text, hint, wire_name=NOT_AUTHORIZED)
     hint = "an administrator's polkit rule decides this, or the question for a password was dismissed"
     gid = _group_gid()
     if gid is not None and not _is_member(gid):
         hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(users.own_name()))}"
-    return text or f"{users.own_name()} is not authorised", hint
-
-
-def wants_password(text: str) -> bool:
-    """Whether the helper's NotAuthorized is for want of a password: polkit would have one asked for, and say yes."""
-    return _FOR_A_PASSWORD in text
+    return TuningFailed(text or f"{users.own_name()} is not authorised", hint, wire_name=NOT_AUTHORIZED)
 
 
 def not_a_member() -> tuple[str, str] | None:

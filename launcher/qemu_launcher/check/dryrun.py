@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import access, plan
 from ..definition import VmDefinition
-from ..errors import TuningFailed
+from ..errors import PasswordWanted, TuningFailed
 from ..helper_proxy import Helper
 from ..limits import Limits
 from ..plan import MemlockNeed
@@ -113,7 +113,7 @@ class Asker:
             version = self.limits.version if self.limits else "of another version"
             text = f"qemu-launcher-helper {version} cannot say whether it would {act}"
             self._add("warning", about, text, "install launcher and helper from one package")
-        elif name == access.NOT_AUTHORIZED and access.wants_password(err.message):
+        elif isinstance(err, PasswordWanted):
             if self._person_there:
                 self._add("note", about, f"a start will ask for a password to {act}")
             else:
