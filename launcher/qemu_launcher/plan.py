@@ -16,7 +16,7 @@ from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
 from .hostdevices import vfio_more_containers
-from .pinning import describe_place
+from .places import describe_place
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
 

@@ -19,7 +19,21 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import absence, cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
+from . import (
+    absence,
+    cmdline,
+    fitting,
+    host,
+    identity,
+    locate,
+    monitors,
+    procfs,
+    runtime,
+    terminal,
+    threads,
+    tune,
+    unexpanded,
+)
 from .awake import Awake
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
@@ -81,7 +95,7 @@ def _validate_tuning(definition: VmDefinition, spelled: Spelled, voice: Voice) -
         if definition.places_threads:
             here = host.read_host()
             voice.step(f"host CPUs {format_cpulist(here.online)} are online, {format_cpulist(here.possible)} possible")
-            host.validate_against_host(definition, here)
+            fitting.validate_against_host(definition, here)
     except LauncherError as err:
         last = err.problems[:MOST_PROBLEMS][-1] if isinstance(err, DefinitionError) else err
         last.hint = tune.with_way_out(last.hint, spelled)

@@ -8,14 +8,15 @@ Pure judgement over a definition, a Host and a Tree. Nothing here keeps a VM fro
 import re
 from collections.abc import Iterator
 
-from .. import host
+from .. import fitting
 from ..cpulist import format_cpulist, named
 from ..definition import VmDefinition, is_pc
 from ..errors import DefinitionError
 from ..host import Host
 from ..keys import REALTIME_POLICIES
 from ..options import smp_numbers
-from ..pinning import Pinning, beside_the_first, describe_place, smp_for
+from ..pinning import Pinning, beside_the_first, smp_for
+from ..places import describe_place
 from . import asked
 from .finding import Finding
 from .tree import Tree, cpus_in, linux
@@ -37,7 +38,7 @@ _WHOLE_HOST = ("init.scope.d", "system.slice.d", "user.slice.d")
 def there(definition: VmDefinition, facts: Host) -> Iterator[Finding]:
     """Whether the CPUs exist and are online, and no thread is in another's shield: as a start would see it."""
     try:
-        host.validate_against_host(definition, facts)
+        fitting.validate_against_host(definition, facts)
     except DefinitionError as err:
         absent = all_named(definition) - facts.online
         if not absent:
