@@ -32,12 +32,7 @@ from .keys import (
 )
 from .locking import has_mem_lock
 from .optionlist import read_options
-from .options import (
-    QemuOption,
-    iothread_ids,
-    smp_numbers,
-    vcpu_limit,
-)
+from .options import QemuOption, iothread_ids, smp_numbers, vcpu_limit
 from .pinning import CpuSet, Pinning, beside_the_first, out_of_range, smp_for
 from .yamlnode import Map, Node, Scalar, describe, fail
 
@@ -178,9 +173,8 @@ def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> d
     for key, node in root.pairs:
         if key.kind == "str" and key.text in SECTIONS:
             sections[key.text] = node
-        elif len(problems) < MOST_PROBLEMS and not document.is_shared(
-            node
-        ):  # a place for an &anchor that a section uses: YAML's way to share
+        # Else it is a place for an &anchor that a section uses: YAML's way to share.
+        elif len(problems) < MOST_PROBLEMS and not document.is_shared(node):
             problems.append(_unknown_section(key))
     problems.extend(
         DefinitionError(f"the section {name}: is missing", mark=root.mark) for name in SECTIONS if name not in sections

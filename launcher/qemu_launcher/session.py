@@ -115,7 +115,7 @@ async def _run(
         # From here on a signal is a wish, not an end; and nobody else starts this VM.
         signals = stack.enter_context(Signals())
         claim, discarded = stack.enter_context(runtime.claimed(definition.name, definition.path))
-        voice.step(f"locked {claim.directory / definition.name}.lock")
+        voice.step(f"locked {claim.lock}")
         if discarded is not None:
             voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
         stack.enter_context(terminal.kept())
@@ -158,11 +158,7 @@ async def _run_qemu(run: _Run) -> int:
         stack.push_async_callback(_after_end, qemu, run.tuning)
         await stack.enter_async_context(qemu)
         run.claim.update(qemu=qemu.process)
-        place = f" in {command.working_directory}" if command.working_directory else ""
-        only = "only " if run.definition.clear_env else ""
-        env = f", with {only}{', '.join(name for name, _ in run.definition.env) or 'nothing'} in its environment"
-        env = env if run.definition.clear_env or run.definition.env else ""
-        run.voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
+        run.voice.step(f"PID {qemu.pid} will execute{_surroundings(run.definition)}: {shlex.join(command.argv)}")
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
         awake = stack.enter_context(Awake(run.definition, run.voice))
@@ -371,6 +367,15 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
         soft_memlock=run.tuning.soft_memlock,
         stderr=None if relay is None else relay.writing,
     )
+
+
+def _surroundings(definition: VmDefinition) -> str:
+    """` in /srv/vms, with only DISPLAY in its environment`: what of them the definition says."""
+    place = f" in {definition.working_directory}" if definition.working_directory else ""
+    if not (definition.clear_env or definition.env):
+        return place
+    names = ", ".join(name for name, _ in definition.env) or "nothing"
+    return f"{place}, with {'only ' * definition.clear_env}{names} in its environment"
 
 
 def _check_command(definition: VmDefinition) -> None:

@@ -9,7 +9,6 @@ defined or not at all.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -220,8 +219,7 @@ class Tuning:
 
     async def _look_ahead(self) -> None:
         soft_limit, hard_limit = procfs.own_memlock_limit()
-        memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, memory_total)
+        self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, procfs.memory_total())
         if self._memlock is not None:
             how = "QEMU raises its own soft limit" if self._memlock.unaided else "the helper is asked for it"
             wanted, hard = (format_limit(size, "as much as there is") for size in (self._memlock.wanted, hard_limit))

@@ -197,7 +197,7 @@ class _Vm:
             yield Finding("note", "tuning", "the definition asks for no tuning: it needs no helper")
         need = None
         try:
-            need = self._memlock_need()
+            need = plan.memlock_need(definition, *procfs.own_memlock_limit(), procfs.memory_total())
         except LauncherError as err:
             yield from self._mildly([Finding("error", "memlock", err.message, err.hint)])
         else:
@@ -218,10 +218,6 @@ class _Vm:
             if self._mechanism != "pool":  # which shields by that very setting
                 unshielded = cpus.all_named(definition) - (vcpus if definition.isolation == "shield" else frozenset())
                 yield from self._mildly(cpusets.own(definition, unshielded, os.geteuid(), tree))
-
-    def _memlock_need(self) -> plan.MemlockNeed | None:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return plan.memlock_need(self._definition, *procfs.own_memlock_limit(), total)
 
     def _memlock(self, need: plan.MemlockNeed | None, *, runs: bool) -> Iterator[Finding]:
         soft, hard = procfs.own_memlock_limit()
