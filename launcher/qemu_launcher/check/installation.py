@@ -16,7 +16,7 @@ from .. import absence, access, agent, cgroups, locate, users
 from ..patience import patiently
 from ..programs import is_a_qemus
 from ..voice import Voice
-from . import cpus, devices, finding, premises, report, versions
+from . import devices, finding, leftovers, premises, report, versions
 from .files import may_start
 from .finding import Finding, Severity
 from .tree import Tree
@@ -51,7 +51,7 @@ def check_installation(version: str, *, as_json: bool) -> int:
     found += old_systemd(dict(system)["system"])
     found += qemus(tree)
     found += definitions(os.environ)
-    found += cpus.leftovers(tree, frozenset(), mechanism)
+    found += leftovers.settings(tree, frozenset(), mechanism)
     found = finding.without_repetitions(found)
     head = [*facts, *helper_facts, *system]
     stops = finding.would_stop(found)

@@ -43,6 +43,7 @@ from . import (
     finding,
     hugepages,
     layout,
+    leftovers,
     memlock,
     memory,
     numa,
@@ -214,7 +215,7 @@ class _Vm:
                 yield from self._helper(need)
         if definition.places_threads:
             vcpus = cpus.of_vcpus(definition)
-            yield from cpus.leftovers(tree, vcpus, self._mechanism)
+            yield from leftovers.settings(tree, vcpus, self._mechanism)
             if self._mechanism != "pool":  # which shields by that very setting
                 unshielded = cpus.all_named(definition) - (vcpus if definition.isolation == "shield" else frozenset())
                 yield from self._mildly(cpusets.own(definition, unshielded, os.geteuid(), tree))
