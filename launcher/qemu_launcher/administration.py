@@ -35,14 +35,11 @@ def show_limits(owner: str | None, *, as_json: bool) -> int:
         stdout.say_json(_limits_as_json(uid, name, found, origins), indent=2)
         return 0
     title, rows, facts = limits_table(name, found, origins)
-    if (page := table.page_for_stdout()) is not None:
+    with table.page() as page:
         page.line(title, bold=True)
-        page.table(LIMIT_COLUMNS, rows)
+        page.table(LIMIT_COLUMNS, rows, indent=2)
         for fact, value in facts:
             page.line(f"{fact:<9}  {value}")
-    else:
-        lines = [title, *(f"  {line}" for line in table.aligned([LIMIT_COLUMNS, *rows]))]
-        stdout.say("\n".join([*lines, *(f"{fact:<9}  {value}" for fact, value in facts)]) + "\n")
     return 0
 
 
@@ -60,10 +57,9 @@ def show_all_users(*, as_json: bool) -> int:
     ]
     if not rows:
         stdout.say("nobody's VM holds anything; VMs that run untuned are not listed\n")
-    elif (page := table.page_for_stdout()) is not None:
-        page.table(COLUMNS, rows)
     else:
-        stdout.say("\n".join(table.aligned([COLUMNS, *rows])) + "\n")
+        with table.page() as page:
+            page.table(COLUMNS, rows)
     return 0
 
 

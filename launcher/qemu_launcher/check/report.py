@@ -1,6 +1,6 @@
 """How what a check has found is told: to people, who may paste it into a bug report, and to programs as JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .. import stdout, table
 from ..errors import printable
@@ -26,32 +26,20 @@ def system_facts(tree: Tree) -> Facts:
 def show(head: Facts, found: Sequence[Finding], verdict: str) -> None:
     """For people, and for bug reports."""
     width = max(len(name) for name, _ in head) + 2
-    lines = [printable(f"{name:<{width}}{value}") for name, value in head]
-    page = table.page_for_stdout()
-    say: Callable[[str, str, str], None]
-    if page is not None:
-        say = page.marked
-    else:
-        out: list[str] = []
-
-        def say(word: str, style: str, rest: str) -> None:  # noqa: ARG001
-            out.append(word + rest)
-
-    for line in lines:
-        say("", "", line)
-    say("", "", "")
     told: set[str] = set()
-    for one in found:
-        text, *more = [part for part in printable(one.text).splitlines() if part] or [""]
-        say(one.severity, STYLES[one.severity], f"{'':<{_WIDTH - len(one.severity)}}{text}")
-        fix = "(as above)" if one.fix in told else printable(one.fix or "")
-        told.add(one.fix or "")
-        for line in [*more, *fix.splitlines()]:
-            say("", "", f"{'':<{_WIDTH}}{line}")
-    say("", "", "")
-    say(verdict, "bold", "")
-    if page is None:
-        stdout.say("\n".join(out) + "\n")
+    with table.page() as page:
+        for name, value in head:
+            page.marked("", "", printable(f"{name:<{width}}{value}"))
+        page.line("")
+        for one in found:
+            text, *more = [part for part in printable(one.text).splitlines() if part] or [""]
+            page.marked(one.severity, STYLES[one.severity], f"{'':<{_WIDTH - len(one.severity)}}{text}")
+            fix = "(as above)" if one.fix in told else printable(one.fix or "")
+            told.add(one.fix or "")
+            for line in [*more, *fix.splitlines()]:
+                page.marked("", "", f"{'':<{_WIDTH}}{line}")
+        page.line("")
+        page.marked(verdict, "bold", "")
 
 
 def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) -> None:
