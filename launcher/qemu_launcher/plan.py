@@ -82,6 +82,33 @@ class ThreadPlan:
         """Whether it is the helper who places the threads, since affinity alone does not do."""
         return bool(self.pins) and self.isolation != "affinity"
 
+    def summary(self) -> list[str]:
+        """`4 vCPUs on 4-7 (shielded)`, `fifo 1`, `1 iothread on 0-1`, `emulator threads on 0-1 batch`."""
+        words = []
+        if self.cpus:
+            count = sum(len(pin.vcpus) for pin in self.pins)
+            known = {"shield": "shielded", "cpuset": "confined, not shielded"}
+            how = known.get(self.isolation or "", "nothing is shielded")
+            words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self.cpus)} ({how})")
+        if self.vcpu_policy is not None:
+            words.append(str(self.vcpu_policy))
+        if iothreads := [pin for pin in self.pins if pin.iothread is not None]:
+            cpus = frozenset[int]().union(*(pin.cpus for pin in iothreads))
+            words.append(f"{len(iothreads)} iothread{'s' * (len(iothreads) != 1)} on {format_cpulist(cpus)}")
+        if self.others or self.emulator:
+            place = f" on {format_cpulist(self.others)}" if self.others else ""
+            policy = f" {self.emulator}" if self.emulator else ""
+            words.append(f"emulator threads{place}{policy}")
+        return words
+
+    def summary_of(self, tid: int) -> str:
+        """What one vCPU has been given: `on CPU 4 (shielded), fifo 1`."""
+        pin = next((pin for pin in self.pins if pin.tid == tid), None)
+        words = ["not pinned" if pin is None else f"on CPU {format_cpulist(pin.cpus)}{' (shielded)' * pin.shielded}"]
+        if self.vcpu_policy is not None:
+            words.append(str(self.vcpu_policy))
+        return ", ".join(words)
+
 
 def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, memory_total: int) -> MemlockNeed | None:
     """None when nothing must be lockable. Bytes: both limits are our own RLIMIT_MEMLOCK, `memory_total` the host's."""
