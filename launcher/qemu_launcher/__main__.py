@@ -176,15 +176,15 @@ def _check(arguments: cli.Check) -> int:
         name = locate.vm_name(arguments.vm)
         name, path = locate.find(arguments.vm, os.environ, cli.COMMANDS)
         vm = definition.load(path, name)
-        from .check import report  # noqa: PLC0415  after all that can be wrong without it
+        from .check import start  # noqa: PLC0415  after all that can be wrong without it
 
-        return report.check_vm(vm, cli.VERSION, as_json=arguments.json)
+        return start.check_vm(vm, cli.VERSION, as_json=arguments.json)
     except DefinitionError as err:
         if not arguments.json:
             raise
-        from .check import report  # noqa: PLC0415  only now is it wanted
+        from .check import start  # noqa: PLC0415  only now is it wanted
 
-        return report.report_mistakes(name, err, cli.VERSION)
+        return start.report_mistakes(name, err, cli.VERSION)
 
 
 def _status(arguments: cli.Status) -> int:

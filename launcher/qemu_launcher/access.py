@@ -12,16 +12,16 @@ import pwd
 import re
 from pathlib import Path
 
-from . import absence
-from .errors import TuningFailed
+from . import absence, users
+from .errors import PasswordWanted, TuningFailed
 from .procfs import PROC
 
 GROUP = "qemu-launcher"
 ERROR_PREFIX = "org.qemulauncher.Error."
 NOT_AUTHORIZED = f"{ERROR_PREFIX}NotAuthorized"  # polkit's no, also for want of a password
 TARGET_REFUSED = f"{ERROR_PREFIX}TargetRefused"  # it does not take the process for the caller's QEMU
-# In the helper's text where polkit would say yes to a password, and nobody was to be asked for one.
-_FOR_A_PASSWORD = "without a password"  # noqa: S105  it is not one
+# How the helper's text ends where polkit would say yes to a password: its error has no other word for that.
+_FOR_A_PASSWORD = " without a password"  # noqa: S105  it is not one
 LOOK_AT_JOURNAL = (
     "see what it says with: journalctl -u qemu-launcher-helper "
     "(without systemd: in syslog's files, where a syslog daemon runs)"
@@ -54,7 +54,7 @@ def explained(error_name: str, text: str) -> TuningFailed:
     if error_name == _DENIED:
         return TuningFailed(*not_let_in(), wire_name=error_name)
     if error_name == NOT_AUTHORIZED:
-        return TuningFailed(*not_authorised(text), wire_name=error_name)
+        return _not_authorised(text)
     if error_name in _MISSING:
         return TuningFailed("qemu-launcher-helper is not installed", absence.remedy(), wire_name=error_name)
     if error_name.startswith(_FAILED_TO_START):
@@ -75,34 +75,30 @@ def is_absent(err: TuningFailed) -> bool:
 def not_let_in() -> tuple[str, str]:
     """Message and hint for a caller whose call the bus has not passed on."""
     return not_a_member() or (
-        f"the system bus lets {user_name()} send nothing to qemu-launcher-helper",
+        f"the system bus lets {users.own_name()} send nothing to qemu-launcher-helper",
         f"if it has just been installed: {absence.reload_bus()}\n"
         "otherwise a file of the administrator's in /etc/dbus-1/system.d decides this",
     )
 
 
-def not_authorised(text: str) -> tuple[str, str]:
-    """Message and hint for a caller whom the bus has let through, and polkit has not: membership is not the reason.
+def _not_authorised(text: str) -> TuningFailed:
+    """For a caller whom the bus has let through, and polkit has not: membership is not the reason.
 
     That he is no member is still worth telling: members are not asked for a password where the package's rule holds.
     """
-    if wants_password(text):
-        return text, "start it in a terminal or on a desktop, where polkit can ask"
+    if text.endswith(_FOR_A_PASSWORD):
+        hint = "start it in a terminal or on a desktop, where polkit can ask"
+        return PasswordWanted(text, hint, wire_name=NOT_AUTHORIZED)
     hint = "an administrator's polkit rule decides this, or the question for a password was dismissed"
     gid = _group_gid()
     if gid is not None and not _is_member(gid):
-        hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(user_name()))}"
-    return text or f"{user_name()} is not authorised", hint
-
-
-def wants_password(text: str) -> bool:
-    """Whether the helper's NotAuthorized is for want of a password: polkit would have one asked for, and say yes."""
-    return _FOR_A_PASSWORD in text
+        hint += f"\nmembers of the group {GROUP} are usually not asked: {'; '.join(_to_join(users.own_name()))}"
+    return TuningFailed(text or f"{users.own_name()} is not authorised", hint, wire_name=NOT_AUTHORIZED)
 
 
 def not_a_member() -> tuple[str, str] | None:
     """Message and hint for a user who is no member of the group, or not in this login; None for a member."""
-    user = user_name()
+    user = users.own_name()
     gid = _group_gid()
     if gid is None:
         return (
@@ -143,14 +139,6 @@ def _read(path: Path) -> str | None:
         return path.read_text("utf-8", "replace")
     except OSError:
         return None
-
-
-def user_name() -> str:
-    """Name of the user we are, his number if he has none."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def _group_gid() -> int | None:

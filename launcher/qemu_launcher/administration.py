@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from . import access, agent, cgroups, limits, runtime, stdout, table
+from . import access, agent, cgroups, limits, runtime, stdout, table, users
 from .cpulist import format_cpulist
 from .errors import NoGrant, TuningFailed, UsageError, printable, shortened
 from .helper_proxy import GrantedVm, Helper
@@ -35,14 +35,11 @@ def show_limits(owner: str | None, *, as_json: bool) -> int:
         stdout.say_json(_limits_as_json(uid, name, found, origins), indent=2)
         return 0
     title, rows, facts = limits_table(name, found, origins)
-    if (page := table.page_for_stdout()) is not None:
+    with table.page() as page:
         page.line(title, bold=True)
-        page.table(LIMIT_COLUMNS, rows)
+        page.table(LIMIT_COLUMNS, rows, indent=2)
         for fact, value in facts:
             page.line(f"{fact:<9}  {value}")
-    else:
-        lines = [title, *(f"  {line}" for line in table.aligned([LIMIT_COLUMNS, *rows]))]
-        stdout.say("\n".join([*lines, *(f"{fact:<9}  {value}" for fact, value in facts)]) + "\n")
     return 0
 
 
@@ -60,10 +57,9 @@ def show_all_users(*, as_json: bool) -> int:
     ]
     if not rows:
         stdout.say("nobody's VM holds anything; VMs that run untuned are not listed\n")
-    elif (page := table.page_for_stdout()) is not None:
-        page.table(COLUMNS, rows)
     else:
-        stdout.say("\n".join(table.aligned([COLUMNS, *rows])) + "\n")
+        with table.page() as page:
+            page.table(COLUMNS, rows)
     return 0
 
 
@@ -137,7 +133,7 @@ async def _asked(question: Callable[[Helper], Awaitable[T]]) -> T:
 def _user(owner: str | None) -> tuple[int, str]:
     """uid and name of `owner`, ourselves for None. A number needs no account. UsageError if there is no such user."""
     if owner is None:
-        return os.geteuid(), access.user_name()
+        return os.geteuid(), users.own_name()
     try:
         entry = pwd.getpwnam(owner)
     except (KeyError, ValueError):  # the second for a name with a null byte in it
@@ -146,15 +142,8 @@ def _user(owner: str | None) -> tuple[int, str]:
             raise UsageError(
                 f"there is no user {shortened(owner)!r} on this host", "--owner takes a name or a number"
             ) from None
-        return int(owner), _name_of(int(owner))
+        return int(owner), users.name_of(int(owner)) or f"uid {int(owner)}"
     return entry.pw_uid, entry.pw_name
-
-
-def _name_of(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
 
 
 # How limits are shown

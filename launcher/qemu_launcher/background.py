@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import access, cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen
+from . import cmdline, control, definition, locate, programs, rundir, runtime, starter, stdout, unseen, users
 from .definition import VmDefinition
 from .errors import LauncherError, QemuFailed
 from .voice import Voice
@@ -131,7 +131,7 @@ def _as_service(child: _Child, place: Path, voice: Voice) -> int:
 
 def _started_service(child: _Child, unit: str, place: Path) -> "tuple[subprocess.Popen[bytes], _Talk]":
     """systemd-run, which waits for it, and the launcher. LauncherError if systemd does not start it."""
-    with rundir.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
+    with _ending_in_order(), rundir.listening(f"{child.name}.{os.getpid()}.start") as (listener, path):
         for _ in range(_ATTEMPTS):
             manager = _ask_manager(child, unit, place, path)
             if (talk := _accepted(listener, manager)) is not None:
@@ -144,6 +144,31 @@ def _started_service(child: _Child, unit: str, place: Path) -> "tuple[subprocess
         f"your systemd did not start it: {words.decode(errors='replace').strip() or 'it does not say why'}",
         f"see what it says with: systemctl --user status {unit}\nor start it here: qemu-launcher run {child.spelled}",
     )
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGHUP and SIGTERM leave the context as Ctrl-C does, and then end us as they would have at once.
+
+    A login that ends sends both in one go: what comes after the first is not needed any more.
+    """
+    heard: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        heard.append(number)
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    handled = [one for one in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(one) == signal.SIG_DFL]
+    for one in handled:
+        signal.signal(one, end)
+    try:
+        yield
+    finally:
+        for one in handled:
+            signal.signal(one, signal.SIG_DFL)
+        if heard:
+            os.kill(os.getpid(), heard[0])
 
 
 def _ask_manager(child: _Child, unit: str, place: Path, path: Path) -> "subprocess.Popen[bytes]":
@@ -194,7 +219,7 @@ def _is_ending(unit: str, place: Path) -> bool:
 def _mention_logout(environ: Mapping[str, str], voice: Voice) -> None:
     """On a desktop everybody expects it; who has come through ssh may not."""
     is_desktop = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-    if ("SSH_CONNECTION" in environ or not is_desktop) and not (LINGER / access.user_name()).exists():
+    if ("SSH_CONNECTION" in environ or not is_desktop) and not (LINGER / users.own_name()).exists():
         voice.note("it is powered down when your last login ends; to have it stay: loginctl enable-linger")
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from . import restrictions, yamlnode
 from .cpulist import format_cpulist
 from .errors import MOST_PROBLEMS, DefinitionError, Mark
+from .hostdevices import drives_host_devices, pinned_by
 from .keys import (
     KEY_NAMES,
     NO_KEYS_HINT,
@@ -30,16 +31,9 @@ from .keys import (
     priority_of,
     read_launcher,
 )
+from .locking import has_mem_lock
 from .optionlist import NO_OPTIONS_HINT, read_options
-from .options import (
-    QemuOption,
-    drives_host_devices,
-    has_mem_lock,
-    iothread_ids,
-    pinned_by,
-    smp_numbers,
-    vcpu_limit,
-)
+from .options import QemuOption, iothread_ids, smp_numbers, vcpu_limit
 from .pinning import CpuSet, Pinning, beside_the_first, out_of_range, smp_for
 from .yamlnode import Map, Node, Scalar, describe, fail
 
@@ -181,9 +175,8 @@ def _sections(document: yamlnode.Document, problems: list[DefinitionError]) -> d
     for key, node in root.pairs:
         if key.kind == "str" and key.text in SECTIONS:
             sections[key.text] = node
-        elif len(problems) < MOST_PROBLEMS and not document.is_shared(
-            node
-        ):  # a place for an &anchor that a section uses: YAML's way to share
+        # Else it is a place for an &anchor that a section uses: YAML's way to share.
+        elif len(problems) < MOST_PROBLEMS and not document.is_shared(node):
             problems.append(_unknown_section(key))
     problems.extend(
         DefinitionError(f"the section {name}: is missing", hint, mark=root.mark)

@@ -10,6 +10,7 @@
     |-- HookFailed               exit 1   a command of before_start or after_stop did not do
     |-- QmpError                 exit 1   QEMU's monitor answered with an error, with nonsense, or not at all
     `-- TuningFailed             exit 1   the guest has not run, it cannot be given what its definition asks for
+        |-- PasswordWanted       exit 1   because polkit wants a password, and nobody was to be asked for one
         `-- Unfit                exit 2   because the definition asks for what this guest, by its own options, has not
 
 A message says what, which value and where; the hint says what to do about it. Neither ends in a full stop and
@@ -140,6 +141,10 @@ class TuningFailed(LauncherError):
     def __init__(self, message: str, hint: str | None = None, *, wire_name: str | None = None) -> None:
         super().__init__(message, hint)
         self.wire_name = wire_name
+
+
+class PasswordWanted(TuningFailed):
+    """The helper's NotAuthorized where polkit would say yes to a password, and nobody was to be asked for one."""
 
 
 class Unfit(TuningFailed):

@@ -51,6 +51,7 @@ METHODS = {
     "GetLimitsOf": ("u", "a{sv}"),
 }
 
+Pins = Sequence[tuple[int, frozenset[int], bool]]  # TID, CPUs, shielded
 Trace = Callable[[str], None]
 Agent = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
@@ -164,10 +165,8 @@ class Helper:
         (granted,) = await self._call("SetMemlock", pid, vm, size, may_ask=True)
         return _as_size("SetMemlock", granted)
 
-    async def pin_threads(
-        self, pid: int, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], others: frozenset[int] = frozenset()
-    ) -> None:
-        """Pin threads, each (TID, CPUs, shielded); the whole map, every time. `others`: CPUs of all other threads."""
+    async def pin_threads(self, pid: int, vm: str, pins: Pins, others: frozenset[int] = frozenset()) -> None:
+        """Pin threads; the whole map, every time. `others`: CPUs of all other threads."""
         await self._call("PinThreads", pid, vm, _wire_pins(pins), sorted(others), may_ask=True)
 
     async def set_scheduler(self, pid: int, vm: str, tids: Sequence[int], policy: str, priority: int) -> None:
@@ -179,15 +178,11 @@ class Helper:
         (granted,) = await self._call("CheckMemlock", vm, size)
         return _as_size("CheckMemlock", granted)
 
-    async def check_pins(
-        self, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], others: frozenset[int] = frozenset()
-    ) -> None:
+    async def check_pins(self, vm: str, pins: Pins, others: frozenset[int] = frozenset()) -> None:
         """Raise what `pin_threads` would raise now. There are no threads yet: the TIDs are any numbers from 2 on."""
         await self._call("CheckPins", vm, _wire_pins(pins), sorted(others))
 
-    async def check_scheduler(
-        self, vm: str, pins: Sequence[tuple[int, frozenset[int], bool]], policy: str, priority: int
-    ) -> None:
+    async def check_scheduler(self, vm: str, pins: Pins, policy: str, priority: int) -> None:
         """The same of `set_scheduler`, for all threads of `pins`, if they were pinned so."""
         await self._call("CheckScheduler", vm, _wire_pins(pins), policy, priority)
 
@@ -252,12 +247,12 @@ class Helper:
                 "give each vCPU fewer host CPUs to choose from; or write isolation: affinity, which needs no helper",
             )
         self._trace(f"helper > {member}({', '.join(map(repr, body))}){', may ask for a password' * interactive}")
-        began = time.monotonic()
-        reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
+        began, patience = time.monotonic(), DIALOG_TIMEOUT if interactive else CALL_TIMEOUT
+        reply = await self._reply(member, message, patience)
         if reply.error_name == access.NOT_YET_STARTED:
             self._trace(f"helper < {reply.error_name}: it is still starting; asked once more")
             message.serial = 0  # a new one
-            reply = await self._reply(member, message, DIALOG_TIMEOUT if interactive else CALL_TIMEOUT)
+            reply = await self._reply(member, message, patience)
         took = f"{(time.monotonic() - began) * 1000:.0f} ms"
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
@@ -302,7 +297,7 @@ def scope_path(uid: int, vm: str) -> str:
     return f"/org/freedesktop/systemd1/unit/{label}"
 
 
-def _wire_pins(pins: Sequence[tuple[int, frozenset[int], bool]]) -> list[list[Any]]:
+def _wire_pins(pins: Pins) -> list[list[Any]]:
     return [[tid, sorted(cpus), shielded] for tid, cpus, shielded in pins]
 
 

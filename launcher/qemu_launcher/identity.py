@@ -12,6 +12,7 @@ import os
 import pwd
 from typing import NamedTuple
 
+from . import users
 from .definition import VmDefinition
 from .errors import DefinitionError, LauncherError
 
@@ -73,15 +74,7 @@ def _account(definition: VmDefinition, user: str | int | None, gid: int | None) 
                 hint = "add group: as well, since the user database cannot tell it"
                 raise _refusal(definition, "user", f"there is no user {user} on this host", hint) from err
     uid = os.geteuid()
-    return Account(uid, os.getegid(), _user_name(uid), os.environ.get("HOME", "/"), os.environ.get("SHELL", ""))
-
-
-def _user_name(uid: int) -> str | None:
-    """Name of a uid, None if it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return None
+    return Account(uid, os.getegid(), users.name_of(uid), os.environ.get("HOME", "/"), os.environ.get("SHELL", ""))
 
 
 def _gid(definition: VmDefinition, group: str | int) -> int:

@@ -1,7 +1,7 @@
 """The `launcher` section: what each key may hold, one key at a time.
 
 Each reader turns a node into the value that VmDefinition carries, or refuses it at its place. Rules across keys are
-in `definition`. Nothing here looks at the host: a CPU that does not exist is refused later, by `host`.
+in `definition`. Nothing here looks at the host: a CPU that does not exist is refused later, by `fitting`.
 """
 
 import re

@@ -93,10 +93,9 @@ def show(environ: Mapping[str, str], *, as_json: bool) -> int:
     elif not listed:
         places = ", ".join(map(str, where))
         stdout.say(printable(f"there is no definition in {places}, and no VM of yours is running\n"))
-    elif (page := table.page_for_stdout()) is not None:
-        page.table(COLUMNS, [entry.cells() for entry in listed])
     else:
-        stdout.say("\n".join(table.aligned([COLUMNS, *(entry.cells() for entry in listed)])) + "\n")
+        with table.page() as page:
+            page.table(COLUMNS, [entry.cells() for entry in listed])
     return 0
 
 

@@ -1,7 +1,7 @@
 """Where threads shall run: the values of vcpu_pinning, iothread_pinning and emulator_pinning, and their readers.
 
 A set of host CPUs is written as a number, a range as the kernel writes it (`2-3`, `0-1,8`), or a list of these; one
-form for all three keys. Nothing here looks at the host: a CPU that does not exist is refused later, by `host`.
+form for all three keys. Nothing here looks at the host: a CPU that does not exist is refused later, by `fitting`.
 
 Refused: an empty set, a CPU that is named twice in one set, a range that counts backwards, and more CPUs in all than a
 definition can mean (aliases make much out of little).
@@ -15,13 +15,11 @@ from typing import NamedTuple, NoReturn
 from . import yamlnode
 from .cpulist import MAX_CPU, format_cpulist
 from .errors import Mark, did_you_mean, shortened
+from .places import LEVELS, MAX_PINNED, Place, describe_place
 from .yamlnode import List, Map, Node, Scalar, describe, fail, without_zeros
 
 MAX_UINT32 = (1 << 32) - 1
-MAX_PINNED = 8192  # vCPUs; twice what any of QEMU's machines can have
 MAX_NAMED = 1 << 20  # host CPUs in all sets of one key together: a thousand vCPUs on a thousand CPUs each
-# From the outside in, as QEMU names them (-smp, and qapi/machine.json, CpuInstanceProperties).
-LEVELS = ("drawer", "book", "socket", "die", "cluster", "module", "core", "thread")
 _REQUIRED = ("socket", "core", "thread")  # and what a number without a word before it stands for, in this order
 CPUS_HINT = "write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"
 
@@ -31,10 +29,6 @@ _PART = "(?:0|[1-9][0-9]{0,99})"  # no leading zeros: 010 is eight to some
 _LEVEL_KEY = re.compile(r"([A-Za-z]+) +([0-9]{1,10})")
 _RANGE = f"{_PART}(?:-{_PART})?"
 _ONE_RANGE, _RANGES = re.compile(_RANGE), re.compile(f"{_RANGE}(?:,{_RANGE})*")
-
-
-# Where a vCPU is: levels and their numbers from the outside in, socket, core and thread among them.
-Place = tuple[tuple[str, int], ...]
 
 
 class CpuSet(NamedTuple):
@@ -123,11 +117,6 @@ def iothread_pinning(node: Node, what: str) -> Mapping[str, CpuSet] | None:
         for key, value in node.pairs
     }
     return found or None
-
-
-def describe_place(place: Place) -> str:
-    """`socket 0, die 1, core 0, thread 0`."""
-    return ", ".join(f"{level} {number}" for level, number in place)
 
 
 def out_of_range(place: Place, smp: Mapping[str, int]) -> str | None:

@@ -11,12 +11,12 @@ Nothing has been done then.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from . import ram
+from . import locking, ram
 from .cpulist import format_cpulist
 from .definition import Isolation, Scheduling, VmDefinition
 from .errors import Mark, TuningFailed, Unfit
-from .options import has_mem_lock, vfio_more_containers
-from .pinning import describe_place
+from .hostdevices import vfio_more_containers
+from .places import describe_place
 from .sizes import INFINITY, format_size
 from .threads import Iothread, Threads, Vcpu
 
@@ -82,13 +82,40 @@ class ThreadPlan:
         """Whether it is the helper who places the threads, since affinity alone does not do."""
         return bool(self.pins) and self.isolation != "affinity"
 
+    def summary(self) -> list[str]:
+        """`4 vCPUs on 4-7 (shielded)`, `fifo 1`, `1 iothread on 0-1`, `emulator threads on 0-1 batch`."""
+        words = []
+        if self.cpus:
+            count = sum(len(pin.vcpus) for pin in self.pins)
+            known = {"shield": "shielded", "cpuset": "confined, not shielded"}
+            how = known.get(self.isolation or "", "nothing is shielded")
+            words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self.cpus)} ({how})")
+        if self.vcpu_policy is not None:
+            words.append(str(self.vcpu_policy))
+        if iothreads := [pin for pin in self.pins if pin.iothread is not None]:
+            cpus = frozenset[int]().union(*(pin.cpus for pin in iothreads))
+            words.append(f"{len(iothreads)} iothread{'s' * (len(iothreads) != 1)} on {format_cpulist(cpus)}")
+        if self.others or self.emulator:
+            place = f" on {format_cpulist(self.others)}" if self.others else ""
+            policy = f" {self.emulator}" if self.emulator else ""
+            words.append(f"emulator threads{place}{policy}")
+        return words
+
+    def summary_of(self, tid: int) -> str:
+        """What one vCPU has been given: `on CPU 4 (shielded), fifo 1`."""
+        pin = next((pin for pin in self.pins if pin.tid == tid), None)
+        words = ["not pinned" if pin is None else f"on CPU {format_cpulist(pin.cpus)}{' (shielded)' * pin.shielded}"]
+        if self.vcpu_policy is not None:
+            words.append(str(self.vcpu_policy))
+        return ", ".join(words)
+
 
 def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, memory_total: int) -> MemlockNeed | None:
     """None when nothing must be lockable. Bytes: both limits are our own RLIMIT_MEMLOCK, `memory_total` the host's."""
     kind = definition.memlock.kind
     if kind == "none":
         return None
-    locked = ram.lockable(definition.options)
+    locked = locking.lockable(definition.options)
     if kind == "auto" and locked is None:
         mark = definition.memlock.mark
         raise Unfit(
@@ -112,7 +139,7 @@ def memlock_need(definition: VmDefinition, soft_limit: int, hard_limit: int, mem
         least,
         unaided=hard_limit >= enough,
         several=(locked or 0) > (ram.guest_ram(definition.options) or 0),
-        twice=ram.is_locked_twice(definition.options),
+        twice=locking.is_locked_twice(definition.options),
     )
     if kind == "size":
         check_granted(need, wanted, definition.memlock.mark)
@@ -143,11 +170,11 @@ def memlock_suspicion(definition: VmDefinition, granted: int | None) -> str | No
 
     The guest's RAM and 1 GiB do not hold everything: TCG's code buffer alone takes up to 1 GiB (tcg/region.c of QEMU).
     """
-    if granted is None or granted == INFINITY or not has_mem_lock(definition.options):
+    if granted is None or granted == INFINITY or not locking.has_mem_lock(definition.options):
         return None
     more = -(-(granted + 2 * MEMLOCK_OVERHEAD) >> 30)  # GiB, rounded up
     way_out = "without KVM, accel: [tcg, tb-size: 64] (MiB) also makes it lock less"
-    if ram.is_locked_twice(definition.options):
+    if locking.is_locked_twice(definition.options):
         way_out = "or leave out mem-lock: VFIO locks the guest's RAM anyway, and it counts twice so"
     return (
         f"if it could not lock its memory: it may lock {format_size(granted)}; write rlimit_memlock: {more}G\n{way_out}"

@@ -136,6 +136,11 @@ def own_memlock_limit() -> tuple[int, int]:
     return soft, hard
 
 
+def memory_total() -> int:
+    """The host's memory in bytes, as sysconf(3) has it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def memlock_limit(pid: int) -> tuple[int, int] | None:
     """Soft and hard RLIMIT_MEMLOCK in bytes, INFINITY for unlimited."""
     text = _read(f"{pid}/limits")

@@ -1,4 +1,4 @@
-"""The guest's RAM, as QEMU's options say it: how much there is when it starts, and how often the kernel counts it.
+"""The guest's RAM, as QEMU's options say it: how much there is when it starts, and of which pages.
 
 Why it exists: all of it may have to be locked, so the launcher must know its size before QEMU is there. Pure, over
 options alone. None is RAM that the options do not tell in a form we understand: what they mean is QEMU's business, and
@@ -12,16 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from string import hexdigits
 
-from .options import (
-    QemuOption,
-    each,
-    has_iommufd,
-    has_mem_lock,
-    is_on,
-    settings,
-    vdpa_devices,
-    vfio_containers,
-)
+from .options import QemuOption, each, is_on, settings
 
 DEFAULT_RAM = 128 << 20  # QEMU's own, on every machine type that a person pins (hw/core/machine.c)
 MOST_RAM = 1 << 63
@@ -44,35 +35,15 @@ def guest_ram(options: Sequence[QemuOption]) -> int | None:
     return machine + plugged
 
 
-def lockable(options: Sequence[QemuOption]) -> int | None:
-    """Bytes that the guest's RAM counts against RLIMIT_MEMLOCK of QEMU, if it is locked at all.
-
-    VFIO adds what it pins to what mlockall(2) has locked before (vfio_pin_pages_remote in vfio_iommu_type1.c of Linux),
-    so that ordinary pages count twice. mlockall leaves out huge pages (mlock_fixup in mm/mlock.c), VFIO does not. vDPA
-    has a sum of its own, to which iommufd adds, too (do_update_pinned in drivers/iommu/iommufd/pages.c).
-    """
-    whole = guest_ram(options)
-    if whole is None:
-        return None
-    locked = vfio_containers(options) * whole
-    if has_mem_lock(options):
-        locked += max(0, whole - _ram_in_huge_pages(options))
-    vdpa = vdpa_devices(options)
-    pinned = (vdpa + has_iommufd(options)) * whole if vdpa else 0
-    most = max(whole, locked, pinned)
-    return most if most < MOST_RAM else None
-
-
-def is_locked_twice(options: Sequence[QemuOption]) -> bool:
-    """Whether the machine's own RAM, or some of it, counts for VFIO and for mem-lock, whatever its size."""
-    if not (has_mem_lock(options) and vfio_containers(options)):
-        return False
+def has_ordinary_pages(options: Sequence[QemuOption]) -> bool:
+    """Whether any of the machine's own RAM is not in huge pages, as far as its backends tell."""
     backends = machine_backends(options)
     known = [found for backend in backends if (found := _backend(options, backend)) is not None]
     return not all(map(_is_huge, known)) if backends else not _is_huge(_mem_path(options))
 
 
-def _ram_in_huge_pages(options: Sequence[QemuOption]) -> int:
+def in_huge_pages(options: Sequence[QemuOption]) -> int:
+    """Bytes of the guest's RAM that are in huge pages."""
     own, plugged = machine_backends(options), _plugged_backends(options) or set()
     found = [_backend(options, backend) or {} for backend in own | plugged]
     sizes = [parse_size(backend.get("size", ""), default_unit="B") or 0 for backend in found if _is_huge(backend)]

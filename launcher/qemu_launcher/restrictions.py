@@ -10,9 +10,9 @@ in two of them, another name and another user; `helper_refused` explains those f
 
 from collections.abc import Iterator, Sequence
 
-from . import programs, ram
+from . import locking, programs, ram
 from .errors import DefinitionError, Mark
-from .options import QemuOption, known_settings, mem_lock_option
+from .options import QemuOption, known_settings
 
 _USE_USER = "remove it; to have QEMU run as another user, start it as root with user: in the section launcher:"
 
@@ -53,12 +53,12 @@ def untunable(options: Sequence[QemuOption], *, threads_by_helper: bool) -> Iter
 
 def doubtful(options: Sequence[QemuOption]) -> Iterator[str]:
     """Warnings about what QEMU or the kernel takes otherwise than it looks, each with its place."""
-    locking = mem_lock_option(options)
-    if locking is not None and ram.is_locked_twice(options):
-        word = "on-fault" if "on-fault" in str(locking.value) else "on"
+    mem_lock = locking.mem_lock_option(options)
+    if mem_lock is not None and locking.is_locked_twice(options):
+        word = "on-fault" if "on-fault" in str(mem_lock.value) else "on"
         yield (
-            f"{locking.mark}: mem-lock={word} locks the guest's RAM, which VFIO locks anyway, and then it counts twice "
-            "against rlimit_memlock; leave it out"
+            f"{mem_lock.mark}: mem-lock={word} locks the guest's RAM, which VFIO locks anyway, and then it counts "
+            "twice against rlimit_memlock; leave it out"
         )
     for option in options:
         if not isinstance(option.value, tuple):

@@ -89,10 +89,10 @@ class Claim:
     """The lock of one VM, held. Made by `claimed`."""
 
     def __init__(self, name: str, directory: Path, lock_fd: int, record: Record) -> None:
-        self.name = name
         self.lock_fd = lock_fd
         self.record = record
         self.directory = directory
+        self.lock = directory / f"{name}.lock"
         self._socket = directory / f"{name}.sock"
         self._written = os.fstat(lock_fd).st_size  # of a launcher that was killed, perhaps longer than ours will be
         if self._written > _LARGEST_RECORD:  # this was no launcher, and no reader looks that far
@@ -109,9 +109,8 @@ class Claim:
         try:
             os.pwrite(self.lock_fd, data[:-1].ljust(self._written - 1) + b"\n", 0)
         except OSError as err:
-            lock = self.directory / f"{self.name}.lock"
             raise LauncherError(
-                f"cannot write into {lock}: {err.strerror}", "make room there: df says how much"
+                f"cannot write into {self.lock}: {err.strerror}", "make room there: df says how much"
             ) from err
 
     def listening_socket(self) -> socket.socket:

@@ -19,7 +19,21 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import absence, cmdline, host, identity, locate, monitors, procfs, runtime, terminal, threads, tune, unexpanded
+from . import (
+    absence,
+    cmdline,
+    fitting,
+    host,
+    identity,
+    locate,
+    monitors,
+    procfs,
+    runtime,
+    terminal,
+    threads,
+    tune,
+    unexpanded,
+)
 from .awake import Awake
 from .cpulist import format_cpulist
 from .definition import VmDefinition, validate_tunable
@@ -81,7 +95,7 @@ def _validate_tuning(definition: VmDefinition, spelled: Spelled, voice: Voice) -
         if definition.places_threads:
             here = host.read_host()
             voice.step(f"host CPUs {format_cpulist(here.online)} are online, {format_cpulist(here.possible)} possible")
-            host.validate_against_host(definition, here)
+            fitting.validate_against_host(definition, here)
     except LauncherError as err:
         last = err.problems[:MOST_PROBLEMS][-1] if isinstance(err, DefinitionError) else err
         last.hint = tune.with_way_out(last.hint, spelled)
@@ -101,7 +115,7 @@ async def _run(
         # From here on a signal is a wish, not an end; and nobody else starts this VM.
         signals = stack.enter_context(Signals())
         claim, discarded = stack.enter_context(runtime.claimed(definition.name, definition.path))
-        voice.step(f"locked {claim.directory / definition.name}.lock")
+        voice.step(f"locked {claim.lock}")
         if discarded is not None:
             voice.say(f"ended a QEMU (PID {discarded.pid}) whose guest had never been started")
         stack.enter_context(terminal.kept())
@@ -144,18 +158,14 @@ async def _run_qemu(run: _Run) -> int:
         stack.push_async_callback(_after_end, qemu, run.tuning)
         await stack.enter_async_context(qemu)
         run.claim.update(qemu=qemu.process)
-        place = f" in {command.working_directory}" if command.working_directory else ""
-        only = "only " if run.definition.clear_env else ""
-        env = f", with {only}{', '.join(name for name, _ in run.definition.env) or 'nothing'} in its environment"
-        env = env if run.definition.clear_env or run.definition.env else ""
-        run.voice.step(f"PID {qemu.pid} will execute{place}{env}: {shlex.join(command.argv)}")
+        run.voice.step(f"PID {qemu.pid} will execute{_surroundings(run.definition)}: {shlex.join(command.argv)}")
 
         # QEMU starts, its guest held; is tuned; and let go. Or it ends, and so do we.
         awake = stack.enter_context(Awake(run.definition, run.voice))
         start = _Start(run, awake, qemu, holds_guest=holds_guest)
         stack.push_async_callback(start.close)
         with run.starter.wanted(asyncio.get_running_loop(), lambda: run.signals.put(signal.SIGINT)):
-            outcome = await _started(start, made, run.signals)
+            outcome = await _started(start, made)
         if isinstance(outcome, int):
             return outcome
         outlook = f"{_stillness(run.definition) or 'running'}, {run.tuning.summary()}"
@@ -184,50 +194,46 @@ class _Start:
     """The way of one QEMU from its gate to its running guest."""
 
     def __init__(self, run: _Run, awake: Awake, qemu: Qemu, *, holds_guest: bool) -> None:
+        self.run = run
         self.qemu = qemu
         self.qmp: Qmp | None = None
-        self.spelled = run.spelled
         self.holds_guest = holds_guest
         self._found: Threads | None = None
-        self.definition = run.definition
-        self._voice = run.voice
-        self._manager = run.manager
-        self._claim = run.claim
-        self._tuning = run.tuning
         self._awake = awake
 
-    async def run(self, made: Monitors) -> Qmp:
+    async def until_running(self, made: Monitors) -> Qmp:
         """Returns the monitor when the guest runs; or when it stands still because its user wants it to."""
-        await self._tuning.before_exec(self.qemu)
+        tuning, claim, voice = self.run.tuning, self.run.claim, self.run.voice
+        await tuning.before_exec(self.qemu)
         if not self.holds_guest:
-            self._claim.update(state=UNHELD)
+            claim.update(state=UNHELD)
         await self.qemu.open_gate()
         self._awake.begin()
-        await self._tuning.while_starting()
+        await tuning.while_starting()
         self.qmp = qmp = await patiently(
-            Qmp.negotiated(made.ours, self._voice.step if self._voice.explains else None), self._tell_progress
+            Qmp.negotiated(made.ours, voice.step if voice.explains else None), self._tell_progress
         )
         found = await self._threads(qmp)
         self._found = found
-        self._claim.update(vcpus=found.tids())
-        await self._tuning.before_cont(self.qemu, found)
+        claim.update(vcpus=found.tids())
+        await tuning.before_cont(self.qemu, found)
         await self._awake.settle()
         # Written first: a guest that ran must never be taken for one that did not.
-        isolation, cpus = self._tuning.placement
-        self._claim.update(state=RUNNING, isolation=isolation, cpus=cpus)
+        isolation, cpus = tuning.placement
+        claim.update(state=RUNNING, isolation=isolation, cpus=cpus)
         # With -incoming this starts nothing yet: QEMU will let the guest run when it has come, as without our -S.
-        if self.holds_guest and not cmdline.has_option(self.definition, "S"):
+        if self.holds_guest and not cmdline.has_option(self.run.definition, "S"):
             await qmp.execute("cont")
         self.qemu.let_run()
         return qmp
 
     async def settle(self) -> None:
         """What is left to do while the guest runs: sort threads, hear systemd, tune vCPUs that are plugged in."""
-        await self._tuning.after_cont(self.qemu)
+        await self.run.tuning.after_cont(self.qemu)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tuning.until_bus_is_lost())
+            tasks.create_task(self.run.tuning.until_bus_is_lost())
             qmp, found = self.qmp, self._found
-            if qmp is not None and found is not None and self._tuning.follows_vcpus:
+            if qmp is not None and found is not None and self.run.tuning.follows_vcpus:
                 watch = Hotplug(self.qemu.pid, found, lambda: self._read_threads(qmp), self._follow)
                 tasks.create_task(watch.watch(qmp))
 
@@ -236,24 +242,20 @@ class _Start:
         if settling.cancelled() or (error := settling.exception()) is None or self.qemu.ended.done():
             return
         first = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
-        self._voice.warn(
+        self.run.voice.warn(
             f"cannot look after it any more: {type(first).__name__}: {first}; the guest runs on",
             "vCPUs that are plugged in are not tuned, and systemd cannot ask it to power down",
         )
 
     async def _follow(self, found: Threads) -> None:
-        news = await self._tuning.follow(self.qemu, found)
-        isolation, cpus = self._tuning.placement
+        news = await self.run.tuning.follow(self.qemu, found)
+        isolation, cpus = self.run.tuning.placement
         try:
-            self._claim.update(vcpus=found.tids(), isolation=isolation, cpus=cpus)
+            self.run.claim.update(vcpus=found.tids(), isolation=isolation, cpus=cpus)
         except LauncherError as err:
-            self._voice.warn(f"{err.message}; `status` does not know of its new vCPUs", err.hint)
+            self.run.voice.warn(f"{err.message}; `status` does not know of its new vCPUs", err.hint)
         for line in news:
-            self._voice.note(line)
-
-    def suspicion(self) -> str | None:
-        """Why QEMU may have ended, where we have a part in it."""
-        return self._tuning.suspicion()
+            self.run.voice.note(line)
 
     async def close(self) -> None:
         """Let go of the monitor, however far the start has come."""
@@ -285,19 +287,19 @@ class _Start:
         return found
 
     def _tell_progress(self) -> None:
-        ram, used = guest_ram(self.definition.options), procfs.resident(self.qemu.pid)
+        ram, used = guest_ram(self.run.definition.options), procfs.resident(self.qemu.pid)
         if ram is not None and used is not None and self.holds_guest:
             progress = f"preparing memory, {format_size(min(used, ram))} of {format_size(ram)}"
         else:
             progress = "QEMU is still starting"
-        self._manager.status(progress)
-        self._voice.note(progress)
+        self.run.manager.status(progress)
+        self.run.voice.note(progress)
 
 
-async def _started(start: _Start, made: Monitors, signals: Signals) -> Qmp | int:
+async def _started(start: _Start, made: Monitors) -> Qmp | int:
     """The monitor of a running guest; the exit status if QEMU has ended, or a signal has ended it, before that."""
-    qemu = start.qemu
-    starting = asyncio.ensure_future(start.run(made))
+    qemu, signals = start.qemu, start.run.signals
+    starting = asyncio.ensure_future(start.until_running(made))
     starting.add_done_callback(retrieved)
     interrupted = asyncio.ensure_future(signals.next())
     waited: set[asyncio.Future[Any]] = {starting, interrupted, qemu.ended}
@@ -328,7 +330,7 @@ async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
         return starting.result()
     except LauncherError as err:
         if isinstance(err, QmpError) and start.holds_guest:
-            err.hint = tune.with_way_out(err.hint, start.spelled)
+            err.hint = tune.with_way_out(err.hint, start.run.spelled)
         await quit_qemu(start.qemu, start.qmp)
         await asyncio.wait([start.qemu.ended], timeout=QUIT_GRACE)
         raise
@@ -336,20 +338,20 @@ async def _result_or_quit(start: _Start, starting: asyncio.Future[Qmp]) -> Qmp:
 
 def _early_end(start: _Start) -> int:
     """QEMU ended before its guest was known to run. Its own words are on the terminal already."""
-    qemu, suspicion = start.qemu, start.suspicion()
+    run, qemu = start.run, start.qemu
     if (failure := qemu.exec_failure()) is not None:
         raise failure
     ending = qemu.ended.result()
     if ending.code == 0:
         return 0  # -version, -device help, a `quit` in the user's own monitor
     hint = (
-        f"what this host lacks for it, if anything: qemu-launcher check {start.spelled.vm}\n"
-        f"its command line, to be run by hand: {cmdline.shell_command(start.definition, wrapped=False)}"
+        f"what this host lacks for it, if anything: qemu-launcher check {run.spelled.vm}\n"
+        f"its command line, to be run by hand: {cmdline.shell_command(run.definition, wrapped=False)}"
     )
     if unexpanded.is_among(qemu.command.argv):
         hint = f"{unexpanded.HINT}\n{hint}"
-    if suspicion is not None:
-        hint = tune.with_way_out(f"{suspicion}\n{hint}", start.spelled)
+    if (suspicion := run.tuning.suspicion()) is not None:
+        hint = tune.with_way_out(f"{suspicion}\n{hint}", run.spelled)
     raise QemuFailed(f"QEMU ended {ending} before the guest ran", hint, exit_status=ending.exit_status)
 
 
@@ -365,6 +367,15 @@ def _command(run: _Run, made: Monitors, relay: Relay | None, *, holds_guest: boo
         soft_memlock=run.tuning.soft_memlock,
         stderr=None if relay is None else relay.writing,
     )
+
+
+def _surroundings(definition: VmDefinition) -> str:
+    """` in /srv/vms, with only DISPLAY in its environment`: what of them the definition says."""
+    place = f" in {definition.working_directory}" if definition.working_directory else ""
+    if not (definition.clear_env or definition.env):
+        return place
+    names = ", ".join(name for name, _ in definition.env) or "nothing"
+    return f"{place}, with {'only ' * definition.clear_env}{names} in its environment"
 
 
 def _check_command(definition: VmDefinition) -> None:

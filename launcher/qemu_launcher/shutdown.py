@@ -161,8 +161,8 @@ class Shutdown:
 
     async def _ask(self, number: signal.Signals) -> None:
         self._stage = _Stage.ASKED
-        limited = number == signal.SIGTERM and self._timeout is not None
-        self._manager.stopping("asked to power down", (self._timeout or 0.0) + _LONGEST_END if limited else None)
+        limit = self._timeout if number == signal.SIGTERM else None
+        self._manager.stopping("asked to power down", None if limit is None else limit + _LONGEST_END)
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 state = run_state(await self._qmp.execute("query-status"))
@@ -175,16 +175,15 @@ class Shutdown:
             if not hears:
                 await self._quit()  # a power button that nobody can hear would be waited for without end
                 return
-            limit = "" if number != signal.SIGTERM or self._timeout is None else f" within {self._timeout:.0f} s"
+            within = "" if limit is None else f" within {limit:.0f} s"
             cut = "Ctrl-C again cuts the power"
             if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
                 cut = f"to cut its power: qemu-launcher kill {self._voice.name}"
-            self._voice.say(f"asked the guest to power down{limit}; {cut}")
+            self._voice.say(f"asked the guest to power down{within}; {cut}")
             if state in STANDING:  # for a reason that we do not know
                 resume = f"qemu-launcher resume {self._voice.name}"
                 self._voice.say(f"{stillness(state)}, and hears that when it goes on: {resume}")
-        if number == signal.SIGTERM:
-            self._set_deadline(self._timeout)
+        self._set_deadline(limit)
 
     async def _quit(self) -> None:
         self._stage = _Stage.QUITTING

@@ -37,8 +37,9 @@ OF_THE_SESSION = {
     *("SSH_CLIENT", "SSH_CONNECTION", "SSH_TTY"),
     *("XDG_SEAT", "XDG_SESSION_CLASS", "XDG_SESSION_ID", "XDG_VTNR"),
 }
-# What of the service's environment is its own: systemd.exec(5), "Environment Variables Set or Propagated".
+# What of the service's environment is its own: systemd.exec(5), "Environment Variables Set or Propagated"; and ours.
 OF_THE_SERVICE = {
+    VARIABLE,
     *("INVOCATION_ID", "JOURNAL_STREAM", "MANAGERPID", "MANAGERPIDFDID", "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"),
 }
 _OF_THE_USER = ("DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR")  # the service's where the person has none

@@ -138,10 +138,9 @@ def show(name: str | None, *, as_json: bool = False) -> int:
         stdout.say_json([picture.as_json() for picture in pictures], indent=2)
     elif not pictures:
         stdout.say(f"{nothing_runs()}\n")
-    elif (page := table.page_for_stdout()) is not None:
-        show_rich(pictures, page)
     else:
-        stdout.say(plain(pictures))
+        with table.page() as page:
+            draw(pictures, page)
     return 0
 
 
@@ -255,23 +254,13 @@ def _vcpu(pid: int, index: int, tid: int) -> Vcpu:
 # How it is shown
 
 
-def plain(pictures: Sequence[Picture]) -> str:
-    """As text, in aligned columns."""
-    return "\n".join(map(_plain, pictures))
-
-
-def _plain(picture: Picture) -> str:
-    lines = [picture.title, *(f"  {name:<10}  {value}" for name, value in picture.facts)]
-    if picture.vcpus:
-        lines += [f"  {line}" for line in table.aligned([COLUMNS, *(vcpu.cells() for vcpu in picture.vcpus)])]
-    return "\n".join(lines) + "\n"
-
-
-def show_rich(pictures: Sequence[Picture], page: table.RichPage) -> None:
-    """The same in colour."""
-    for picture in pictures:
+def draw(pictures: Sequence[Picture], page: table.Page) -> None:
+    """One below the other."""
+    for number, picture in enumerate(pictures):
+        if number:
+            page.line("")
         page.line(picture.title, bold=True)
         for name, value in picture.facts:
             page.line(f"  {name:<10}  {value}")
         if picture.vcpus:
-            page.table(COLUMNS, [vcpu.cells() for vcpu in picture.vcpus])
+            page.table(COLUMNS, [vcpu.cells() for vcpu in picture.vcpus], indent=2)

@@ -6,7 +6,7 @@ Pure: it takes QMP answers and returns values, and refuses answers of another sh
 Two things called `thread-id` come in one answer: the outer one is the host's TID, the one inside `props`
 is the place of the vCPU in its core.
 
-A place names some levels (`pinning.LEVELS`), and its core number counts through those between that it leaves out, as
+A place names some levels (`places.LEVELS`), and its core number counts through those between that it leaves out, as
 Linux counts the cores of a package: with `-smp 8,sockets=1,dies=2,cores=2,threads=2` the cores of socket 0 are 0, 1
 (die 0), 2, 3 (die 1), and each of the dies has cores 0 and 1. Where nothing is left out, or the machine has no such
 levels, it is QEMU's core-id itself. A level that the machine does not report counts as its only member, 0. (The
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .errors import QmpError
-from .pinning import LEVELS, MAX_PINNED, Place
+from .places import LEVELS, MAX_PINNED, Place
 
 _IN_SOCKET = ("die", "cluster", "module")
 

@@ -9,7 +9,6 @@ defined or not at all.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -149,7 +148,7 @@ class Tuning:
             return []
         gone = sorted(before.vcpus.keys() - {vcpu.index for vcpu in threads.vcpus})
         return [
-            *(f"{vcpu} was plugged in: {_what_it_got(wanted, vcpu.tid)}" for vcpu in new),
+            *(f"{vcpu} was plugged in: {wanted.summary_of(vcpu.tid)}" for vcpu in new),
             *(f"vCPU {index} was unplugged" for index in gone),
         ]
 
@@ -174,17 +173,7 @@ class Tuning:
         """What the VM has been given: `4 vCPUs on 4-7 (shielded), fifo 1, 25 GiB lockable`."""
         if self._left_out:
             return "untuned"
-        words = []
-        if self._plan is not None and self._plan.cpus:
-            count = sum(len(pin.vcpus) for pin in self._plan.pins)
-            how = {"shield": "shielded", "cpuset": "confined, not shielded"}.get(
-                self._plan.isolation or "", "nothing is shielded"
-            )
-            words.append(f"{count} vCPU{'s' * (count != 1)} on {format_cpulist(self._plan.cpus)} ({how})")
-        if self._plan is not None and self._plan.vcpu_policy is not None:
-            words.append(str(self._plan.vcpu_policy))
-        if self._plan is not None:
-            words += _summary_of_others(self._plan)
+        words = [] if self._plan is None else self._plan.summary()
         if self._granted is not None:
             words.append(f"{format_limit(self._granted, 'all memory')} lockable")
         return ", ".join(words) or "untuned"
@@ -220,8 +209,7 @@ class Tuning:
 
     async def _look_ahead(self) -> None:
         soft_limit, hard_limit = procfs.own_memlock_limit()
-        memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, memory_total)
+        self._memlock = plan.memlock_need(self._definition, soft_limit, hard_limit, procfs.memory_total())
         if self._memlock is not None:
             how = "QEMU raises its own soft limit" if self._memlock.unaided else "the helper is asked for it"
             wanted, hard = (format_limit(size, "as much as there is") for size in (self._memlock.wanted, hard_limit))
@@ -311,26 +299,3 @@ def with_way_out(hint: str | None, spelled: Spelled) -> str:
     """`hint`, and how to start it all the same."""
     without = f"start it without tuning: qemu-launcher {spelled.command} --untuned {spelled.vm}"
     return f"{hint}\n{without}" if hint else without
-
-
-def _what_it_got(wanted: ThreadPlan, tid: int) -> str:
-    """`on CPU 4 (shielded), fifo 1`."""
-    pin = next((pin for pin in wanted.pins if pin.tid == tid), None)
-    words = ["not pinned" if pin is None else f"on CPU {format_cpulist(pin.cpus)}{' (shielded)' * pin.shielded}"]
-    if wanted.vcpu_policy is not None:
-        words.append(str(wanted.vcpu_policy))
-    return ", ".join(words)
-
-
-def _summary_of_others(wanted: ThreadPlan) -> list[str]:
-    """`iothreads on 0-1`, `emulator threads on 0-1, batch`."""
-    words = []
-    iothreads = [pin for pin in wanted.pins if pin.iothread is not None]
-    if iothreads:
-        cpus = frozenset[int]().union(*(pin.cpus for pin in iothreads))
-        words.append(f"{len(iothreads)} iothread{'s' * (len(iothreads) != 1)} on {format_cpulist(cpus)}")
-    if wanted.others or wanted.emulator:
-        place = f" on {format_cpulist(wanted.others)}" if wanted.others else ""
-        policy = f" {wanted.emulator}" if wanted.emulator else ""
-        words.append(f"emulator threads{place}{policy}")
-    return words

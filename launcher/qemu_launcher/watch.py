@@ -59,8 +59,7 @@ def frame(lines: list[str], height: int, *, first: bool) -> str:
 def _text(pictures: list[status.Picture]) -> str:
     if not pictures:
         return status.nothing_runs()
-    drawn = table.rich_text(lambda page: status.show_rich(pictures, page))
-    return status.plain(pictures) if drawn is None else drawn
+    return table.drawn(lambda page: status.draw(pictures, page))
 
 
 def _footer() -> str:

@@ -13,7 +13,7 @@ import pytest
 from bus.test_examples import ASK
 from bus.world import NOBODY, User, World, world
 from qemu_launcher.__main__ import main
-from qemu_launcher.check import dryrun, installation, report
+from qemu_launcher.check import dryrun, installation, premises
 
 CPU = max(os.sched_getaffinity(0))
 VM = "vm-under-test"
@@ -50,7 +50,7 @@ def checked(
         os.environ.update(env or {})
         with open(os.devnull) as nothing:  # noqa: PTH123  no terminal, whatever pytest was started in
             os.dup2(nothing.fileno(), 0)
-        report.session_of = lambda *_: iter(())  # the process that asks is in none
+        premises.session_of = lambda *_: iter(())  # the process that asks is in none
         fd = os.memfd_create("stdout")
         sys.stdout = os.fdopen(os.dup(fd), "w")
         status = main(words)

@@ -23,8 +23,8 @@ MEMLOCK = "40G"  # more than any machine of ours lets an ordinary login lock
 VM = "vm-under-test"
 QEMU = "/usr/bin/qemu-system-x86_64"
 IN_SESSION = (
-    "from qemu_launcher.check import report\n"
-    "report.session_of = lambda *_: ()\n"
+    "from qemu_launcher.check import premises\n"
+    "premises.session_of = lambda *_: ()\n"
     "import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))"
 )
 

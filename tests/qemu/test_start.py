@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import PATIENCE, ROOT, Home, hear, is_alive, wait_gone
+from qemu.launched import PATIENCE, ROOT, Home, hear, is_alive, wait_gone, wait_until
 from qemu.test_finding import held_binary
 
 VM = "vm-under-test"
@@ -295,6 +295,42 @@ def test_end_of_a_start_that_waits_is_the_end_of_the_vm(world: World, end: signa
     wait_gone(qemu)
 
 
+@pytest.mark.parametrize("ends", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGTERM, signal.SIGHUP]])
+def test_start_that_ends_while_systemd_starts_it_leaves_no_socket(managed: Managed, ends: list[signal.Signals]) -> None:
+    """A login that ends sends the last two in one go. systemd-run is not left waiting either."""
+    managed.home.define()
+    script = managed.desk / "bin/systemd-run"
+    pid = managed.desk / "pid"
+    script.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}\nexec sleep 60\n")
+    begun = managed.begin()
+    wait_until(pid.exists)
+    assert len(managed.sockets()) == 1
+    for end in ends:
+        begun.send_signal(end)
+    _, said = begun.communicate(timeout=PATIENCE)
+    assert begun.returncode in ([130] if ends == [signal.SIGINT] else [-end for end in ends])
+    assert said == b""
+    assert managed.sockets() == []
+    wait_gone(int(pid.read_text()))
+
+
+def test_nohup_start_is_not_ended_by_a_hangup(managed: Managed) -> None:
+    managed.home.define()
+    script = managed.desk / "bin/systemd-run"
+    (managed.desk / "bin/real").write_text(script.read_text())
+    (managed.desk / "bin/real").chmod(0o755)
+    script.write_text(f'#!/bin/sh\nkill -HUP $PPID\nexec {managed.desk}/bin/real "$@"\n')
+    done = subprocess.run(
+        ["nohup", *managed.home.command("start", VM)],
+        env=managed.home.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_vm_is_started_though_nobody_reads_what_is_said(world: World) -> None:
     """`qemu-launcher start win11 |& head -1`: it is the launcher that decides whether there is a VM."""
     world.home.define()
@@ -427,9 +463,9 @@ def test_who_is_not_on_a_desktop_is_told_what_logging_out_does(
 def test_without_logging_out_there_is_nothing_to_tell(managed: Managed) -> None:
     """A user who lingers; and a VM without a user manager is a process like any other."""
     managed.home.define()
-    change = f"from qemu_launcher import background as b, access; b.LINGER = b.Path({str(managed.desk)!r})"
+    change = f"from qemu_launcher import background as b, users; b.LINGER = b.Path({str(managed.desk)!r})"
     (managed.desk / "alice").touch()
-    change += "; access.user_name = lambda: 'alice'"
+    change += "; users.own_name = lambda: 'alice'"
     done = managed.home.ask("start", VM, env={"SSH_CONNECTION": "x"}, change=change)
     assert done.returncode == 0, done.stderr
     assert "linger" not in done.stderr

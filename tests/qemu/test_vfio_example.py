@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from qemu.launched import ROOT, Home, wait_gone
-from qemu_launcher import cmdline, definition, host, ram
+from qemu_launcher import cmdline, definition, fitting, host, ram
 from unit.reading import read
 
 EXAMPLE = ROOT / "launcher/examples/vfio.yml"
@@ -42,7 +42,7 @@ def test_it_fits_the_host_that_it_is_for() -> None:
     assert found.warnings == ()
     cpus = frozenset(range(16))
     siblings = {cpu: frozenset({cpu % 8, cpu % 8 + 8}) for cpu in cpus}
-    host.validate_against_host(found, host.Host(cpus, cpus, siblings))
+    fitting.validate_against_host(found, host.Host(cpus, cpus, siblings))
     assert found.pinning is not None
     assert found.pinning.topology is not None
     assert found.emulator_pinning is not None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher.check import environment, files, finding
+from qemu_launcher.check import environment, files
 from qemu_launcher.check.asked import Image
 from qemu_launcher.check.finding import Finding
 from unit.other_host import OtherHost, the_only, told
@@ -13,7 +13,7 @@ from unit.reading import launcher
 VMS = Path("/var/lib/vms")
 DISK = Image("win11.qcow2", "drive", writable=True)
 ISO = Image("/srv/iso/virtio.iso", "cdrom", writable=False)
-MADE = finding.MAY_COME
+MADE = "before_start may make it"
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_image_that_may_be_made_before_the_start(host: OtherHost, path: str, sev
     [one] = files.images(host.tree, wanted, VMS, "alice", made_before=True)
     [otherwise] = images(host, *wanted)
     assert (one.severity, one.text, otherwise.severity) == (severity, otherwise.text, "error")
+    assert one.may_come == (severity == "note")
     fixes = {"note": MADE, "warning": f"{otherwise.fix}\nbefore_start may make it only with more rights than yours"}
     assert one.fix == fixes.get(severity, otherwise.fix)
 
@@ -190,8 +191,10 @@ def test_name_by_which_the_helper_knows_it(host: OtherHost, binary: str | None, 
 DESKTOP = {"XDG_RUNTIME_DIR": "/run/user/1000", "WAYLAND_DISPLAY": "wayland-0", "HOME": "/home/alice"}
 
 
-def variables(options: str, env: dict[str, str], keys: str = "") -> list[Finding]:
-    return list(environment.variables(launcher(keys, options), env, DESKTOP))
+def variables(
+    options: str, env: dict[str, str], keys: str = "", *, server: str | None = None, certain: bool = True
+) -> list[Finding]:
+    return list(environment.variables(launcher(keys, options), env, DESKTOP, server, certain=certain))
 
 
 @pytest.mark.parametrize(
@@ -219,8 +222,50 @@ def test_variables_that_are_needed_together() -> None:
     assert [one.severity for one in variables("[display: gtk]", {"DISPLAY": ":0"})] == ["ok"]
 
 
+SERVER = "/run/user/1000/wayland-0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "session", "finds"),
+    [("gtk", None, True), ("gtk", "tty", True), ("sdl", None, True), ("sdl", "Wayland", True), ("sdl", "tty", False)],
+)
+def test_server_that_no_variable_names(kind: str, session: str | None, finds: bool) -> None:
+    env = {} if session is None else {"XDG_SESSION_TYPE": session}
+    one = the_only(variables(f"[display: {kind}]", env, server=SERVER))
+    assert one[0] == ("ok" if finds else "error")
+    assert not finds or one[1] == f"display {kind} finds its server ({SERVER})"
+    assert (window("", "[m: 1G]", env, kind, server=SERVER) == []) == finds
+
+
+@pytest.mark.parametrize(
+    ("env", "severity"),
+    [
+        ({"GDK_BACKEND": "broadway"}, "warning"),
+        ({"WAYLAND_SOCKET": "3"}, "warning"),
+        ({"WAYLAND_DISPLAY": "/elsewhere"}, "warning"),
+        ({"WAYLAND_DISPLAY": "wayland-1"}, "error"),
+    ],
+)
+def test_server_that_gtk_is_told_of_in_another_way(env: dict[str, str], severity: str) -> None:
+    """And a QEMU that is a script may set any variable."""
+    for found in (variables("[display: gtk]", env), window("", "[]", env)):
+        assert the_only(found)[0] == severity
+    assert the_only(variables("[display: gtk]", env, certain=False))[0] == "warning"
+
+
+def test_where_a_server_is_found_without_a_name(host: OtherHost) -> None:
+    env = {"XDG_RUNTIME_DIR": "/run/user/1000"}
+    assert environment.default_server(host.tree, env) is None
+    host.write(SERVER)
+    assert environment.default_server(host.tree, env) == SERVER
+    assert environment.default_server(host.tree, {**env, "WAYLAND_DISPLAY": ""}) is None, "which is a name"
+    assert environment.default_server(host.tree, {}) is None
+    host.forbid(SERVER)
+    assert environment.default_server(host.tree, env) is None
+
+
 def test_login_without_a_desktop() -> None:
-    found = list(environment.variables(launcher("", "[display: gtk]"), {}, {}))
+    found = list(environment.variables(launcher("", "[display: gtk]"), {}, {}, None, certain=True))
     assert the_only(found)[1].endswith("QEMU would have none of them in this login")
     assert the_only(found)[2] == "start it from the desktop, or write env: with the values it has there"
 
@@ -228,7 +273,7 @@ def test_login_without_a_desktop() -> None:
 def test_who_may_enter_an_x_display_is_told_too() -> None:
     ours = {"DISPLAY": ":0", "XAUTHORITY": "/run/user/1000/x auth"}
     definition = launcher("clear_env: true", "[display: gtk]")
-    fix = the_only(list(environment.variables(definition, {}, ours)))[2]
+    fix = the_only(list(environment.variables(definition, {}, ours, None, certain=True)))[2]
     assert fix == "write env: {DISPLAY: :0, XAUTHORITY: '/run/user/1000/x auth'}, or clear_env: false"
 
 
@@ -247,9 +292,15 @@ def test_what_needs_no_variables(options: str) -> None:
 
 
 def window(
-    keys: str, qemu: str, env: dict[str, str], kind: str | None = "gtk", *, certain: bool = True
+    keys: str,
+    qemu: str,
+    env: dict[str, str],
+    kind: str | None = "gtk",
+    *,
+    server: str | None = None,
+    certain: bool = True,
 ) -> list[Finding]:
-    return list(environment.window(launcher(keys, qemu), env, {}, lambda: kind, certain=certain))
+    return list(environment.window(launcher(keys, qemu), env, {}, lambda: kind, server, certain=certain))
 
 
 def test_window_that_nobody_asked_for() -> None:

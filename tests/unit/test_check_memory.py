@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher.check import memory
+from qemu_launcher.check import memlock, memory
 from qemu_launcher.plan import MemlockNeed
 from qemu_launcher.sizes import INFINITY
 from unit.other_host import OtherHost, the_only, with_memory
@@ -33,25 +33,25 @@ VFIO = "[m: 4G, device: 'vfio-pci,host=1:0.0']"
 def test_memlock_of_this_login() -> None:
     definition = launcher("", VFIO)
     need = MemlockNeed(5 * GIB, 5 * GIB, unaided=True)
-    found = the_only(list(memory.own_memlock(definition, need, 1 << 20, 8 * GIB)))
+    found = the_only(list(memlock.own(definition, need, 1 << 20, 8 * GIB)))
     assert found[:2] == ("ok", "8 GiB may be locked in this login, without the helper")
 
 
 def test_memlock_that_was_forbidden_and_is_needed() -> None:
     definition = launcher("rlimit_memlock: false", VFIO)
-    severity, text, fix = the_only(list(memory.own_memlock(definition, None, 8 << 20, 8 << 20)))
+    severity, text, fix = the_only(list(memlock.own(definition, None, 8 << 20, 8 << 20)))
     assert severity == "error"
     assert text == "VFIO locks the guest's RAM, 4 GiB, and QEMU may lock 8 MiB"
     assert "rlimit_memlock: auto" in fix
-    assert list(memory.own_memlock(definition, None, 4 * GIB, 4 * GIB)) == []
+    assert list(memlock.own(definition, None, 4 * GIB, 4 * GIB)) == []
     locked = launcher("rlimit_memlock: false", "[m: 4G, overcommit: mem-lock=on]")
-    assert "mem-lock=on locks" in the_only(list(memory.own_memlock(locked, None, 0, 0)))[1]
-    assert list(memory.own_memlock(launcher("", "[m: 4G]"), None, 0, 0)) == []
+    assert "mem-lock=on locks" in the_only(list(memlock.own(locked, None, 0, 0)))[1]
+    assert list(memlock.own(launcher("", "[m: 4G]"), None, 0, 0)) == []
     vdpa = launcher("rlimit_memlock: false", "[m: 4G, netdev: vhost-vdpa, netdev: vhost-vdpa]")
-    text = the_only(list(memory.own_memlock(vdpa, None, 5 * GIB, 5 * GIB)))[1]
+    text = the_only(list(memlock.own(vdpa, None, 5 * GIB, 5 * GIB)))[1]
     assert text == "vDPA locks the guest's RAM more than once, together 8 GiB, and QEMU may lock 5 GiB"
     both = launcher("rlimit_memlock: false", "[m: 4G, overcommit: mem-lock=on, device: vfio-pci]")
-    text = the_only(list(memory.own_memlock(both, None, 5 * GIB, 5 * GIB)))[1]
+    text = the_only(list(memlock.own(both, None, 5 * GIB, 5 * GIB)))[1]
     assert text == "VFIO and mem-lock=on each lock the guest's RAM, together 8 GiB, and QEMU may lock 5 GiB"
 
 
@@ -71,7 +71,7 @@ def beside(host: OtherHost) -> OtherHost:
     ("limit", "may"), [(5 * GIB, "5 GiB"), (14 * GIB - 1, "14 GiB"), (None, "what the helper has left")]
 )
 def test_iommufd_counts_what_the_user_s_other_vms_have_pinned(beside: OtherHost, limit: int | None, may: str) -> None:
-    found = memory.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)
+    found = memlock.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)
     assert the_only(list(found)) == (
         "warning",
         "with iommufd= the kernel counts all VMs of yours together: linux and bsd have pinned 10 GiB, "
@@ -83,11 +83,11 @@ def test_iommufd_counts_what_the_user_s_other_vms_have_pinned(beside: OtherHost,
 
 def test_iommufd_with_room_for_all(beside: OtherHost) -> None:
     for limit in (14 * GIB, INFINITY):
-        assert list(memory.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)) == []
+        assert list(memlock.pinned_together(beside.tree, 4 * GIB, limit, OTHERS)) == []
 
 
 def test_iommufd_alone(beside: OtherHost) -> None:
-    assert list(memory.pinned_together(beside.tree, 4 * GIB, 5 * GIB, OTHERS[2:])) == []
-    [one] = memory.pinned_together(beside.tree, None, 8 * GIB, [("linux", 70)])
+    assert list(memlock.pinned_together(beside.tree, 4 * GIB, 5 * GIB, OTHERS[2:])) == []
+    [one] = memlock.pinned_together(beside.tree, None, 8 * GIB, [("linux", 70)])
     assert "linux has pinned 8 GiB, this guest's RAM comes to that, and QEMU may lock 8 GiB" in one.text
     assert (one.fix or "").endswith("rlimit_memlock: true, and have the administrator's memlock allow it beside theirs")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu_launcher import cmdline, options, ram
+from qemu_launcher import cmdline, hostdevices, locking, options, ram
 from qemu_launcher.definition import VmDefinition
 from unit.reading import argv, launcher, read, refusal
 
@@ -254,7 +254,7 @@ def test_guest_ram(items: str, expected: int | None) -> None:
     ],
 )
 def test_has_vfio(items: str, expected: bool) -> None:
-    assert options.has_vfio(vm(items).options) is expected
+    assert hostdevices.has_vfio(vm(items).options) is expected
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_has_vfio(items: str, expected: bool) -> None:
     ],
 )
 def test_pinned_by(items: str, expected: str | None) -> None:
-    assert options.pinned_by(vm(items).options) == expected
+    assert hostdevices.pinned_by(vm(items).options) == expected
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_pinned_by(items: str, expected: str | None) -> None:
     ],
 )
 def test_has_mem_lock(items: str, expected: bool) -> None:
-    assert options.has_mem_lock(vm(items).options) is expected
+    assert locking.has_mem_lock(vm(items).options) is expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from qemu_launcher import definition
 from qemu_launcher.definition import CpuSet, Memlock
 from qemu_launcher.errors import MOST_PROBLEMS, DefinitionError, Mark
 from qemu_launcher.optionlist import MAX_ARGUMENT_BYTES
-from qemu_launcher.pinning import Place
+from qemu_launcher.places import Place
 from unit.reading import launcher, launcher_refusal, read, refusal, shown
 
 

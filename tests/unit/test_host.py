@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_launcher import host
+from qemu_launcher import fitting, host
 from qemu_launcher.errors import DefinitionError, LauncherError
 from unit.reading import launcher, shown
 
@@ -64,13 +64,13 @@ def test_nonsense_in_sys(root: Path) -> None:
 
 @pytest.mark.parametrize("keys", ["", "vcpu_pinning: [0, 1, 2]", "vcpu_pinning: {0: {0: {0: 2}}}"])
 def test_definitions_that_fit(root: Path, keys: str) -> None:
-    host.validate_against_host(launcher(keys), host.read_host(root))
+    fitting.validate_against_host(launcher(keys), host.read_host(root))
 
 
 @pytest.mark.parametrize("keys", ["vcpu_pinning: [9, 0, 3]", "vcpu_pinning: {0: {0: {0: 9, 1: 0, 2: 3}}}"])
 def test_definitions_that_do_not_fit(root: Path, keys: str) -> None:
     with pytest.raises(DefinitionError) as caught:
-        host.validate_against_host(launcher(keys), host.read_host(root))
+        fitting.validate_against_host(launcher(keys), host.read_host(root))
     first, second, hint = shown(caught.value).splitlines()
     assert first.split(": ", 1)[1] == "host CPU 9 does not exist; this host has 0-3"
     assert second.split(": ", 1)[1] == "host CPU 3 is offline"
@@ -80,7 +80,7 @@ def test_definitions_that_do_not_fit(root: Path, keys: str) -> None:
 
 def refusal_of(root: Path, keys: str) -> str:
     with pytest.raises(DefinitionError) as caught:
-        host.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))
+        fitting.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))
     return shown(caught.value)
 
 
@@ -108,4 +108,4 @@ def test_other_threads_keep_off_the_whole_cores_of_a_shield(root: Path) -> None:
 @pytest.mark.parametrize("isolation", ["cpuset", "affinity"])
 def test_other_threads_may_share_where_nothing_is_shielded(root: Path, isolation: str) -> None:
     keys = f"vcpu_pinning: [0]\nemulator_pinning: [0, 1]\niothread_pinning: {{io0: 2}}\nisolation: {isolation}"
-    host.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))
+    fitting.validate_against_host(launcher(keys, "[object: [iothread, id: io0]]"), host.read_host(root))

@@ -14,7 +14,7 @@ import pytest
 
 from qemu_launcher import absence, access, identity
 from qemu_launcher.definition import VmDefinition
-from qemu_launcher.errors import LauncherError
+from qemu_launcher.errors import LauncherError, PasswordWanted
 from unit.reading import ROOT
 
 BUS = "org.freedesktop.DBus.Error."
@@ -127,6 +127,7 @@ def test_member_whom_a_rule_refuses(alice: SimpleNamespace) -> None:
     alice.database = alice.process = [1000, 990]
     error = access.explained(NOT_AUTHORISED, "alice is not authorised to set memory locks")
     assert str(error) == "alice is not authorised to set memory locks"
+    assert not isinstance(error, PasswordWanted)
     assert error.hint is not None
     assert "polkit" in error.hint
 
@@ -135,7 +136,8 @@ def test_a_password_that_nobody_was_asked_for(alice: SimpleNamespace) -> None:
     """Where the bus lets everybody in, membership is not what is lacking."""
     text = "polkit does not allow org.qemulauncher.pin-threads to alice in this session without a password"
     error = access.explained(NOT_AUTHORISED, text)
-    assert str(error) == text
+    assert isinstance(error, PasswordWanted)
+    assert (str(error), error.wire_name) == (text, NOT_AUTHORISED)
     assert error.hint is not None
     assert "in a terminal" in error.hint
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qemu_launcher import definition as definitions, host, plan, procfs, readback, status, threads
+from qemu_launcher import definition as definitions, fitting, host, plan, procfs, readback, status, table, threads
 from qemu_launcher.control import State
 from qemu_launcher.procfs import Process, Scheduling
 from qemu_launcher.record import Record
@@ -91,7 +91,7 @@ def test_the_host() -> None:
         definition = definitions.parse(text(count, by_place=False, isolation="shield"), Path("/x/a.yml"), "a")
         cpus = frozenset(range(count))
         here = host.Host(cpus, cpus, {cpu: frozenset({cpu & ~1, cpu | 1}) for cpu in cpus})
-        return lambda: host.validate_against_host(definition, here)
+        return lambda: fitting.validate_against_host(definition, here)
 
     expect_linear("against the host", work)
 
@@ -148,7 +148,8 @@ def test_the_picture() -> None:
 
         def show() -> None:
             assert status.lost_shield("a", record, vcpus, record.cpus) is None
-            status.plain([picture])
+            status.draw([picture], page := table.PlainPage())
+            assert page.text
             picture.as_json()
 
         return show

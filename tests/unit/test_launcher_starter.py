@@ -40,7 +40,10 @@ def received(ours: socket.socket) -> list[Any]:
 
 
 def test_whose_environment_it_is(pair: tuple[socket.socket, int]) -> None:
-    """The person's; of the service only what is its own, and what the person has none of."""
+    """The person's; of the service only what is its own, and what the person has none of.
+
+    A starter that the person's environment names is another launcher's, whose `start` is over.
+    """
     environ = {
         "NOTIFY_SOCKET": "/run/n",
         "XDG_RUNTIME_DIR": "/run/user/1",
@@ -55,6 +58,7 @@ def test_whose_environment_it_is(pair: tuple[socket.socket, int]) -> None:
         TERM="xterm",
         SSH_TTY="/dev/pts/1",
         NOTIFY_SOCKET="/theirs",
+        QEMU_LAUNCHER_STARTER="/theirs",
         XDG_RUNTIME_DIR="/run/user/theirs",
         ODD="\udcff",
     )

@@ -31,8 +31,14 @@ PICTURE = Picture(
 )
 
 
+def plain(*pictures: Picture) -> str:
+    page = table.PlainPage()
+    status.draw(pictures, page)
+    return page.text
+
+
 def test_plain_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status.plain([PICTURE]) == (
+    assert plain(PICTURE) == (
         "win11: running, PID 4711\n"
         "  definition  /home/alice/win11.yml\n"
         "  launcher    PID 4700\n"
@@ -119,7 +125,7 @@ def test_markup_in_a_path_is_text(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     picture = replace(PICTURE, definition="/home/[bold]alice[/bold].yml")
     page = table.rich_page()
     assert page is not None
-    status.show_rich([picture], page)
+    status.draw([picture], page)
     shown = capsys.readouterr().out
     assert "/home/[bold]alice[/bold].yml" in shown
     assert "isolated invalid" in shown
@@ -204,7 +210,12 @@ def test_owner_is_told_of_a_cpu_that_went_offline(
     assert (loss or "").splitlines() == lines
 
 
+def test_a_line_is_left_empty_between_two_vms() -> None:
+    idle = Picture("a", State("starting"))
+    assert plain(idle, idle) == "a: starting\n\na: starting\n"
+
+
 def test_what_to_do_stands_below_the_warning() -> None:
     picture = replace(PICTURE, warnings=("what\ndo this\nor that",), vcpus=())
-    assert status.plain([picture]).endswith("  warning     what\n              do this\n              or that\n")
+    assert plain(picture).endswith("  warning     what\n              do this\n              or that\n")
     assert picture.as_json()["warnings"] == ["what; do this; or that"]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qemu_launcher.errors import QmpError
-from qemu_launcher.pinning import LEVELS, Place
+from qemu_launcher.places import LEVELS, Place
 from qemu_launcher.threads import Threads, read_threads
 
 

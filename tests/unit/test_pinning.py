@@ -3,7 +3,8 @@
 import pytest
 
 from qemu_launcher.definition import MOST_SHARED, Scheduling
-from qemu_launcher.pinning import LEVELS, MAX_NAMED, describe_place
+from qemu_launcher.pinning import MAX_NAMED
+from qemu_launcher.places import LEVELS, describe_place
 from unit.reading import launcher, launcher_refusal, read, refusal
 
 HINT = "    write a number such as 2, a range such as 2-5, or a list of these such as [2, 4-5]"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qemu_launcher import options, ram
+from qemu_launcher import locking, options, ram
 from unit.reading import launcher
 
 GIB = 1 << 30
@@ -12,7 +12,7 @@ HUGE = "object: [memory-backend-memfd, id: ram, size: 4G, hugetlb: on], machine:
 
 
 def lockable(items: str) -> int | None:
-    return ram.lockable(launcher("", f"[m: 4G, {items}]").options)
+    return locking.lockable(launcher("", f"[m: 4G, {items}]").options)
 
 
 @pytest.mark.parametrize(

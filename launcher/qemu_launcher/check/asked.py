@@ -15,7 +15,8 @@ from .. import cmdline, options, ram
 from ..cpulist import parse_cpulist
 from ..definition import QemuOption, VmDefinition
 from ..errors import Mark
-from ..options import DRIVE_LETTERS, is_on, is_vfio, known_settings, smp_numbers
+from ..hostdevices import is_vfio
+from ..options import DRIVE_LETTERS, is_on, known_settings, smp_numbers
 
 Settings = Mapping[str, str]
 

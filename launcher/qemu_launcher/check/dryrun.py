@@ -10,21 +10,19 @@ No method raises TuningFailed, or waits for ever: a helper that is not there, no
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from .. import access, plan
 from ..definition import VmDefinition
-from ..errors import TuningFailed
-from ..helper_proxy import Helper
+from ..errors import PasswordWanted, TuningFailed
+from ..helper_proxy import Helper, Pins
 from ..limits import Limits
 from ..plan import MemlockNeed
 from ..sizes import format_limit
 from ..threads import Ids, Iothread, Threads, Vcpu
 from . import asked
 from .finding import Finding, Severity
-
-Pins = Sequence[tuple[int, frozenset[int], bool]]  # thread, CPUs, shielded
 
 _FIRST_TID = 2
 _LIMIT_EXCEEDED = f"{access.ERROR_PREFIX}LimitExceeded"
@@ -113,7 +111,7 @@ class Asker:
             version = self.limits.version if self.limits else "of another version"
             text = f"qemu-launcher-helper {version} cannot say whether it would {act}"
             self._add("warning", about, text, "install launcher and helper from one package")
-        elif name == access.NOT_AUTHORIZED and access.wants_password(err.message):
+        elif isinstance(err, PasswordWanted):
             if self._person_there:
                 self._add("note", about, f"a start will ask for a password to {act}")
             else:

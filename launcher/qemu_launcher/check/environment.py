@@ -2,7 +2,7 @@
 
 Why it exists: with `clear_env: true` QEMU starts without any, and says that PipeWire refused a connection. The same
 happens to a definition that works on the desktop when it is started through ssh(1) or by root for another user.
-Pure: takes the environment that QEMU would get, and ours to take values from.
+Pure, over a Tree: takes the environment that QEMU would get, and ours to take values from.
 """
 
 import shlex
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ..definition import VmDefinition
 from . import asked
 from .finding import Finding, Severity
+from .tree import WRITE, Tree
 
 # Any one of the sets is enough.
 _WINDOW = (("WAYLAND_DISPLAY", "XDG_RUNTIME_DIR"), ("DISPLAY",))
@@ -23,12 +24,22 @@ _NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Not needed to find the server, but to be let in.
 _ALSO = {"DISPLAY": ("XAUTHORITY",)}
-_ELSEWHERE = ("GDK_BACKEND", "WAYLAND_SOCKET", "WAYLAND_DISPLAY")
 _NO_WINDOW = "or, for no window, add - display: none, - nographic or - vnc: localhost:0 to the section qemu"
 
 
-def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[Finding]:
-    """`env`: what QEMU would get; `ours`: what we have."""
+def default_server(tree: Tree, env: Mapping[str, str]) -> str | None:
+    """The Wayland server that is found without a variable that names it (libwayland's connect_to_socket)."""
+    path = f"{env.get('XDG_RUNTIME_DIR')}/wayland-0"
+    return path if path.startswith("/") and "WAYLAND_DISPLAY" not in env and tree.may(path, WRITE) else None
+
+
+def variables(
+    definition: VmDefinition, env: Mapping[str, str], ours: Mapping[str, str], server: str | None, *, certain: bool
+) -> Iterator[Finding]:
+    """`env`: what QEMU would get; `ours`: what we have; `server`: its default_server.
+
+    Not `certain`: what is executed as QEMU might set more of them.
+    """
     wanted: list[tuple[str, str, Severity]] = [(kind, "display", "error") for kind in asked.displays(definition)]
     # A PulseAudio server that the option names needs no variable to be found.
     wanted += [(found["driver"], "audio", "warning") for found in asked.audio(definition) if "server" not in found]
@@ -40,8 +51,12 @@ def variables(definition: VmDefinition, env: Mapping[str, str], ours: Mapping[st
         if not all(lacking):
             yield Finding("ok", what, f"{what} {kind} finds its server ({', '.join(ways[lacking.index([])])})")
             continue
+        if ways is _WINDOW and _finds(kind, server, env):
+            yield Finding("ok", what, f"{what} {kind} finds its server ({server})")
+            continue
         text = f"{what} {kind} needs {_none_of(definition, ways)}"
-        yield Finding(severity, what, text, _fix(definition, lacking, ours))
+        doubtful = not certain or (kind == "gtk" and _gtk_is_told_elsewhere(env))
+        yield Finding("warning" if doubtful else severity, what, text, _fix(definition, lacking, ours))
 
 
 def window(
@@ -49,19 +64,32 @@ def window(
     env: Mapping[str, str],
     ours: Mapping[str, str],
     kind: Callable[[], str | None],
+    server: str | None,
     *,
     certain: bool,
 ) -> Iterator[Finding]:
     """The window that QEMU opens by itself. `kind`: which that is, as QEMU says; not `certain`: it might do without.
 
-    So might SDL, which can draw without a desktop, and GTK with one of the variables that tell it where else to look.
+    So might SDL, which can draw without a desktop. `server`: the default_server.
     """
     lacking = _lacking(_WINDOW, env)
-    if all(lacking) and asked.leaves_display_open(definition) and (name := kind()) is not None:
+    if not all(lacking) or not asked.leaves_display_open(definition):
+        return
+    if (name := kind()) is not None and not _finds(name, server, env):
         text = f"no option names a display, and QEMU's own choice, {name}, needs {_none_of(definition, _WINDOW)}"
         fix = f"{_fix(definition, lacking, ours)}\n{_NO_WINDOW}"
-        certain = certain and name == "gtk" and not any(map(env.get, _ELSEWHERE))
+        certain = certain and name == "gtk" and not _gtk_is_told_elsewhere(env)
         yield Finding("error" if certain else "warning", "display", text, fix)
+
+
+def _finds(kind: str, server: str | None, env: Mapping[str, str]) -> bool:
+    """Whether GTK or SDL would come to the default server. SDL asks first what session it is in."""
+    return server is not None and (kind == "gtk" or env.get("XDG_SESSION_TYPE", "wayland").lower() == "wayland")
+
+
+def _gtk_is_told_elsewhere(env: Mapping[str, str]) -> bool:
+    """Whether it may look for a server that is neither X's nor in XDG_RUNTIME_DIR."""
+    return any(map(env.get, ("GDK_BACKEND", "WAYLAND_SOCKET"))) or env.get("WAYLAND_DISPLAY", "").startswith("/")
 
 
 def _lacking(ways: Iterable[Sequence[str]], env: Mapping[str, str]) -> list[list[str]]:

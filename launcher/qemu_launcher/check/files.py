@@ -13,7 +13,7 @@ from .. import restrictions, unexpanded
 from ..definition import HookCommand, QemuOption, VmDefinition
 from ..programs import along_path
 from .asked import Image
-from .finding import MAY_COME, Finding, Severity
+from .finding import Finding, Severity
 from .tree import ENTER, READ, WRITE, Tree
 
 _ELF = b"\x7fELF"
@@ -95,7 +95,7 @@ def sockets(tree: Tree, wanted: Iterable[str], folder: Path, *, made_before: boo
 def _absent(about: str, text: str, fix: str | None, *, may_come: bool) -> Finding:
     """Not there. Whether before_start makes it is only known when it has run; it makes no folder called ~ or $HOME."""
     if may_come:
-        return Finding("note", about, text, MAY_COME)
+        return Finding("note", about, text, "before_start may make it", may_come=True)
     return Finding("error", about, text, fix)
 
 

@@ -14,16 +14,19 @@ from ..errors import DefinitionError
 Severity = Literal["ok", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "error")
 DEFINITION = "definition"  # what findings about a definition itself are about
-MAY_COME = "before_start may make it"  # the fix of what is not there, and need not be before that has run
 
 
 class Finding(NamedTuple):
-    """`about` names the topic, for programs that read them; `text` says what, which value, where."""
+    """`about` names the topic, for programs that read them; `text` says what, which value, where.
+
+    `may_come`: it is about a file that is not there, and need not be before before_start has run.
+    """
 
     severity: Severity
     about: str
     text: str
     fix: str | None = None
+    may_come: bool = False
 
 
 def mistakes(problems: Iterable[DefinitionError]) -> Iterator[Finding]:
@@ -39,7 +42,7 @@ def would_stop(findings: Iterable[Finding]) -> bool:
 
 def left_to_before_start(findings: Iterable[Finding]) -> int:
     """How many files the VM would start with, that only before_start can make."""
-    return sum(finding.fix == MAY_COME for finding in findings)
+    return sum(finding.may_come for finding in findings)
 
 
 def counted(findings: Iterable[Finding]) -> str:

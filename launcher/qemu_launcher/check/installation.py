@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import absence, access, agent, cgroups, locate
+from .. import absence, access, agent, cgroups, locate, users
 from ..patience import patiently
+from ..programs import is_a_qemus
 from ..voice import Voice
-from . import cpus, devices, finding, report, versions
+from . import devices, finding, leftovers, premises, report, versions
 from .files import may_start
 from .finding import Finding, Severity
 from .tree import Tree
@@ -43,14 +44,14 @@ _OLDEST_SYSTEMD = 249  # which has OnSuccess=, systemd.unit(5)
 def check_installation(version: str, *, as_json: bool) -> int:
     """Check what is installed. `version`: the launcher's own. Returns the exit status."""
     tree, facts = Tree(), [("launcher", version)]
-    user, system = access.user_name(), report.system_facts(tree)
+    user, system = users.own_name(), report.system_facts(tree)
     helper_facts, answers, mechanism = _helper(version)
     found = [*together(list(installed(tree)), answers), *members(user)]
     found += host_facts(tree, user)
     found += old_systemd(dict(system)["system"])
     found += qemus(tree)
     found += definitions(os.environ)
-    found += cpus.leftovers(tree, frozenset(), mechanism)
+    found += leftovers.settings(tree, frozenset(), mechanism)
     found = finding.without_repetitions(found)
     head = [*facts, *helper_facts, *system]
     stops = finding.would_stop(found)
@@ -185,7 +186,7 @@ async def _polkit(asker: "Asker", limits: "Limits") -> list[Finding]:
 
 def host_facts(tree: Tree, user: str) -> Iterator[Finding]:
     """What tuned VMs stand on, besides the helper."""
-    yield from report.c_library()
+    yield from premises.c_library()
     systemd = absence.has_systemd(tree.root)
     # Without systemd they may be in cgroup v2 beside v1.
     at = [f"/sys/fs/cgroup/{folder}cgroup.controllers" for folder in ([""] if systemd else ["", "unified/"])]
@@ -228,7 +229,7 @@ def qemus(tree: Tree) -> Iterator[Finding]:
     for folder in os.get_exec_path():
         for name in tree.names(folder):
             path = f"{folder.rstrip('/')}/{name}"
-            if (name.startswith("qemu-system-") or name == "qemu-kvm") and may_start(tree, path):
+            if is_a_qemus(name) and may_start(tree, path):
                 found.setdefault(name, path)
     if not found:
         text = f"there is no qemu-system-... in PATH ({':'.join(os.get_exec_path())})"

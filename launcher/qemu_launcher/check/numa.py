@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from .. import cmdline, ram
 from ..cpulist import format_cpulist
 from ..definition import VmDefinition
-from ..options import is_on, vfio_containers
+from ..hostdevices import vfio_containers
+from ..options import is_on
 from ..sizes import format_size
 from . import asked, nodes
 from .asked import Backend

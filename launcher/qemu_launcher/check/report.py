@@ -1,106 +1,17 @@
-"""`check NAME`: what a start would come to, from its definition and this host, without starting anything.
+"""How what a check has found is told: to people, who may paste it into a bug report, and to programs as JSON."""
 
-Why it exists: this is the story of the command. Each topic has its module; here they are asked in the order in which a
-start would meet them, as the user that the VM would run as, and told as one line each. Nothing of the host is changed,
-nobody is asked for a password, nothing needs root. A definition that is wrong is refused as a start refuses it; with
---json that is a report too, so that who reads it gets an answer always.
+from collections.abc import Sequence
 
-Exit status 2 when an error was found, else 0.
-"""
-
-import asyncio
-import errno
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-
-from .. import (
-    absence,
-    access,
-    agent,
-    cgroups,
-    cmdline,
-    host,
-    identity,
-    plan,
-    procfs,
-    ram,
-    runtime,
-    stdout,
-    table,
-    unexpanded,
-)
-from ..definition import VmDefinition, validate_tunable
-from ..errors import DefinitionError, LauncherError, TuningFailed, printable
-from ..patience import patiently
-from ..sizes import INFINITY
-from ..voice import Voice
-from . import (
-    apparmor,
-    asked,
-    cpus,
-    cpusets,
-    devices,
-    environment,
-    files,
-    finding,
-    hugepages,
-    layout,
-    memory,
-    numa,
-    sharedfiles,
-    versions,
-    vfio,
-)
+from .. import stdout, table
+from ..errors import printable
+from . import finding, versions
 from .finding import Finding
-from .tree import ENTER, Tree
+from .tree import Tree
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
-_BROKEN = 2  # exit status
 _WIDTH = max(map(len, finding.SEVERITIES)) + 2
 
 Facts = list[tuple[str, str]]
-
-
-def check_vm(definition: VmDefinition, version: str, *, as_json: bool) -> int:
-    """Check one VM. `version`: the launcher's own. Returns the exit status; DefinitionError as a start would raise."""
-    validate_tunable(definition)
-    tree = Tree()
-    found = list(_as_its_user(definition))
-    examined = _Vm(definition, tree)
-    found = finding.without_repetitions([*found, *examined.findings()])
-    head = [
-        ("launcher", version),
-        *examined.helper_facts,
-        ("QEMU", examined.qemu),
-        *system_facts(tree),
-        ("definition", str(definition.path.absolute())),
-    ]
-    stops = finding.would_stop(found)
-    if as_json:
-        say_json({"vm": definition.name, "would_start": not stops}, head, found)
-    else:
-        show(head, found, verdict(definition.name, found))
-    return _BROKEN if stops else 0
-
-
-def verdict(vm: str, found: Sequence[Finding]) -> str:
-    """The last line: whether it would start, on what condition, and how much there is to read above."""
-    stops, left = finding.would_stop(found), finding.left_to_before_start(found)
-    words = f"{vm} would {'not ' if stops else ''}start"
-    if left and not stops:
-        words += f", if before_start makes {left} file{'s that are' if left > 1 else ' that is'} not there"
-    count = finding.counted(found)
-    return f"{words}{count and ': '}{count}"
-
-
-def report_mistakes(vm: str, error: DefinitionError, version: str) -> int:
-    """As JSON: a definition that is wrong, or cannot be had. Nothing else is looked at. Returns the exit status."""
-    head = [("launcher", version), *system_facts(Tree())]
-    say_json({"vm": printable(vm), "would_start": False}, head, list(finding.mistakes(error.problems)))
-    return _BROKEN
 
 
 def system_facts(tree: Tree) -> Facts:
@@ -112,282 +23,38 @@ def system_facts(tree: Tree) -> Facts:
     ]
 
 
-def _as_its_user(definition: VmDefinition) -> Iterator[Finding]:
-    try:
-        identity.assume(definition)
-    except LauncherError as err:
-        yield Finding("error", "user", err.message, err.hint)
-
-
-class _Vm:
-    """One VM on this host. `helper_facts` and `qemu` are known after `findings`."""
-
-    def __init__(self, definition: VmDefinition, tree: Tree) -> None:
-        self.helper_facts: Facts = [("helper", "not needed")]
-        self.qemu = "not found"
-        self._definition = definition
-        self._tree = tree
-        self._user = access.user_name()
-        self._folder = _where_we_are() / (definition.working_directory or "")
-        self._env = definition.environment(os.environ)
-        self._path: str | None = None  # of the QEMU program
-        self._mechanism: str | None = None
-
-    def findings(self) -> list[Finding]:
-        """Everything, in the order of a start."""
-        definition, tree = self._definition, self._tree
-        found = [Finding("warning", "definition", text) for text in definition.warnings]
-        if cmdline.has_option(definition, "readconfig"):
-            found.append(Finding("note", "definition", "what the file of -readconfig says is not looked at"))
-        runs = runtime.find(definition.name)
-        if runs is not None:
-            found.append(self._running(runs))
-        found += self._binary()
-        found += devices.kvm(tree, asked.kvm(definition), self._user)
-        found += files.commands(tree, definition, self._env, self._folder)
-        found += apparmor.swtpm(tree, definition, self._program, self._folder, os.environ.get("HOME", ""))
-        made_before = bool(definition.before_start)
-        found += files.images(tree, asked.images(definition), self._folder, self._user, made_before=made_before)
-        found += files.sockets(tree, asked.sockets(definition), self._folder, made_before=made_before)
-        found += environment.variables(definition, self._env, os.environ)
-        found += self._window()
-        found += devices.evdev(tree, asked.evdev(definition), self._user)
-        found += vfio.addresses(asked.no_addresses(definition))
-        found += vfio.vfio(tree, asked.vfio(definition), self._user, os.uname().release)
-        found += self._memory(runs=runs is not None)
-        found += self._tuning(runs=runs is not None)
-        return found
-
-    def _program(self, name: str) -> str | None:
-        return files.binary(self._tree, name, self._env, self._folder)
-
-    def _running(self, runs: runtime.Found) -> Finding:
-        who = f"PID {runs.qemu.pid}" if runs.qemu is not None else "it is being started"
-        name = self._definition.name
-        text = f"{name} is already running ({who}); what it holds is not looked at"
-        return Finding("error", "running", text, f"power it down with: qemu-launcher stop {name}")
-
-    def _binary(self) -> Iterator[Finding]:
-        tree, name = self._tree, self._definition.binary
-        folder = str(self._folder)
-        if not tree.is_directory(folder) or not tree.may(folder, ENTER):
-            text = f"QEMU cannot run in {folder} (working_directory)"
-            fix = unexpanded.hint(str(self._definition.working_directory or ""), "make it, or correct the path")
-            yield Finding("error", "folder", text, fix)
-        path = self._path = files.binary(tree, name, self._env, self._folder)
-        if path is None:
-            where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
-            yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, absence.qemu(name)))
-            return
-        said = versions.qemu(path, self._env, self._where_it_runs())
-        self.qemu = f"{said or 'of unknown version'}, {path}"
-        if "QEMU" not in (said or ""):
-            fix = f"see what it says: {path} --version"
-            yield Finding("warning", "binary", f"{path} does not tell its version as a QEMU does", fix)
-
-    def _window(self) -> Iterator[Finding]:
-        if (path := self._path) is not None:
-            env, tree = self._env, self._tree
-            kind = partial(versions.default_window, path, env, self._where_it_runs())
-            # A script may add an option, and this is where GTK looks without WAYLAND_DISPLAY (wl_display_connect).
-            certain = files.is_program(tree, path) and not tree.exists(f"{env.get('XDG_RUNTIME_DIR', '')}/wayland-0")
-            yield from environment.window(self._definition, env, os.environ, kind, certain=certain)
-
-    def _where_it_runs(self) -> Path:
-        return self._folder if self._tree.is_directory(str(self._folder)) else Path("/")
-
-    def _memory(self, *, runs: bool) -> Iterator[Finding]:
-        tree, backends = self._tree, asked.backends(self._definition)
-        yield from sharedfiles.shared_files(tree, backends, self._user)
-        if not runs:
-            yield from hugepages.huge_pages(tree, backends)
-            whole = ram.guest_ram(self._definition.options)
-            yield from memory.enough(tree, whole, hugepages.in_huge_pages(tree, backends))
-            yield from numa.enough(tree, backends)
-
-    def _tuning(self, *, runs: bool) -> Iterator[Finding]:
-        """What a failure does to the start is on_tuning_failure's to say, but for CPUs that are not there."""
-        definition, tree = self._definition, self._tree
-        if not definition.wants_tuning:
-            yield Finding("note", "tuning", "the definition asks for no tuning: it needs no helper")
-        need = self._memlock_need()
-        refused = isinstance(need, Finding)
-        if isinstance(need, Finding):
-            yield need
-            need = None
-        elif definition.memlock.kind == "none" or (need is not None and need.unaided):
-            soft, hard = procfs.own_memlock_limit()
-            if os.geteuid() != 0:  # CAP_IPC_LOCK lifts the limit
-                yield from memory.own_memlock(definition, need, soft, hard)
-        if not (runs or refused) and os.geteuid() != 0 and any(device.iommufd for device in asked.vfio(definition)):
-            yield from self._pinned_together(need)
-        if definition.places_threads:
-            yield from self._cpus()
-        yield from self._mildly(cpus.realtime(definition, tree, os.uname().release))
-        if plan.needs_helper(definition, need):
-            yield from self._mildly(c_library())
-            yield from self._place()
-            yield from self._mildly(files.process_name(tree, self._path, definition.options))
-            if not runs:
-                yield from self._helper(need)
-        if definition.places_threads:
-            vcpus = cpus.of_vcpus(definition)
-            yield from cpus.leftovers(tree, vcpus, self._mechanism)
-            if self._mechanism != "pool":  # which shields by that very setting
-                unshielded = cpus.all_named(definition) - (vcpus if definition.isolation == "shield" else frozenset())
-                yield from self._mildly(cpusets.own(definition, unshielded, os.geteuid(), tree))
-
-    def _memlock_need(self) -> plan.MemlockNeed | Finding | None:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        try:
-            return plan.memlock_need(self._definition, *procfs.own_memlock_limit(), total)
-        except LauncherError as err:
-            return next(self._mildly([Finding("error", "memlock", err.message, err.hint)]))
-
-    def _pinned_together(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
-        soft, hard = procfs.own_memlock_limit()
-        limit = soft if self._definition.memlock.kind == "none" else None
-        if need is not None and (need.unaided or need.wanted != INFINITY):
-            limit = min(need.wanted, hard) if need.unaided else need.wanted
-        own = self._definition.name
-        others = [(vm.name, qemu.pid) for vm in runtime.find_all() if (qemu := vm.qemu) and vm.name != own]
-        yield from memory.pinned_together(self._tree, ram.guest_ram(self._definition.options), limit, others)
-
-    def _cpus(self) -> Iterator[Finding]:
-        definition = self._definition
-        try:
-            facts = host.read_host()
-        except LauncherError as err:
-            yield Finding("error", "cpus", err.message, err.hint)
-            return
-        yield from cpus.there(definition, facts)
-        yield from cpus.count(definition)
-        yield from cpus.cores(definition, facts)
-        yield from layout.layout(definition, self._tree)
-        yield from numa.elsewhere(definition, self._tree, asked.backends(definition))
-        if definition.isolation == "affinity":
-            yield from self._mildly(cpus.held(definition, self._tree))
-        wanted = cpus.of_vcpus(definition)
-        if definition.isolation == "shield":
-            wanted = wanted.union(*(facts.siblings.get(cpu, ()) for cpu in wanted))
-        yield from self._mildly(cpusets.others(definition, wanted, facts.online, os.geteuid(), self._tree))
-
-    def _place(self) -> Iterator[Finding]:
-        path = cgroups.unit_path(self._tree.text("/proc/self/cgroup") or "")
-        systemd = absence.has_systemd(self._tree.root)
-        # Beside v1, groups of cgroup v2 limit nothing where no controller is v2's, and the helper takes any.
-        if systemd or self._tree.text("/sys/fs/cgroup/unified/cgroup.controllers") != "":
-            yield from self._mildly(session_of(path, os.geteuid(), systemd))
-
-    def _helper(self, need: plan.MemlockNeed | None) -> Iterator[Finding]:
-        from . import dryrun  # noqa: PLC0415  importing dbus_next takes as long as all the rest
-
-        self.helper_facts = [("helper", "gives no answer")]
-        voice = Voice(self._definition.name, quiet=False)
-        fatal = self._definition.on_tuning_failure != "continue"
-
-        async def ask() -> list[Finding]:
-            async with dryrun.asking(person_there=agent.somebody_is_there(), fatal=fatal) as asker:
-                if isinstance(asker, Finding):
-                    return [asker]
-                await asker.get_limits()
-                try:
-                    await dryrun.start(asker, self._definition, need)
-                except TuningFailed as err:
-                    asker.findings.append(Finding("error" if fatal else "warning", "plan", err.message, err.hint))
-                self.helper_facts = asker.facts
-                if asker.limits is not None:
-                    self._mechanism = asker.limits.mechanism
-                return asker.findings
-
-        yield from asyncio.run(patiently(ask(), lambda: voice.say("waiting for qemu-launcher-helper")))
-
-    def _mildly(self, found: Iterable[Finding]) -> Iterator[Finding]:
-        """With on_tuning_failure: continue, what cannot be tuned is only worth a warning."""
-        for one in found:
-            mild = one.severity == "error" and self._definition.on_tuning_failure == "continue"
-            yield one._replace(severity="warning") if mild else one
-
-
-def _where_we_are() -> Path:
-    try:
-        return Path.cwd()
-    except OSError:  # it has been removed
-        return Path("/")
-
-
-def session_of(cgroup: str, uid: int, systemd: bool = True) -> Iterator[Finding]:
-    """Whether the helper would find a QEMU of ours in a session of ours: it starts where we are, in `cgroup`.
-
-    Without systemd that is one of elogind's, or the root group, or the one into which OpenRC 0.64 moves all of that.
-    """
-    own = f"/user.slice/user-{uid}.slice/"
-    if not systemd:
-        if not cgroup.startswith(own) and not re.fullmatch(r"(/(c?[0-9]+|rc\.init)(/.*)?)?", cgroup):
-            text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
-            fix = "log in where PAM has elogind make a session (pam_elogind.so), or where no service of OpenRC's is"
-            yield Finding("error", "session", text, fix)
-    elif not cgroup:
-        text = "you are in no cgroup of systemd's, or it is hidden (a container): the helper finds no session of yours"
-        yield Finding(
-            "error", "session", text, "run qemu-launcher on the host itself, in a login that systemd has made"
-        )
-    elif not cgroup.startswith(own):
-        text = f"you are in {cgroup}, which is no session of yours: the helper refuses what is started here"
-        fix = "log in as yourself (su and sudo keep the session), or name the service under services in helper.toml"
-        yield Finding("warning" if cgroup.startswith("/system.slice/") else "error", "session", text, fix)
-
-
-def c_library() -> Iterator[Finding]:
-    """Whether it has the calls by which threads get their policies; musl's only say that they are not there."""
-    try:
-        os.sched_getscheduler(0)
-    except OSError as err:
-        if err.errno != errno.ENOSYS:
-            return
-        text = f"this host's C library cannot ask for a thread's policy ({err.strerror}), nor can the helper then"
-        yield Finding("error", "libc", text, "use a host with glibc; musl has no scheduler calls")
-
-
-# How it is shown
-
-
 def show(head: Facts, found: Sequence[Finding], verdict: str) -> None:
     """For people, and for bug reports."""
     width = max(len(name) for name, _ in head) + 2
-    lines = [printable(f"{name:<{width}}{value}") for name, value in head]
-    page = table.page_for_stdout()
-    say: Callable[[str, str, str], None]
-    if page is not None:
-        say = page.marked
-    else:
-        out: list[str] = []
-
-        def say(word: str, style: str, rest: str) -> None:  # noqa: ARG001
-            out.append(word + rest)
-
-    for line in lines:
-        say("", "", line)
-    say("", "", "")
     told: set[str] = set()
-    for one in found:
-        text, *more = [part for part in printable(one.text).splitlines() if part] or [""]
-        say(one.severity, STYLES[one.severity], f"{'':<{_WIDTH - len(one.severity)}}{text}")
-        fix = "(as above)" if one.fix in told else printable(one.fix or "")
-        told.add(one.fix or "")
-        for line in [*more, *fix.splitlines()]:
-            say("", "", f"{'':<{_WIDTH}}{line}")
-    say("", "", "")
-    say(verdict, "bold", "")
-    if page is None:
-        stdout.say("\n".join(out) + "\n")
+    with table.page() as page:
+        for name, value in head:
+            page.marked("", "", printable(f"{name:<{width}}{value}"))
+        page.line("")
+        for one in found:
+            text, *more = [part for part in printable(one.text).splitlines() if part] or [""]
+            page.marked(one.severity, STYLES[one.severity], f"{'':<{_WIDTH - len(one.severity)}}{text}")
+            fix = "(as above)" if one.fix in told else printable(one.fix or "")
+            told.add(one.fix or "")
+            for line in [*more, *fix.splitlines()]:
+                page.marked("", "", f"{'':<{_WIDTH}}{line}")
+        page.line("")
+        page.marked(verdict, "bold", "")
 
 
 def say_json(begin: dict[str, object], head: Facts, found: Sequence[Finding]) -> None:
     """The same for programs: head and findings with their names."""
     facts = {name: printable(value) for name, value in head}
-    # printable: a file's name may be no text.
-    items = [one._replace(text=printable(one.text), fix=one.fix and printable(one.fix))._asdict() for one in found]
+    items = [
+        # printable: a file's name may be no text.
+        {
+            "severity": one.severity,
+            "about": one.about,
+            "text": printable(one.text),
+            "fix": one.fix and printable(one.fix),
+        }
+        for one in found
+    ]
     left = {"left_to_before_start": finding.left_to_before_start(found)}
     whole = {**begin, **left, "system": facts, "findings": items}
     stdout.say_json(whole, indent=2)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import absence, access
+from .. import absence, users
 from ..errors import printable
 from .tree import Tree
 
@@ -65,7 +65,7 @@ def user() -> str:
             names.append(grp.getgrgid(gid).gr_name)
         except KeyError:
             names.append(str(gid))
-    return f"{access.user_name()} ({os.geteuid()}), groups {' '.join(names)}"
+    return f"{users.own_name()} ({os.geteuid()}), groups {' '.join(names)}"
 
 
 def first_line(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> str | None:

@@ -10,14 +10,15 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .. import cmdline, definition, noqemu, ram, restrictions, stdout
+from .. import cmdline, definition, locking, noqemu, ram, restrictions, stdout
 from ..cpulist import format_cpulist
 from ..errors import PROGRAM, DefinitionError, LauncherError, Mark, UsageError, printable, shortened
+from ..hostdevices import pinned_by
 from ..keys import REALTIME_POLICIES
 from ..locate import MOST_OF_A_PATH, SUFFIX, SUFFIXES, vm_name
 from ..names import VM_NAME
 from ..optionlist import is_name
-from ..options import QemuOption, has_mem_lock, pinned_by, smp_numbers, vcpu_limit
+from ..options import QemuOption, smp_numbers, vcpu_limit
 from .drafting import Draft, Key, Option, env_key, render, split_value
 from .prefixes import Prefix, peel
 from .program import check_program
@@ -242,12 +243,12 @@ def suggested_pinning(vcpus: int | None, given: Sequence[int] = ()) -> Key:
 def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
     """What the definition would mean by default, said so that it can be changed."""
     cause = pinned_by(options)
-    if cause is None and not has_mem_lock(options):
+    if cause is None and not locking.has_mem_lock(options):
         return []
-    if has_mem_lock(options) and not _uses_kvm(options):
+    if locking.has_mem_lock(options) and not _uses_kvm(options):
         text = "mem-lock without KVM locks more than the guest's memory: this is as much as you may."
         return [Key("rlimit_memlock", ("true",), (text,))]
-    twice = ram.is_locked_twice(options)
+    twice = locking.is_locked_twice(options)
     how = (
         "VFIO and mem-lock each lock the guest's memory" if twice else f"{cause or 'mem-lock'} locks the guest's memory"
     )
@@ -255,7 +256,7 @@ def memlock_key(options: Sequence[QemuOption]) -> list[Key]:
     if not size:
         text = f"{how}, and its size cannot be told from the options. Write {'twice its' if twice else 'a'} size."
         return [Key("rlimit_memlock", ("true",), (text,))]
-    times = (ram.lockable(options) or size) / size
+    times = (locking.lockable(options) or size) / size
     often = "" if times == 1 else " twice" if times == 2 else f" {times:.2g} times"
     once = ("Without mem-lock its RAM once is enough.",) if twice and times == 2 else ()
     return [Key("rlimit_memlock", ("auto",), (f"{how}: its RAM{often} and 1 GiB are allowed.", *once))]

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from .. import sizes
 from ..cpulist import format_cpulist
+from ..hostdevices import pinned_by
 from ..keys import REALTIME_POLICIES
-from ..options import QemuOption, has_mem_lock, pinned_by
+from ..locking import has_mem_lock
+from ..options import QemuOption
 from .command_line import memlock_key, suggested_pinning
 from .domainxml import Tuning
 from .drafting import Key

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..cpulist import MAX_CPU
 from ..errors import DefinitionError, shortened
 from ..keys import POLICIES, Scheduling
-from ..pinning import MAX_PINNED
+from ..places import MAX_PINNED
 
 MAX_DEPTH = 64  # libvirt's own go about ten levels deep
 MAX_NODE = 1023  # of a guest's NUMA nodes; QEMU has up to 128
