@@ -5,8 +5,10 @@ Looks at a few files; starts nothing, changes nothing.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from . import unexpanded
 
 HOW_TO_INSTALL = (
     "on Debian: make deb in its sources, then sudo apt install ./build/qemu-launcher_*.deb\n"
@@ -52,13 +54,21 @@ def _remedies(root: Path) -> Iterator[str]:
     yield HOW_TO_INSTALL
 
 
-def qemu(binary: str) -> str:
-    """What to do where there is no program `binary`, a name or a path, that was to be QEMU; a hint."""
+def qemu(binary: str, env: Mapping[str, str]) -> tuple[str, str | None]:
+    """What to say where there is no program `binary`, a name or a path, that was to be QEMU; and a hint."""
+    where = "it is not there, or not yours to execute"
+    if "/" not in binary:
+        where = f"it is in no folder of PATH ({':'.join(os.get_exec_path(dict(env)))})"
+    return f"cannot start {binary!r}: {where}", unexpanded.hint(binary, _get_qemu(binary))
+
+
+def _get_qemu(binary: str) -> str:
     _, called, architecture = binary.rpartition("/")[2].partition("qemu-system-")
+    other = "correct its path" if "/" in binary else "give its whole path"
     if not called:
-        return "correct the name, or give its whole path"
+        return f"correct the name, or {other}; QEMU for PCs is qemu-system-x86_64"
     package = "-".join(["qemu-system", *filter(None, [_PACKAGES.get(architecture)])])
-    return f"install it (on Debian: sudo apt install {package}), or give its whole path"
+    return f"install it (on Debian: sudo apt install {package}), or {other}"
 
 
 def in_container() -> str | None:

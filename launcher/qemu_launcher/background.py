@@ -110,7 +110,7 @@ def _ourselves() -> list[str]:
 
 def _user_manager(environ: Mapping[str, str]) -> Path | None:
     """The runtime directory of a user manager; None without one, or without the program to ask it."""
-    if programs.along_path(SYSTEMD_RUN, environ) is None:
+    if programs.which(SYSTEMD_RUN, environ) is None:
         return None
     place = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     # Only looked at: systemd complains in the journal about who connects and says nothing.

@@ -64,9 +64,8 @@ def by_content(words: Sequence[str]) -> UsageError | None:
 
 def _is_script(program: str) -> bool:
     is_file = Path.is_file  # opening a FIFO would wait
-    path = Path(program) if "/" in program else programs.along_path(program, os.environ, is_program=is_file)
     try:
-        if path is not None and is_file(path):
+        if (path := programs.which(program, os.environ, is_program=is_file)) is not None:
             with path.open("rb") as file:
                 return file.read(2) == b"#!"
     except (OSError, ValueError):  # not ours to read, or no path: a NUL, or text that the locale has no bytes for

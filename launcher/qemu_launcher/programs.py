@@ -21,9 +21,9 @@ def is_executable(path: Path) -> bool:
         return False
 
 
-def along_path(
+def which(
     name: str, env: Mapping[str, str], folder: Path = Path(), is_program: Callable[[Path], bool] = is_executable
 ) -> Path | None:
-    """The file that execvpe(3) would execute in `folder` for a name without a slash; None if there is none."""
-    places = (folder / place / name for place in os.get_exec_path(dict(env)))
-    return next((path for path in places if is_program(path)), None)
+    """The file that execvpe(3) would execute in `folder`; None if there is none. PATH is for names without a slash."""
+    places = [""] if "/" in name else os.get_exec_path(dict(env))
+    return next((path for place in places if is_program(path := folder / place / name)), None)

@@ -44,7 +44,7 @@ from .monitors import Monitors
 from .notify import Manager
 from .patience import patiently, retrieved
 from .process import QUIT_GRACE, Command, Qemu, forked
-from .programs import along_path
+from .programs import which
 from .qmp import ConnectionLost, Qmp, QmpRefused
 from .ram import guest_ram
 from .record import RUNNING, UNHELD
@@ -379,22 +379,14 @@ def _surroundings(definition: VmDefinition) -> str:
 
 
 def _check_command(definition: VmDefinition) -> None:
-    """What is wrong with it that can be told before the user's own commands run, and with its place.
-
-    A name without a slash is looked for along PATH, since execvpe(3) cannot say that it found nothing.
-    """
+    """What is wrong with it that can be told before the user's own commands run, and with its place."""
     binary, env, folder = definition.binary, definition.environment(os.environ), definition.working_directory
     if folder is not None and not os.access(folder, os.X_OK):
         hint = unexpanded.hint(str(folder), "make it, or correct the path")
         mark = definition.marks["working_directory"]
         raise DefinitionError(f"there is no folder {str(folder)!r}, or it is closed to you", hint, mark=mark)
-    if "/" in binary or along_path(binary, env, folder or Path()) is not None:
-        return
-    searched = ":".join(os.get_exec_path(env))
-    raise QemuFailed(
-        f"{definition.marks['binary']}: cannot start {binary!r}: it is in no folder of PATH ({searched})",
-        absence.qemu(binary),
-    )
+    if which(binary, env, folder or Path()) is None:
+        raise DefinitionError(*absence.qemu(binary, env), mark=definition.marks["binary"])
 
 
 def _stillness(definition: VmDefinition) -> str | None:

@@ -252,7 +252,7 @@ def test_several_things_at_once(home: Home, bus: PrivateBus, tmp_path: Path) -> 
     ("binary", "text"),
     [
         ("qemu-system-none", "is in no folder of PATH"),
-        ("./qemu", "cannot start"),
+        ("./qemu", "cannot start './qemu': it is not there, or not yours to execute"),
         ("~/qemu", "~ and $HOME are the shell's; write the whole path"),
     ],
 )
@@ -272,7 +272,7 @@ def test_directory_of_the_name_of_a_binary_is_none(home: Home, bus: PrivateBus, 
     _, lines = check(home, bus)
     assert any(text in line for line in lines)
     run = home.start()
-    assert run.end() == 1
+    assert run.end() == 2
     assert text in run.output
 
 

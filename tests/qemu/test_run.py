@@ -312,7 +312,7 @@ def test_qemu_that_only_prints_something_is_no_failure(home: Home) -> None:
 def test_binary_that_is_not_in_path(home: Home) -> None:
     path = home.define(binary="qemu-system-nowhere", env={"PATH": "/usr/bin:/nowhere"})
     run = home.start()
-    assert run.end() == 1
+    assert run.end() == 2
     assert (
         f"{path}:2:11: cannot start 'qemu-system-nowhere': it is in no folder of PATH (/usr/bin:/nowhere)" in run.output
     )
@@ -321,7 +321,7 @@ def test_binary_that_is_not_in_path(home: Home) -> None:
 @pytest.mark.parametrize(
     ("wrong", "status", "message"),
     [
-        ({"binary": "~/qemu"}, 1, "cannot start '~/qemu': could not execute it: No such file or directory"),
+        ({"binary": "~/qemu"}, 2, ":2:11: cannot start '~/qemu': it is not there, or not yours to execute"),
         ({"working_directory": "$HOME/vms"}, 2, ": there is no folder '$HOME/vms', or it is closed to you"),
         ({"qemu": ({"drive": ["file=~/disk.img"]},)}, 1, "QEMU ended with exit status 1 before the guest ran"),
     ],
@@ -334,19 +334,29 @@ def test_path_for_a_shell(home: Home, wrong: dict[str, Any], status: int, messag
     assert run.output.count("    ~ and $HOME are the shell's; write the whole path\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("content", "mode", "why"),
-    [(None, 0, "No such file or directory"), ("x", 0o644, "Permission denied"), ("x", 0o755, "Exec format error")],
-)
-def test_binary_that_cannot_be_executed(home: Home, content: str | None, mode: int, why: str) -> None:
-    binary = home.configuration / "qemu"
-    if content is not None:
-        binary.write_text(content)
+@pytest.mark.parametrize("mode", [None, 0o644])
+def test_binary_that_is_not_there_or_not_ours_to_execute(home: Home, mode: int | None) -> None:
+    """Nothing has happened by then: not even what the user wants before a start."""
+    binary, begun = home.configuration / "qemu", home.configuration / "begun"
+    if mode is not None:
+        binary.write_text("x")
         binary.chmod(mode)
+    path = home.define(binary=str(binary), before_start=[["touch", str(begun)]])
+    run = home.start()
+    assert run.end() == 2
+    assert f"{path}:2:11: cannot start '{binary}': it is not there, or not yours to execute" in run.output
+    assert home.leftovers() == []
+    assert not begun.exists()
+
+
+def test_binary_that_is_no_program(home: Home) -> None:
+    binary = home.configuration / "qemu"
+    binary.write_text("x")
+    binary.chmod(0o755)
     home.define(binary=str(binary))
     run = home.start()
     assert run.end() == 1
-    assert f"cannot start '{binary}': could not execute it: {why}" in run.output
+    assert f"cannot start '{binary}': could not execute it: Exec format error" in run.output
     assert home.leftovers() == []
 
 

@@ -213,11 +213,11 @@ def test_host_without_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_package_of_a_missing_qemu(binary: str, package: str) -> None:
-    assert f"sudo apt install {package})" in absence.qemu(binary)
+    assert f"sudo apt install {package})" in (absence.qemu(binary, {})[1] or "")
 
 
 def test_package_of_what_is_no_qemu() -> None:
-    assert "apt" not in absence.qemu("qemu-sytem-x86_64")
+    assert "apt" not in (absence.qemu("qemu-sytem-x86_64", {})[1] or "")
 
 
 def test_hint_names_the_package_that_make_deb_builds() -> None:

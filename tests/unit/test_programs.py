@@ -1,11 +1,11 @@
-"""Which file a program's name means along PATH."""
+"""Which file a program's name means."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from qemu_launcher.programs import along_path
+from qemu_launcher.programs import which
 
 
 @pytest.fixture
@@ -21,21 +21,28 @@ def path(tmp_path: Path) -> dict[str, str]:
 
 
 def test_what_would_be_executed(path: dict[str, str], tmp_path: Path) -> None:
-    assert along_path("qemu", path) == tmp_path / "first" / "qemu"
-    assert along_path("qemu-kvm", path) is None
-    assert along_path("qemu", {"PATH": f"{tmp_path}/directory"}) is None
+    assert which("qemu", path) == tmp_path / "first" / "qemu"
+    assert which("qemu-kvm", path) is None
+    assert which("qemu", {"PATH": f"{tmp_path}/directory"}) is None
 
 
 @pytest.mark.parametrize("place", ["first", "./first", "none:first"])
 def test_folder_that_is_relative_to_where_it_will_run(tmp_path: Path, path: dict[str, str], place: str) -> None:
-    assert along_path("qemu", {"PATH": place}, tmp_path) == tmp_path / "first" / "qemu"
-    assert along_path("qemu", {"PATH": place}, tmp_path / "none") is None
+    assert which("qemu", {"PATH": place}, tmp_path) == tmp_path / "first" / "qemu"
+    assert which("qemu", {"PATH": place}, tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("place", ["", ":/none"])
 def test_empty_folder_is_where_it_will_run(tmp_path: Path, path: dict[str, str], place: str) -> None:
-    assert along_path("qemu", {"PATH": place}, tmp_path / "first") == tmp_path / "first" / "qemu"
+    assert which("qemu", {"PATH": place}, tmp_path / "first") == tmp_path / "first" / "qemu"
+
+
+def test_path_is_not_looked_for(path: dict[str, str], tmp_path: Path) -> None:
+    assert which("./qemu", path, tmp_path / "second") == tmp_path / "second" / "qemu"
+    assert which(f"{tmp_path}/second/qemu", path) == tmp_path / "second" / "qemu"
+    assert which("./qemu", path, tmp_path / "data") is None
+    assert which("first/qemu", {"PATH": str(tmp_path)}) is None
 
 
 def test_name_that_no_file_can_have(path: dict[str, str]) -> None:
-    assert along_path("qemu\0", path) is None
+    assert which("qemu\0", path) is None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import restrictions, unexpanded
 from ..definition import HookCommand, QemuOption, VmDefinition
-from ..programs import along_path
+from ..programs import which
 from .asked import Image
 from .finding import Finding, Severity
 from .tree import ENTER, READ, WRITE, Tree
@@ -129,10 +129,7 @@ def _near(tree: Tree, path: str, image: Image) -> str:
 
 def binary(tree: Tree, name: str, env: Mapping[str, str], folder: Path) -> str | None:
     """Where the program is that a start would execute; None if nowhere."""
-    if "/" in name:
-        path = str(folder / name)
-        return path if may_start(tree, path) else None
-    found = along_path(name, env, folder, lambda path: may_start(tree, str(path)))
+    found = which(name, env, folder, lambda path: may_start(tree, str(path)))
     return None if found is None else str(found)
 
 

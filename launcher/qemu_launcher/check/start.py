@@ -161,8 +161,7 @@ class _Vm:
             yield Finding("error", "folder", text, fix)
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
-            where = "" if "/" in name else f": it is in no folder of PATH ({':'.join(os.get_exec_path(self._env))})"
-            yield Finding("error", "binary", f"cannot start {name!r}{where}", unexpanded.hint(name, absence.qemu(name)))
+            yield Finding("error", "binary", *absence.qemu(name, self._env))
             return
         said = versions.qemu(path, self._env, self._where_it_runs())
         self.qemu = f"{said or 'of unknown version'}, {path}"
