@@ -43,7 +43,7 @@ def test_missing(host: OtherHost) -> None:
 
 def test_missing_with_its_folder(host: OtherHost) -> None:
     fix = the_only(images(host, Image("/var/lib/machines/a/b.raw", "drive", writable=True)))[2]
-    assert fix == "/var/lib exists, /var/lib/machines does not"
+    assert fix == "/var/lib exists, /var/lib/machines does not: make it, or correct the path"
 
 
 @pytest.mark.parametrize("path", ["~/vms/disk.img", "~alice/disk.img", "$HOME/disk.img", "${HOME}/disk.img"])

@@ -120,7 +120,7 @@ def _near(tree: Tree, path: str, image: Image) -> str:
         return "on Debian: sudo apt install ovmf (its files are in /usr/share/OVMF)"
     if str(Path(path).parent) != folder:
         first, *_ = Path(path).relative_to(folder).parts
-        return f"{folder} exists, {Path(folder, first)} does not"
+        return f"{folder} exists, {Path(folder, first)} does not: make it, or correct the path"
     disks = [name for name in tree.names(folder) if name.endswith((".qcow2", ".img", ".raw", ".iso", ".fd"))]
     if disks:
         return f"{folder} has: {', '.join(disks[:5])}{', ...' if len(disks) > 5 else ''}"
