@@ -83,8 +83,8 @@ class Settings(NamedTuple):
         found, without an error, and who has an entry of his own would be everybody; to fill its last tenth takes longer
         than to look a name up.
         """
-        opened, _, most = map(int, FILES.read_text().split())
-        if self.entries and opened > most * 9 // 10:
+        opened, _, most = map(int, FILES.read_text().split()) if self.entries else (0, 0, 0)
+        if opened > most * 9 // 10:
             raise Failed("Too many files are open on this host to be sure who is in which group: try again later")
         name, gids = "", set[int | None]()  # a uid without a name is only ever everybody
         with suppress(KeyError):

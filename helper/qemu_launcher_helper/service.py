@@ -31,7 +31,7 @@ class Service:
 
     def __init__(self, bus: SystemBus, operations: Operations, idle_seconds: float = contract.IDLE_SECONDS) -> None:
         self._bus, self._operations, self._authority, self._quotas = bus, operations, Authority(bus), Quotas()
-        # The latter: calls by connection, until the bus has said whose it is.
+        # _strangers: calls by connection, until the bus has said whose it is.
         self.tasks, self._strangers = set[asyncio.Task[None]](), Counter[str]()
         self.idle, self._look_seconds, self._called = asyncio.Event(), idle_seconds / 2, True
         self._look()
@@ -177,26 +177,26 @@ class Quotas:
         self._calls: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=CALLS_PER_WINDOW))
 
     @contextmanager
-    def slot(self, uid: int) -> Iterator[None]:
-        """Hold one of the user's slots for the block. Raises LimitExceeded."""
-        calls, now = self._calls[uid], self._clock()
+    def slot(self, account: int) -> Iterator[None]:
+        """Hold one of the user's slots for the block; `account` is as in Caller. Raises LimitExceeded."""
+        calls, now = self._calls[account], self._clock()
         many = len(calls) == CALLS_PER_WINDOW and calls[0] > now - contract.WINDOW_SECONDS
-        if many or self.in_flight[uid] >= CALLS_IN_FLIGHT:
+        if many or self.in_flight[account] >= CALLS_IN_FLIGHT:
             most = f"{CALLS_IN_FLIGHT} at a time and {CALLS_PER_WINDOW} in {contract.WINDOW_SECONDS:.0f} s"
             raise contract.LimitExceeded(f"You make too many calls, at most {most} are served; try again later")
         calls.append(now)
-        with counted(self.in_flight, uid):
+        with counted(self.in_flight, account):
             yield
 
 
 @contextmanager
-def counted(counter: Counter[int], uid: int, number: int = 1) -> Iterator[None]:
+def counted(counter: Counter[int], account: int, number: int = 1) -> Iterator[None]:
     """Count the block for this user; -1 lends a slot out, while a call only waits for a person."""
-    counter[uid] += number
+    counter[account] += number
     try:
         yield
     finally:
-        counter[uid] -= number
+        counter[account] -= number
 
 
 def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:

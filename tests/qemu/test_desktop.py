@@ -133,7 +133,7 @@ def test_error_without_a_terminal_is_shown(home: Home, notifications: Service, c
     home.environment["XDG_STATE_HOME"] = str(home.configuration)
     home.define(binary="<b>no-such-qemu & co</b>")
     done = home.ask(command, "vm-under-test", env=notifications.env)
-    assert done.returncode == 1
+    assert done.returncode == 2
     [asked] = notifications.asked
     program, replaces, _icon, title, text, actions, hints, expires = asked["body"]
     assert asked["member"] == "Notify"

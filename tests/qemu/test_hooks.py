@@ -203,7 +203,7 @@ def test_second_start_runs_none_of_them(home: Home, tmp_path: Path) -> None:
 def test_binary_that_is_missing_is_found_out_before(home: Home, tmp_path: Path) -> None:
     log = tmp_path / "log"
     home.define(binary="qemu-system-none", before_start=[tell(log, "begin")], after_stop=[tell(log, "end")])
-    assert home.start().end() == 1
+    assert home.start().end() == 2
     assert lines(log) == []
 
 

@@ -41,7 +41,7 @@ def test_refusal_names_the_odd_path_in_one_line(home: Home, tmp_path: Path) -> N
     folder = odd(tmp_path)
     home.define(binary="/nowhere/qemu", scheduler="batch").rename(folder / "vm-under-test.yml")
     run = home.start(str(folder / "vm-under-test.yml"))
-    assert run.end() == 1
+    assert run.end() == 2
     assert all(line.startswith(("qemu-launcher: ", "    ")) for line in run.output.splitlines()), run.output
 
 

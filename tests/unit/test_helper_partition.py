@@ -1,5 +1,6 @@
 """Partitions, and what all mechanisms have of them, in a tree of plain files; the kernel's part is in tests/system."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -61,6 +62,29 @@ def test_how_groups_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "scandir", look)
     assert found("*/x") == ["a/x"]
     assert looked == [tmp_path.name], "of whoever has filled a folder only the file is looked at"
+
+
+def test_groups_are_found_beside_one_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root without CAP_DAC_READ_SEARCH, as the group of a container that an ordinary user runs may be."""
+    for name in ("a", "closed", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("")
+    stat, scandir = os.stat, os.scandir
+
+    def look(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path == tmp_path / "closed/x":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    def list_it(path: Path) -> object:
+        if path == tmp_path / "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(os, "scandir", list_it)
+    for pattern in ("*/x", "*/x*", "*/*"):
+        assert sorted(partition.find(tmp_path, pattern)) == [tmp_path / "a/x", tmp_path / "d/x"], pattern
 
 
 def test_a_process_that_ends_while_real_time_is_taken_away_leaves_the_others_none(

@@ -267,8 +267,8 @@ def find(root: Path, pattern: str) -> list[Path]:
     just now (Ended): who had a shield would have none, and what is remembered of others would be forgotten.
     """
     first, more, rest = pattern.partition("/")
-    if not more and "*" not in first:  # not looked for: others may have filled the folder
-        return [root / first] if (root / first).exists() else []
+    if not more and "*" not in first:  # not looked for: others may have filled the folder, or closed it to us
+        return [root / first] if os.path.exists(root / first) else []  # noqa: PTH110  Path's raises PermissionError
     with Ended(OSError), os.scandir(root) as entries:
         found = [root / e.name for e in entries if fnmatch.fnmatch(e.name, first) and (e.is_dir() or not more)]
         return [path for folder in found for path in find(folder, rest)] if rest else found
