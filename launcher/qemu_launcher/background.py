@@ -197,8 +197,8 @@ def _accepted(listener: socket.socket, manager: "subprocess.Popen[bytes]") -> "_
             return None
         connection, _ = listener.accept()
         return _Talk(connection)
-    except KeyboardInterrupt:  # systemd-run has had it too; a launcher that comes all the same finds nobody
-        manager.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # a launcher that comes all the same finds nobody
+        manager.terminate()  # of Ctrl-C it has heard too, unless the shell has us ignore that: start NAME &
         manager.communicate()
         raise
     finally:

@@ -233,6 +233,7 @@ OPTIONS = {
     "-o": ("import",),
     "--output": ("import",),
 }
+_FOR_ALL = ("--help", "-h", "--version")
 VALUED = ("--owner", "--libvirt", "-o", "--output")
 
 
@@ -305,7 +306,7 @@ def _check_options(parser: _Parser, command: str, words: Sequence[str], foreign:
     if foreign:
         parser.error(f"{foreign[0]} is an option of {_either(OPTIONS[foreign[0]])}, not of {command}")
     for option, equals, value in (word.partition("=") for word in words):
-        if equals and option in OPTIONS and option not in VALUED:
+        if equals and option in (*OPTIONS, *_FOR_ALL) and option not in VALUED:
             parser.error(f"{option} takes no value, and here is {shortened(value)!r}")
 
 
@@ -318,10 +319,10 @@ def _found(parser: _Parser, command: str, rest: Sequence[str], words: Sequence[s
 
 def _unknown(command: str, unknown: Sequence[str], words: Sequence[str]) -> UsageError:
     """`unknown`: what of the command line nothing is known about. `words`: what of it stands before --."""
-    first = unknown[0]
+    first = next((word for word in unknown if word != "--"), "--")
     if first.startswith("-") and first in words:
         option = first.partition("=")[0]
-        known = ["--help", "--version", *(own for own, commands in OPTIONS.items() if command in commands)]
+        known = [*_FOR_ALL, *(own for own, commands in OPTIONS.items() if command in commands)]
         return UsageError(f"there is no option {shortened(option)}", did_you_mean(option, known, A_SLIP) or _HINT)
     if command in _NAMELESS:
         return UsageError(f"{command} takes no NAME, and here is {shortened(first)!r}", _HINT)

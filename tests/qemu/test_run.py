@@ -336,17 +336,22 @@ def test_path_for_a_shell(home: Home, wrong: dict[str, Any], status: int, messag
 
 @pytest.mark.parametrize("mode", [None, 0o644])
 def test_binary_that_is_not_there_or_not_ours_to_execute(home: Home, mode: int | None) -> None:
-    """Nothing has happened by then: not even what the user wants before a start."""
-    binary, begun = home.configuration / "qemu", home.configuration / "begun"
+    binary = home.configuration / "qemu"
     if mode is not None:
         binary.write_text("x")
         binary.chmod(mode)
-    path = home.define(binary=str(binary), before_start=[["touch", str(begun)]])
+    path = home.define(binary=str(binary))
     run = home.start()
     assert run.end() == 2
     assert f"{path}:2:11: cannot start '{binary}': it is not there, or not yours to execute" in run.output
     assert home.leftovers() == []
-    assert not begun.exists()
+
+
+def test_binary_that_before_start_brings(home: Home) -> None:
+    binary = home.configuration / "qemu"
+    bring = ["ln", "-s", "/usr/bin/qemu-system-x86_64", str(binary)]
+    home.define(binary=str(binary), before_start=[bring], qemu=("version",))
+    assert home.start().end() == 0
 
 
 def test_binary_that_is_no_program(home: Home) -> None:

@@ -42,10 +42,10 @@ class World(abc.ABC):
         assert done.stdout == ""
         return done
 
-    def begin(self) -> "subprocess.Popen[bytes]":
-        """Start, and do not wait."""
+    def begin(self, *before: str) -> "subprocess.Popen[bytes]":
+        """Start, and do not wait. `before`: what stands before the command, env(1) say."""
         return subprocess.Popen(
-            self.home.command("start", VM),
+            [*before, *self.home.command("start", VM)],
             env=self.home.environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -312,6 +312,20 @@ def test_start_that_ends_while_systemd_starts_it_leaves_no_socket(managed: Manag
     assert said == b""
     assert managed.sockets() == []
     wait_gone(int(pid.read_text()))
+
+
+def test_start_in_a_scripts_background_can_be_ended(managed: Managed) -> None:
+    """A shell without job control has what runs there ignore SIGINT, and so systemd-run."""
+    managed.home.define()
+    script = managed.desk / "bin/systemd-run"
+    pid = managed.desk / "pid"
+    script.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}\nexec sleep 1000\n")
+    begun = managed.begin("env", "--ignore-signal=INT")
+    wait_until(pid.exists)
+    begun.terminate()
+    assert begun.wait(PATIENCE) == -signal.SIGTERM
+    wait_gone(int(pid.read_text()))
+    assert managed.sockets() == []
 
 
 def test_nohup_start_is_not_ended_by_a_hangup(managed: Managed) -> None:

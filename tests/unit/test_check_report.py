@@ -324,6 +324,7 @@ def test_qemus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(list(installation.qemus(host.tree))) == ["ok: /usr/local/bin/kvm: QEMU emulator version 10"]
     host.write(f"/usr/bin/qemu-system-{os.uname().machine}")
     host.write("/usr/bin/qemu-system-aaa")
+    (tmp_path / "usr/bin/qemu-system-one-more").symlink_to("qemu-system-aaa")
     host.write("/usr/bin/qemu-img")
     expected = f"ok: /usr/bin/qemu-system-{os.uname().machine}: QEMU emulator version 10, and 2 more"
     assert told(list(installation.qemus(host.tree))) == [expected]

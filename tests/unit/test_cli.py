@@ -155,6 +155,9 @@ def test_odd_words_are_kept() -> None:
         ("status -- -q x", "unrecognized arguments: x"),
         ("--quiet=yes win11", "--quiet takes no value, and here is 'yes'"),
         ("list --json=1", "--json takes no value, and here is '1'"),
+        ("--help=1", "--help takes no value, and here is '1'"),
+        ("run -h=1", "-h takes no value, and here is '1'"),
+        ("list -- win11", "list takes no NAME, and here is 'win11'"),
     ],
 )
 def test_refused(words: str, message: str) -> None:

@@ -40,7 +40,7 @@ def images(
             if may_come and not tree.may(_nearest(tree, path), WRITE):
                 yield Finding("warning", about, text, f"{fix}\n{_WITH_RIGHTS}")
             else:
-                yield _absent(about, text, fix, may_come=may_come)
+                yield absent(about, text, fix, may_come=may_come)
         elif stat.S_ISDIR(state.st_mode):
             yield Finding("error", about, f"{path} (-{image.option}) is a directory", "name the image in it")
         elif not tree.may(path, mode):
@@ -86,13 +86,13 @@ def sockets(tree: Tree, wanted: Iterable[str], folder: Path, *, made_before: boo
             text = f"there is no socket {path} (-chardev)"
             fix = unexpanded.hint(name, "start the program that listens there (swtpm, virtiofsd) before the VM")
             may_come = made_before and not unexpanded.hint(name)
-            yield _absent(f"socket {name}", text, fix, may_come=may_come)
+            yield absent(f"socket {name}", text, fix, may_come=may_come)
         elif not tree.may(path, WRITE):
             fix = "have that program started by the same user"
             yield Finding("error", f"socket {name}", f"the socket {path} (-chardev) is not yours to connect to", fix)
 
 
-def _absent(about: str, text: str, fix: str | None, *, may_come: bool) -> Finding:
+def absent(about: str, text: str, fix: str | None, *, may_come: bool) -> Finding:
     """Not there. Whether before_start makes it is only known when it has run; it makes no folder called ~ or $HOME."""
     if may_come:
         return Finding("note", about, text, "before_start may make it", may_come=True)

@@ -225,7 +225,7 @@ def old_systemd(system: str) -> Iterator[Finding]:
 
 def qemus(tree: Tree) -> Iterator[Finding]:
     """The QEMU programs in PATH."""
-    found: dict[str, str] = {}
+    found: dict[str, str] = {}  # the first of each name
     for folder in os.get_exec_path():
         for name in tree.names(folder):
             path = f"{folder.rstrip('/')}/{name}"
@@ -238,7 +238,8 @@ def qemus(tree: Tree) -> Iterator[Finding]:
     names = sorted(found)
     here = [name for name in names if name.endswith(os.uname().machine)] or names
     said = versions.qemu(found[here[0]], os.environ, Path("/"))
-    more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+    others = {tree.target(path) for path in found.values()} - {tree.target(found[here[0]])}
+    more = f", and {len(others)} more" if others else ""
     yield Finding("ok", _QEMU, f"{found[here[0]]}: {said or 'of unknown version'}{more}")
 
 

@@ -161,7 +161,9 @@ class _Vm:
             yield Finding("error", "folder", text, fix)
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
-            yield Finding("error", "binary", *absence.qemu(name, self._env))
+            text, fix = absence.qemu(name, self._env)
+            may_come = "/" in name and self._definition.before_start and not unexpanded.hint(name)
+            yield files.absent("binary", text, fix, may_come=bool(may_come))
             return
         said = versions.qemu(path, self._env, self._where_it_runs())
         self.qemu = f"{said or 'of unknown version'}, {path}"
