@@ -172,6 +172,32 @@ def test_throttled_disks(host: Host) -> None:
     assert {node["node-name"] for node in inserted if node["drv"] == "throttle"} == {"throttled-vda", "throttled-sdb"}
 
 
+IOTUNE = "<iotune><total_iops_sec>1000</total_iops_sec></iotune>"
+
+
+def test_a_throttled_disk_frees_what_its_guest_frees(host: Host) -> None:
+    disk = host.folder / "disk,1.img"
+    disk.write_bytes(bytes(1 << 20))
+    unmap = host.xml("cache='unsafe'/>", f"cache='unsafe' discard='unmap'/>{IOTUNE}")
+    before = disk.stat().st_blocks
+    assert before > 0
+    with tempfile.TemporaryDirectory() as ground:
+        vm = host.imported(unmap)
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        freeing = {"command-line": 'qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend "discard -q 0 1M"'}
+        answers(argv, {"execute": "human-monitor-command", "arguments": freeing})
+    assert disk.stat().st_blocks < before
+
+
+def test_a_throttled_disk_that_may_only_be_read(host: Host) -> None:
+    vm = host.imported(host.xml("cache='unsafe'/>", f"cache='unsafe'/><readonly/>{IOTUNE}"))
+    with tempfile.TemporaryDirectory() as ground:
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        (blocks,) = answers(argv, {"execute": "query-block"})
+    inserted = [block["inserted"] for block in blocks if "inserted" in block]
+    assert [node["ro"] for node in inserted if node["drv"] == "throttle"] == [True]
+
+
 def test_a_memory_device_with_pages_of_its_own(host: Host) -> None:
     """What virsh refuses where hugetlbfs is not mounted for it."""
     device = (
