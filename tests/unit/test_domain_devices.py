@@ -343,6 +343,15 @@ def test_virsh_is_shown_overrides_by_its_own_ids() -> None:
     assert shown.find(f"{domainxml.QEMU_NAMESPACE}override/*").get("alias") == "hostdev0"  # type: ignore[union-attr]
 
 
+def test_virsh_is_not_shown_overrides_of_what_is_kept_from_it() -> None:
+    """By its own count hostdev0 is the PCI device, which is hostdev2 to libvirt."""
+    overrides = "".join(override(alias, "x", "bool", "true") for alias in ("hostdev0", "hostdev1", "net0", "ua-own"))
+    root = domain(f"<devices>{USB_FIRST}<hostdev type='pci'><alias name='ua-own'/></hostdev></devices>{overrides}")
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
+    found = shown.iterfind(f"{domainxml.QEMU_NAMESPACE}override/{domainxml.QEMU_NAMESPACE}device")
+    assert [device.get("alias") for device in found] == ["ua-own"]
+
+
 @pytest.mark.parametrize(
     ("said", "device"),
     [
