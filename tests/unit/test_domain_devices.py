@@ -235,12 +235,15 @@ def test_a_function_of_a_card() -> None:
     assert "libvirt binds it to vfio-pci" in text
 
 
+DISK = "<disk><target dev='vda' bus='virtio'/>{}</disk>"
+
+
 @pytest.mark.parametrize(
     ("devices", "first", "turns"),
     [
         # What virsh sees has no turn of its own, so it gives the first disk one; libvirt sees the interface too.
-        ("<interface type='user'><boot order='1'/></interface>", "", ["rtl8139 1"]),
-        ("<disk><boot order='2'/></disk><interface type='user'><boot order='1'/></interface>", "",
+        (DISK.format("") + "<interface type='user'><boot order='1'/></interface>", "", ["rtl8139 1"]),
+        (DISK.format("<boot order='2'/>") + "<interface type='user'><boot order='1'/></interface>", "",
          ["virtio-blk-pci 1", "rtl8139 1"]),
         ("<interface type='user'/>", "", ["virtio-blk-pci 1"]),
         ("<interface type='user'/><interface type='user'/>", "<boot dev='hd'/><boot dev='network'/>",
@@ -252,6 +255,52 @@ def test_whose_turn_it_is_at_the_boot(devices: str, first: str, turns: list[str]
     argv = cmdline.qemu_argv(read(definition_of(f"<os><type>hvm</type>{first}</os><devices>{devices}</devices>", line)))
     found = [word.split(",bootindex=") for word in argv if "bootindex=" in word]
     assert [f"{device.partition(',')[0]} {turn.partition(',')[0]}" for device, turn in found] == turns
+
+
+def override(alias: str, name: str, kind: str, value: str = "") -> str:
+    """It goes into the domain, behind the devices."""
+    said = f"<qemu:frontend><qemu:property name='{name}' type='{kind}' value='{value}'/></qemu:frontend>"
+    return f"<qemu:override><qemu:device alias='{alias}'>{said}</qemu:device></qemu:override>"
+
+
+BOOTS_FIRST = "<interface type='user'><boot order='1'/></interface>"
+
+
+def disk(target: str, kind: str = "disk") -> str:
+    return f"<disk device='{kind}'><target dev='{target}' bus='virtio'/></disk>"
+
+
+@pytest.mark.parametrize(
+    ("inside", "printed", "turns"),
+    [
+        # Only a disk's turn is virsh's own idea; that of a <qemu:arg> is the user's.
+        (disk("vda"), {"d,id=virtio-disk0": 1, "nvme,id=mine": 2}, {"nvme,id=mine": "2"}),
+        (disk("vda"), {"d,id=virtio-disk0": 1, "nvme,id=mine": 1}, {"nvme,id=mine": "1"}),
+        (disk("vda"), {"d,id=virtio-disk0": 2}, {"d,id=virtio-disk0": "2"}),
+        (disk("vda", "cdrom"), {"d,id=virtio-disk0": 1}, {"d,id=virtio-disk0": "1"}),
+        (disk("vda", "lun"), {"d,id=virtio-disk0": 1}, {}),
+        ("<disk><target dev='vda'/></disk>", {"d,id=virtio-disk0": 1}, {}),
+        # libvirt sorts them by their targets.
+        (disk("vdb") + disk("vda"), {"d,id=virtio-disk0": 1, "d,id=virtio-disk1": 3}, {"d,id=virtio-disk1": "3"}),
+    ],
+)
+def test_only_the_turn_is_taken_back_that_virsh_gives_a_disk(
+    inside: str, printed: dict[str, int], turns: dict[str, str]
+) -> None:
+    line = LINE + "".join(f" -device {device},bootindex={turn}" for device, turn in printed.items())
+    argv = cmdline.qemu_argv(read(definition_of(f"<devices>{inside}{BOOTS_FIRST}</devices>", line)))
+    found = dict(word.split(",bootindex=") for word in argv if ",bootindex=" in word)
+    assert found == turns | {"rtl8139,netdev=hostnet0,id=net0": "1"}
+
+
+@pytest.mark.parametrize(("said", "count"), [("", 0), (override("virtio-disk0", "bootindex", "unsigned", "1"), 1)])
+@pytest.mark.parametrize("more", ["", ',"iothread-vq-mapping":[{"iothread":"a"}]'])  # which stays JSON
+def test_a_turn_that_the_user_gives_a_disk(said: str, count: int, more: str) -> None:
+    device = f'{{"driver":"virtio-blk-pci","id":"virtio-disk0","bootindex":1{more}}}'
+    line = f"{LINE} -device '{device}'"
+    text = definition_of(f"<devices>{disk('vda')}{BOOTS_FIRST}</devices>{said}", line)
+    (found,) = [word for word in cmdline.qemu_argv(read(text)) if "virtio-blk-pci" in word]
+    assert found.count("bootindex") == count
 
 
 @pytest.mark.parametrize(
@@ -316,12 +365,6 @@ USB_FIRST = (
     "<hostdev type='usb'><source><vendor id='1'/></source></hostdev><hostdev type='pci'/>"
     "<interface type='hostdev'><source><address type='pci' bus='7'/></source></interface><interface type='user'/>"
 )
-
-
-def override(alias: str, name: str, kind: str, value: str = "") -> str:
-    """It goes into the domain, behind the devices."""
-    said = f"<qemu:frontend><qemu:property name='{name}' type='{kind}' value='{value}'/></qemu:frontend>"
-    return f"<qemu:override><qemu:device alias='{alias}'>{said}</qemu:device></qemu:override>"
 
 
 def test_ids_are_those_of_libvirt() -> None:

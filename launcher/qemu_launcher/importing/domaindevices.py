@@ -11,8 +11,10 @@ from ..options import Property
 from . import domainplaces
 from .domainaliases import aliases, overridden, shown
 from .domainnetwork import interface
-from .domainplaces import attribute, safe
+from .domainplaces import attribute, disk_ids, safe
+from .domainxml import QEMU_NAMESPACE
 from .drafting import Option
+from .members import member, without_member
 
 
 def is_replaced(element: ET.Element) -> bool:
@@ -54,18 +56,27 @@ def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Opti
 
 
 def without_default_boot(options: Sequence[Option], root: ET.Element) -> list[Option]:
-    """The options that virsh has printed: it boots from the disk by default, where it sees no device with a turn."""
+    """The options that virsh has printed: it boots from a disk by default, where it sees no device with a turn.
+
+    The first disk, as libvirt sorts them: that is one of these. All other turns are the user's own.
+    """
     turns = [is_replaced(element) for element in root.iterfind("devices/*") if element.find("boot") is not None]
     if not turns or not all(turns):
         return list(options)
-    return [_without_turn(option) if option.bare_name == "device" else option for option in options]
+    disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
+    ids = {ident for disk in disks for ident in disk_ids(disk)} - set(_with_own_turn(root))
+    return [without_member(option, "bootindex") if _is_first(option, ids) else option for option in options]
 
 
-def _without_turn(option: Option) -> Option:
-    if not isinstance(option.value, tuple):
-        return option
-    rest = (e for e in option.value if not (isinstance(e, Property) and e.name == "bootindex"))
-    return option._replace(value=tuple(rest))
+def _is_first(option: Option, ids: set[str]) -> bool:
+    return option.bare_name == "device" and member(option, "bootindex") == "1" and member(option, "id") in ids
+
+
+def _with_own_turn(root: ET.Element) -> Iterator[str]:
+    """The ids of devices that <qemu:override> gives a turn."""
+    for device in root.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
+        if device.find(f"{QEMU_NAMESPACE}frontend/{QEMU_NAMESPACE}property[@name='bootindex']") is not None:
+            yield device.get("alias", "")
 
 
 def ids_shown(root: ET.Element) -> dict[str, str]:

@@ -26,6 +26,14 @@ def with_member(option: Option, name: str, value: str) -> Option:
     return option._replace(value=tuple(elements))
 
 
+def without_member(option: Option, name: str) -> Option:
+    if isinstance(option.value, str):
+        return option._replace(
+            value=json.dumps({own: value for own, value in _json(option.value).items() if own != name})
+        )
+    return option._replace(value=tuple(element for element in option.value or () if not _is(element, name)))
+
+
 def _is(element: str | Property, name: str) -> bool:
     return isinstance(element, Property) and element.name == name
 
