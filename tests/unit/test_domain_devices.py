@@ -411,6 +411,32 @@ def test_overrides_of_what_virsh_has_not_seen(said: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("queues", "netdev", "card"),
+    [
+        ("1", "", ""),
+        ("2", ",queues=2", ",mq=on,vectors=6"),
+        ("0", "", ""),
+        ("9" * 5000, "", ""),
+        ("\N{ARABIC-INDIC DIGIT FOUR}", "", ""),
+        ("x", "", ""),
+    ],
+)
+def test_queues_of_vhost_user(queues: str, netdev: str, card: str) -> None:
+    driver = f"<driver queues='{queues}'/>"
+    argv = replaced(f"<interface type='vhostuser'><source type='unix' path='/s'/>{driver}</interface>")
+    assert argv[3] == f"vhost-user,chardev=charnet0{netdev},id=hostnet0"
+    assert argv[5] == f"virtio-net-pci,netdev=hostnet0,id=net0{card}"
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "-1", "256", "zz", ""])
+@pytest.mark.parametrize("name", ["bus", "slot", "function"])
+def test_places_that_pci_does_not_have(name: str, number: str) -> None:
+    address = f"<address type='pci' {name}='{number}'/>"
+    argv = replaced(f"<interface type='hostdev'><source>{address}</source>{address}</interface>")
+    assert argv == ["-device", "vfio-pci,host=0000:00:00.0,id=hostdev0"]
+
+
+@pytest.mark.parametrize(
     ("inside", "names"),
     [
         ("<driver name='vhost' queues='4'/>", "driver queues"),

@@ -96,8 +96,8 @@ def _vhost_user(element: ET.Element, ident: str, alias: str) -> Iterator[Option]
     char = [Property("id", f"char{alias}"), Property("path", path)] + [Property("server", "on")] * is_server
     wait = safe(attribute(element, "source/reconnect[@enabled='yes']", "timeout"))
     yield Option("chardev", ("socket", *char, *([Property("reconnect", wait)] if wait else [])))
-    queues = safe(attribute(element, "driver", "queues"))
-    more = [Property("queues", queues)] if queues else []
+    queues = domaincard.queues(element)
+    more = [Property("queues", str(queues))] if queues > 1 else []
     yield Option("netdev", ("vhost-user", Property("chardev", f"char{alias}"), *more, Property("id", ident)))
 
 
