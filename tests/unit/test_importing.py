@@ -215,6 +215,8 @@ def test_no_option_is_both() -> None:
         ),
         (["nix-shell", "-p", "qemu", "--run", f"{QEMU} -m 2G"], f"'{QEMU} -m 2G' is one word here"),
         (["su", "kvm", "-c", "/usr/bin/kvm -S"], "'su' is a shell, and not QEMU"),
+        (["mywrap", "-m", "2G", "--run", f"{QEMU} -S"], f"'{QEMU} -S' is one word here"),
+        (["name", f"{QEMU} -S"], f"'{QEMU} -S' is one word here"),
         (["ssh", "host", f"exec {QEMU} -S"], f"'exec {QEMU} -S' is one word here"),
         ([QEMU, "-m 64M"], "'-m 64M' is one word here, and no option of QEMU's has a space in it"),
         ([QEMU, "-S", "-m 64M"], "'-m 64M' is one word here"),
@@ -278,6 +280,11 @@ def test_cset_has_its_counterpart() -> None:
     with pytest.raises(UsageError) as caught:
         imported("cset", "proc", "-s", "x", "-e", QEMU)
     assert caught.value.hint == "leave it out: vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+
+
+@pytest.mark.parametrize("words", [["-name", "test kvm - debian"], ["-append", "root=/dev/vda init=/x kvm -s"]])
+def test_a_value_of_a_wrapper_s_may_read_like_qemu(words: list[str]) -> None:
+    assert cmdline.qemu_argv(read(imported("mywrap", *words, "-m", "512"))) == ["mywrap", *words, "-m", "512"]
 
 
 def test_kvm_is_an_accelerator_too() -> None:
