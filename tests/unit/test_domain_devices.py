@@ -428,6 +428,35 @@ def test_queues_of_vhost_user(queues: str, netdev: str, card: str) -> None:
     assert argv[5] == f"virtio-net-pci,netdev=hostnet0,id=net0{card}"
 
 
+@pytest.mark.parametrize(
+    ("ip", "netdev"),
+    [
+        ("<ip address='fec0::' prefix='64'/>", ",ipv6-prefix=fec0::,ipv6-prefixlen=64"),
+        ("<ip address='fec0::'/>", ",ipv6-prefix=fec0::"),
+        ("<ip address='10.0.0.0'/>", ",net=10.0.0.0"),
+        ("<ip/>", ""),
+        ("<ip family='ipv6' prefix='64'/>", ""),
+    ],
+)
+def test_addresses_of_the_guest(ip: str, netdev: str) -> None:
+    """Which family it is, can be seen where the XML does not say it."""
+    assert replaced(f"<interface type='user'>{ip}</interface>")[1] == f"user,id=hostnet0{netdev}"
+
+
+@pytest.mark.parametrize("kind", ["mcast", "udp", "client", "server"])
+@pytest.mark.parametrize("source", ["", "<source address='1.2.3.4'/>", "<source port='a b'/>"])
+def test_sockets_without_an_address(kind: str, source: str) -> None:
+    xml = f"<interface type='{kind}'>{source}</interface>"
+    assert replaced(xml)[1] == "user,id=hostnet0"
+    assert f"In libvirt: {kind}" in comments_on(xml)
+
+
+def test_a_socket_with_half_an_address() -> None:
+    assert replaced("<interface type='mcast'><source port='5'/></interface>")[1] == "user,id=hostnet0"
+    source = "<source address='127.0.0.1' port='5'><local port='6'/></source>"
+    assert replaced(f"<interface type='udp'>{source}</interface>")[1] == "socket,id=hostnet0,udp=127.0.0.1:5"
+
+
 @pytest.mark.parametrize("number", ["0x" + "f" * 5000, "-1", "256", "zz", ""])
 @pytest.mark.parametrize("name", ["bus", "slot", "function"])
 def test_places_that_pci_does_not_have(name: str, number: str) -> None:
