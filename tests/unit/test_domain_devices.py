@@ -411,6 +411,21 @@ def test_overrides_of_what_virsh_has_not_seen(said: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "ident"),
+    [
+        ("ua-My_card-1", "ua-My_card-1"),
+        ("ua-a b,c", "net0"),
+        ("ua-", "net0"),
+        ("ua-\N{ARABIC-INDIC DIGIT FOUR}", "net0"),
+    ],
+)
+def test_only_ids_that_libvirt_takes_are_the_user_s(name: str, ident: str) -> None:
+    argv = replaced(f"<interface type='user'><alias name='{name}'/></interface><interface type='user'/>")
+    assert argv[3] == f"rtl8139,netdev=host{ident},id={ident}"
+    assert argv[7].endswith(",id=net1" if ident == "net0" else ",id=net0")
+
+
+@pytest.mark.parametrize(
     ("queues", "netdev", "card"),
     [
         ("1", "", ""),

@@ -110,10 +110,10 @@ def test_one_budget_for_a_group() -> None:
 
 def test_groups_with_names_that_qemu_has_not() -> None:
     odd = "<disk><target dev='{}' bus='virtio'/><iotune><group_name>{}</group_name></iotune></disk>"
-    disks = odd.format("vda", "a b") + odd.format("vdb", "1/2") + odd.format("vdc", " a b")
-    found = throttled(disks, *(device(f"virtio-disk{index}") for index in range(3)))
+    disks = odd.format("vda", "a b") + odd.format("vdb", "1/2") + odd.format("vdc", " a b") + odd.format("vdd", ".1")
+    found = throttled(disks, *(device(f"virtio-disk{index}") for index in range(4)))
     groups = [word.partition("throttle-group=")[2].partition(",")[0] for word in found if "throttle-group=" in word]
-    assert groups == ["throttle-group-.1", "throttle-group-.2", "throttle-group-.1"]
+    assert groups == ["throttle-group-.1", "throttle-group-.2", "throttle-group-.1", "throttle-group-.3"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,7 @@ def test_groups_with_names_that_qemu_has_not() -> None:
         ("sdi", "scsi", "", "scsi1-0-1"),  # lsilogic has no targets
         ("sda", "scsi", "<address type='drive' controller='1' bus='0' target='3' unit='2'/>", "scsi1-0-3-2"),
         ("vda", "virtio", "<alias name='ua-mine'/>", "ua-mine"),
+        ("vda", "virtio", "<alias name='ua-a b,c'/>", "virtio-disk0"),  # libvirt takes no notice of it
         ("vda", "virtio", "<alias name='virtio-disk7'/>", "virtio-disk0"),  # of a run; not the XML's to say
     ],
 )

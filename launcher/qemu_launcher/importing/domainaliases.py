@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..options import Property
-from .domainplaces import attribute
+from .domainplaces import own_alias
 from .domainxml import QEMU_NAMESPACE
 from .drafting import Option
 
@@ -25,8 +25,7 @@ def aliases(root: ET.Element) -> dict[ET.Element, str]:
 def _numbered(prefix: str, elements: Iterable[ET.Element]) -> Iterator[tuple[ET.Element, str]]:
     number = 0
     for element in elements:
-        own = attribute(element, "alias", "name")
-        if own.startswith("ua-"):
+        if own := own_alias(element):
             yield element, own
         else:
             yield element, f"{prefix}{number}"

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from ..options import Property
 
 _SAFE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_OWN_ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
 _PCI = {"domain": 1 << 32, "bus": 256, "slot": 32, "function": 8}  # how many there are; a domain is Linux's number
 
 
@@ -18,6 +19,12 @@ def attribute(element: ET.Element | None, path: str, name: str) -> str:
 def safe(text: str, default: str = "") -> str:
     """`text` if it is a plain word, as nearly all attributes are."""
     return text if _SAFE.fullmatch(text) else default
+
+
+def own_alias(element: ET.Element) -> str:
+    """The id that the user has given to it; '' if libvirt chooses one, as it does in place of odd ones."""
+    name = attribute(element, "alias", "name")
+    return name if _OWN_ALIAS.fullmatch(name) else ""
 
 
 def boot(element: ET.Element) -> list[Property]:
@@ -85,7 +92,7 @@ def usb(address: ET.Element | None) -> list[Property]:
 
 def disk_ids(disk: ET.Element) -> list[str]:
     """The ids, one of which libvirt gives to the device of this disk (qemuAssignDeviceDiskAlias, qemu_alias.c)."""
-    if (own := attribute(disk, "alias", "name")).startswith("ua-"):
+    if own := own_alias(disk):
         return [own]
     index = _disk_index(attribute(disk, "target", "dev"))
     bus = attribute(disk, "target", "bus") or _BUSES.get(attribute(disk, "target", "dev")[:2], "")

@@ -24,7 +24,7 @@ _LIMITS = {  # QEMU's ThrottleLimits, by libvirt's element
     for what in ("total", "read", "write")
     for end in ("", "_max", "_max_length")
 } | {"size_iops_sec": "iops-size"}
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _TARGET = re.compile("[a-z]{1,16}")  # vda; and QEMU's names of nodes are short
 
 
@@ -90,7 +90,7 @@ def _target(disk: ET.Element) -> str:
 
 
 def _budgets(disks: Sequence[ET.Element]) -> Iterator[_Budget | None]:
-    others: list[str] = []  # groups with names that QEMU has not
+    others: dict[str, int] = {}  # groups with names that QEMU has not, or that these get: .1
     shared: dict[str, dict[str, int]] = {}  # a member may have nothing but the name
     for disk in disks:
         shared[_group_name(disk)] = shared.get(_group_name(disk)) or _limits(disk)
@@ -98,8 +98,7 @@ def _budgets(disks: Sequence[ET.Element]) -> Iterator[_Budget | None]:
         name, group = _target(disk), _group_name(disk)
         limits = shared[group] if group else _limits(disk)
         if group and not _NAME.fullmatch(group):
-            others += [group] if group not in others else []
-            group = f".{others.index(group) + 1}"
+            group = f".{others.setdefault(group, len(others) + 1)}"
         ident = f"throttle-group-{group}" if group else f"throttle-{name}"
         yield _Budget(ident, limits, f"throttled-{name}", disk.find("readonly") is not None) if name else None
 
