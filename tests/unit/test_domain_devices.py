@@ -426,6 +426,19 @@ def test_only_ids_that_libvirt_takes_are_the_user_s(name: str, ident: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("arch", "model", "driver"),
+    [("x86_64", "tpm-tis", "tpm-tis"), ("aarch64", "tpm-tis", "tpm-tis-device"), ("aarch64", "tpm-crb", "tpm-crb")],
+)
+@pytest.mark.parametrize("ident", ["tpm0", "ua-t"])
+def test_the_host_s_tpm(arch: str, model: str, driver: str, ident: str) -> None:
+    tpm = f"<tpm model='{model}'><backend type='passthrough'/><alias name='{ident}'/></tpm>"
+    root = domain(f"<os><type arch='{arch}'>hvm</type></os><devices>{tpm}</devices>")
+    argv = [w for o in domaindevices.replacements(root) for w in cmdline.option_argv(command_line.as_read(o))]
+    assert argv[1] == f"passthrough,id=tpm-{ident},path=/dev/tpm0"
+    assert argv[3] == f"{driver},tpmdev=tpm-{ident},id={ident}"
+
+
+@pytest.mark.parametrize(
     ("queues", "netdev", "card"),
     [
         ("1", "", ""),
