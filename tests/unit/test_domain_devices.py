@@ -1,5 +1,7 @@
 """libvirt's XML: the devices that virsh is not shown, QEMU's for them, and what is said about any."""
 
+import time
+
 import pytest
 
 from qemu_launcher import cmdline
@@ -491,6 +493,29 @@ def test_places_that_pci_does_not_have(name: str, number: str) -> None:
     address = f"<address type='pci' {name}='{number}'/>"
     argv = replaced(f"<interface type='hostdev'><source>{address}</source>{address}</interface>")
     assert argv == ["-device", "vfio-pci,host=0000:00:00.0,id=hostdev0"]
+
+
+def test_all_overrides_of_a_device_count() -> None:
+    card = "<interface type='user'/><interface type='user'><alias name='ua-b'/></interface>"
+    said = (
+        override("net0", "x", "string", "1")
+        + override("ua-b", "y", "string", "2")
+        + override("net0", "z", "bool", "true")
+    )
+    argv = cmdline.qemu_argv(read(definition_of(f"<devices>{card}</devices>{said}")))
+    assert [word.partition(",id=")[2] for word in argv if word.startswith("rtl8139")] == ["net0,x=1,z=on", "ua-b,y=2"]
+
+
+def test_thousands_of_devices_and_overrides() -> None:
+    """Each is looked at once, and not all overrides for each device."""
+    count = 5000
+    usb = "<hostdev type='usb'><source><vendor id='1'/></source></hostdev><hostdev type='pci'/>" * count
+    said = "".join(f"<qemu:device alias='hostdev{index}'/>" for index in range(2 * count))
+    root = domain(f"<devices>{usb}</devices><qemu:override>{said}</qemu:override>")
+    before = time.process_time()
+    domainshown.prepared(root)
+    assert sum(1 for _option in domaindevices.replacements(root)) == count
+    assert time.process_time() - before < 3
 
 
 @pytest.mark.parametrize(

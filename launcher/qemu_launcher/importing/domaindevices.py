@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from ..options import Property
 from . import domainplaces, domaintpm
-from .domainaliases import aliases, overridden, shown
+from .domainaliases import aliases, overridden, overrides, shown
 from .domainnetwork import interface
 from .domainplaces import attribute, disk_ids, safe
-from .domainxml import QEMU_NAMESPACE
 from .drafting import Option
 from .members import member, without_member
 
@@ -33,9 +32,9 @@ def is_replaced(element: ET.Element) -> bool:
 
 def replacements(root: ET.Element) -> Iterator[Option]:
     """QEMU's options for what virsh is not shown, with what there is to choose."""
-    ids = aliases(root)
-    for option in _replacements(root, ids):
-        yield overridden(option, root)
+    said = overrides(root)
+    for option in _replacements(root, aliases(root)):
+        yield overridden(option, said)
 
 
 def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Option]:
@@ -64,19 +63,14 @@ def without_default_boot(options: Sequence[Option], root: ET.Element) -> list[Op
     if not turns or not all(turns):
         return list(options)
     disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
-    ids = {ident for disk in disks for ident in disk_ids(disk)} - set(_with_own_turn(root))
+    said = overrides(root).items()
+    told = {ident for ident, properties in said if any(element.get("name") == "bootindex" for element in properties)}
+    ids = {ident for disk in disks for ident in disk_ids(disk)} - told
     return [without_member(option, "bootindex") if _is_first(option, ids) else option for option in options]
 
 
 def _is_first(option: Option, ids: set[str]) -> bool:
     return option.bare_name == "device" and member(option, "bootindex") == "1" and member(option, "id") in ids
-
-
-def _with_own_turn(root: ET.Element) -> Iterator[str]:
-    """The ids of devices that <qemu:override> gives a turn."""
-    for device in root.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
-        if device.find(f"{QEMU_NAMESPACE}frontend/{QEMU_NAMESPACE}property[@name='bootindex']") is not None:
-            yield device.get("alias", "")
 
 
 def ids_shown(root: ET.Element) -> dict[str, str]:
