@@ -613,7 +613,6 @@ def test_output_file(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("foo", "a definition's file ends in .yml, and '{}' does not\n    write -o {}.yml\n"),
-        ("a b", "a definition's file ends in .yml, and '{}' does not\n    write -o '{}.yml'\n"),
         ("my vm2.yml", "'{}' gives 'my vm2', which is no name for a VM\n    use letters, digits, - and _, beginning "),
         (".yml", "'{}' gives '', which is no name for a VM\n"),
     ],
@@ -633,6 +632,9 @@ def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> N
         ("{}", "{}/NAME.yml"),
         ("{}/", "{}/NAME.yml"),
         ("", "NAME.yml"),
+        ("{}/.yaml", "{}/NAME.yml"),  # what is hinted at is not to be refused in turn
+        ("{}/a b", "{}/NAME.yml"),
+        ("{}/no/", "{}/no/NAME.yml"),
     ],
 )
 def test_output_of_another_ending(tmp_path: Path, output: str, better: str) -> None:
@@ -670,7 +672,11 @@ WITHOUT_SHELL = "give the command line that the shell is to run, without the she
             "'win11.yml' is a definition by its name, and not QEMU",
             "to start it: qemu-launcher win11.yml; to write it: qemu-launcher import -o win11.yml -- QEMU...",
         ),
-        (["./x.yaml", "-S"], "'./x.yaml' is a definition by its name, and not QEMU", None),
+        (
+            ["./x.yaml", "-S"],
+            "'./x.yaml' is a definition by its name, and not QEMU",
+            "to start it: qemu-launcher ./x.yaml; to write it: qemu-launcher import -o ./x.yml -- QEMU...",
+        ),
     ],
 )
 def test_what_is_not_qemu(words: list[str], message: str, hint: str | None) -> None:
