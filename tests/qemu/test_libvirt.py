@@ -340,6 +340,35 @@ def test_a_card_with_all_that_libvirt_can_say_of_it(host: Host) -> None:
         assert said in found
 
 
+def test_overrides_and_turns_at_the_boot(host: Host) -> None:
+    """virsh sorts the disks, gives the first its turn, and counts the PCI device as hostdev0, libvirt's USB."""
+    shutil.copy(host.folder / "disk,1.img", host.folder / "disk2.img")
+    second = (
+        f"<disk type='file'><driver name='qemu' type='raw'/><source file='{host.folder}/disk2.img'/>"
+        "<target dev='vdb' bus='virtio'/></disk>"
+    )
+    path = host.xml("<!-- HOSTDEV -->", VFIO)
+    said = (
+        "<qemu:device alias='{}'><qemu:frontend>"
+        "<qemu:property name='{}' type='{}' value='{}'/></qemu:frontend></qemu:device>"
+    )
+    overrides = (
+        said.format("hostdev0", "guest-reset", "bool", "false")
+        + said.format("hostdev1", "x-vga", "bool", "true")
+        + said.format("virtio-disk1", "bootindex", "unsigned", "7")
+    )
+    text = path.read_text(encoding="utf-8").replace("</emulator>", f"</emulator>{second}")
+    path.write_text(text.replace("</domain>", f"<qemu:override>{overrides}</qemu:override></domain>"), encoding="utf-8")
+    words = cmdline.qemu_argv(host.imported(path))
+    devices = {word.partition(",id=")[2].partition(",")[0]: word for word in words if ",id=" in word}
+    assert "x-vga=on" in devices["hostdev1"]
+    assert "guest-reset" not in devices["hostdev1"]
+    assert "guest-reset=off" in devices["hostdev0"]
+    turns = [word.partition("bootindex=")[2].partition(",")[0] for word in words if "bootindex=" in word]
+    assert sorted(turns) == ["2", "7"]
+    assert "bootindex=7" in devices["virtio-disk1"]
+
+
 def test_the_definition_starts(host: Host) -> None:
     """All of it, the replaced network too; only the agent's socket must be where there is a folder."""
     vm = host.imported(host.xml("<locked/>", ""))
