@@ -49,7 +49,8 @@ def by_name(words: Sequence[str]) -> UsageError | None:
         hint = f"of a VM of libvirt's: {PROGRAM} import --libvirt {file}"
         return UsageError(f"{quoted} is XML by its name, and not QEMU", hint)
     if name.endswith((".yml", ".yaml")):
-        hint = f"to start it: {PROGRAM} {file}; to write it: {PROGRAM} import -o {file} -- QEMU..."
+        output = shlex.quote(re.sub(r"\.yaml\Z", ".yml", path))  # the one ending that import writes
+        hint = f"to start it: {PROGRAM} {file}; to write it: {PROGRAM} import -o {output} -- QEMU..."
         return UsageError(f"{quoted} is a definition by its name, and not QEMU", hint)
     return None
 

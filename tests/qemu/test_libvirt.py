@@ -172,6 +172,32 @@ def test_throttled_disks(host: Host) -> None:
     assert {node["node-name"] for node in inserted if node["drv"] == "throttle"} == {"throttled-vda", "throttled-sdb"}
 
 
+IOTUNE = "<iotune><total_iops_sec>1000</total_iops_sec></iotune>"
+
+
+def test_a_throttled_disk_frees_what_its_guest_frees(host: Host) -> None:
+    disk = host.folder / "disk,1.img"
+    disk.write_bytes(bytes(1 << 20))
+    unmap = host.xml("cache='unsafe'/>", f"cache='unsafe' discard='unmap'/>{IOTUNE}")
+    before = disk.stat().st_blocks
+    assert before > 0
+    with tempfile.TemporaryDirectory() as ground:
+        vm = host.imported(unmap)
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        freeing = {"command-line": 'qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend "discard -q 0 1M"'}
+        answers(argv, {"execute": "human-monitor-command", "arguments": freeing})
+    assert disk.stat().st_blocks < before
+
+
+def test_a_throttled_disk_that_may_only_be_read(host: Host) -> None:
+    vm = host.imported(host.xml("cache='unsafe'/>", f"cache='unsafe'/><readonly/>{IOTUNE}"))
+    with tempfile.TemporaryDirectory() as ground:
+        argv = [vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)]
+        (blocks,) = answers(argv, {"execute": "query-block"})
+    inserted = [block["inserted"] for block in blocks if "inserted" in block]
+    assert [node["ro"] for node in inserted if node["drv"] == "throttle"] == [True]
+
+
 def test_a_memory_device_with_pages_of_its_own(host: Host) -> None:
     """What virsh refuses where hugetlbfs is not mounted for it."""
     device = (
@@ -312,6 +338,35 @@ def test_a_card_with_all_that_libvirt_can_say_of_it(host: Host) -> None:
         found = tree([vm.binary, *elsewhere(cmdline.qemu_argv(vm)[1:], str(host.folder / "own"), ground)])
     for said in ("rx_queue_size = 512", "page-per-vq = true", "failover = true", 'mac = "52:54:00:00:00:99"'):
         assert said in found
+
+
+def test_overrides_and_turns_at_the_boot(host: Host) -> None:
+    """virsh sorts the disks, gives the first its turn, and counts the PCI device as hostdev0, libvirt's USB."""
+    shutil.copy(host.folder / "disk,1.img", host.folder / "disk2.img")
+    second = (
+        f"<disk type='file'><driver name='qemu' type='raw'/><source file='{host.folder}/disk2.img'/>"
+        "<target dev='vdb' bus='virtio'/></disk>"
+    )
+    path = host.xml("<!-- HOSTDEV -->", VFIO)
+    said = (
+        "<qemu:device alias='{}'><qemu:frontend>"
+        "<qemu:property name='{}' type='{}' value='{}'/></qemu:frontend></qemu:device>"
+    )
+    overrides = (
+        said.format("hostdev0", "guest-reset", "bool", "false")
+        + said.format("hostdev1", "x-vga", "bool", "true")
+        + said.format("virtio-disk1", "bootindex", "unsigned", "7")
+    )
+    text = path.read_text(encoding="utf-8").replace("</emulator>", f"</emulator>{second}")
+    path.write_text(text.replace("</domain>", f"<qemu:override>{overrides}</qemu:override></domain>"), encoding="utf-8")
+    words = cmdline.qemu_argv(host.imported(path))
+    devices = {word.partition(",id=")[2].partition(",")[0]: word for word in words if ",id=" in word}
+    assert "x-vga=on" in devices["hostdev1"]
+    assert "guest-reset" not in devices["hostdev1"]
+    assert "guest-reset=off" in devices["hostdev0"]
+    turns = [word.partition("bootindex=")[2].partition(",")[0] for word in words if "bootindex=" in word]
+    assert sorted(turns) == ["2", "7"]
+    assert "bootindex=7" in devices["virtio-disk1"]
 
 
 def test_the_definition_starts(host: Host) -> None:

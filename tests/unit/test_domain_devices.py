@@ -1,5 +1,7 @@
 """libvirt's XML: the devices that virsh is not shown, QEMU's for them, and what is said about any."""
 
+import time
+
 import pytest
 
 from qemu_launcher import cmdline
@@ -235,12 +237,15 @@ def test_a_function_of_a_card() -> None:
     assert "libvirt binds it to vfio-pci" in text
 
 
+DISK = "<disk><target dev='vda' bus='virtio'/>{}</disk>"
+
+
 @pytest.mark.parametrize(
     ("devices", "first", "turns"),
     [
         # What virsh sees has no turn of its own, so it gives the first disk one; libvirt sees the interface too.
-        ("<interface type='user'><boot order='1'/></interface>", "", ["rtl8139 1"]),
-        ("<disk><boot order='2'/></disk><interface type='user'><boot order='1'/></interface>", "",
+        (DISK.format("") + "<interface type='user'><boot order='1'/></interface>", "", ["rtl8139 1"]),
+        (DISK.format("<boot order='2'/>") + "<interface type='user'><boot order='1'/></interface>", "",
          ["virtio-blk-pci 1", "rtl8139 1"]),
         ("<interface type='user'/>", "", ["virtio-blk-pci 1"]),
         ("<interface type='user'/><interface type='user'/>", "<boot dev='hd'/><boot dev='network'/>",
@@ -252,6 +257,52 @@ def test_whose_turn_it_is_at_the_boot(devices: str, first: str, turns: list[str]
     argv = cmdline.qemu_argv(read(definition_of(f"<os><type>hvm</type>{first}</os><devices>{devices}</devices>", line)))
     found = [word.split(",bootindex=") for word in argv if "bootindex=" in word]
     assert [f"{device.partition(',')[0]} {turn.partition(',')[0]}" for device, turn in found] == turns
+
+
+def override(alias: str, name: str, kind: str, value: str = "") -> str:
+    """It goes into the domain, behind the devices."""
+    said = f"<qemu:frontend><qemu:property name='{name}' type='{kind}' value='{value}'/></qemu:frontend>"
+    return f"<qemu:override><qemu:device alias='{alias}'>{said}</qemu:device></qemu:override>"
+
+
+BOOTS_FIRST = "<interface type='user'><boot order='1'/></interface>"
+
+
+def disk(target: str, kind: str = "disk") -> str:
+    return f"<disk device='{kind}'><target dev='{target}' bus='virtio'/></disk>"
+
+
+@pytest.mark.parametrize(
+    ("inside", "printed", "turns"),
+    [
+        # Only a disk's turn is virsh's own idea; that of a <qemu:arg> is the user's.
+        (disk("vda"), {"d,id=virtio-disk0": 1, "nvme,id=mine": 2}, {"nvme,id=mine": "2"}),
+        (disk("vda"), {"d,id=virtio-disk0": 1, "nvme,id=mine": 1}, {"nvme,id=mine": "1"}),
+        (disk("vda"), {"d,id=virtio-disk0": 2}, {"d,id=virtio-disk0": "2"}),
+        (disk("vda", "cdrom"), {"d,id=virtio-disk0": 1}, {"d,id=virtio-disk0": "1"}),
+        (disk("vda", "lun"), {"d,id=virtio-disk0": 1}, {}),
+        ("<disk><target dev='vda'/></disk>", {"d,id=virtio-disk0": 1}, {}),
+        # libvirt sorts them by their targets.
+        (disk("vdb") + disk("vda"), {"d,id=virtio-disk0": 1, "d,id=virtio-disk1": 3}, {"d,id=virtio-disk1": "3"}),
+    ],
+)
+def test_only_the_turn_is_taken_back_that_virsh_gives_a_disk(
+    inside: str, printed: dict[str, int], turns: dict[str, str]
+) -> None:
+    line = LINE + "".join(f" -device {device},bootindex={turn}" for device, turn in printed.items())
+    argv = cmdline.qemu_argv(read(definition_of(f"<devices>{inside}{BOOTS_FIRST}</devices>", line)))
+    found = dict(word.split(",bootindex=") for word in argv if ",bootindex=" in word)
+    assert found == turns | {"rtl8139,netdev=hostnet0,id=net0": "1"}
+
+
+@pytest.mark.parametrize(("said", "count"), [("", 0), (override("virtio-disk0", "bootindex", "unsigned", "1"), 1)])
+@pytest.mark.parametrize("more", ["", ',"iothread-vq-mapping":[{"iothread":"a"}]'])  # which stays JSON
+def test_a_turn_that_the_user_gives_a_disk(said: str, count: int, more: str) -> None:
+    device = f'{{"driver":"virtio-blk-pci","id":"virtio-disk0","bootindex":1{more}}}'
+    line = f"{LINE} -device '{device}'"
+    text = definition_of(f"<devices>{disk('vda')}{BOOTS_FIRST}</devices>{said}", line)
+    (found,) = [word for word in cmdline.qemu_argv(read(text)) if "virtio-blk-pci" in word]
+    assert found.count("bootindex") == count
 
 
 @pytest.mark.parametrize(
@@ -318,12 +369,6 @@ USB_FIRST = (
 )
 
 
-def override(alias: str, name: str, kind: str, value: str = "") -> str:
-    """It goes into the domain, behind the devices."""
-    said = f"<qemu:frontend><qemu:property name='{name}' type='{kind}' value='{value}'/></qemu:frontend>"
-    return f"<qemu:override><qemu:device alias='{alias}'>{said}</qemu:device></qemu:override>"
-
-
 def test_ids_are_those_of_libvirt() -> None:
     """-set goes by them. libvirt counts the function of the card first, then USB, and PCI is hostdev2."""
     line = LINE + " -set device.hostdev2.x-vga=on -set device.net0.mac=52:54:00:12:34:99"
@@ -343,6 +388,15 @@ def test_virsh_is_shown_overrides_by_its_own_ids() -> None:
     assert shown.find(f"{domainxml.QEMU_NAMESPACE}override/*").get("alias") == "hostdev0"  # type: ignore[union-attr]
 
 
+def test_virsh_is_not_shown_overrides_of_what_is_kept_from_it() -> None:
+    """By its own count hostdev0 is the PCI device, which is hostdev2 to libvirt."""
+    overrides = "".join(override(alias, "x", "bool", "true") for alias in ("hostdev0", "hostdev1", "net0", "ua-own"))
+    root = domain(f"<devices>{USB_FIRST}<hostdev type='pci'><alias name='ua-own'/></hostdev></devices>{overrides}")
+    shown = domainxml.parse(domainshown.prepared(root).decode(), "x")
+    found = shown.iterfind(f"{domainxml.QEMU_NAMESPACE}override/{domainxml.QEMU_NAMESPACE}device")
+    assert [device.get("alias") for device in found] == ["ua-own"]
+
+
 @pytest.mark.parametrize(
     ("said", "device"),
     [
@@ -356,6 +410,112 @@ def test_overrides_of_what_virsh_has_not_seen(said: str, device: str) -> None:
     card = "<interface type='user'><mac address='52:54:00:00:00:01'/></interface>"
     argv = cmdline.qemu_argv(read(definition_of(f"<devices>{card}</devices>{said}")))
     assert [word for word in argv if word.startswith("rtl8139")] == [device]
+
+
+@pytest.mark.parametrize(
+    ("name", "ident"),
+    [
+        ("ua-My_card-1", "ua-My_card-1"),
+        ("ua-a b,c", "net0"),
+        ("ua-", "net0"),
+        ("ua-\N{ARABIC-INDIC DIGIT FOUR}", "net0"),
+    ],
+)
+def test_only_ids_that_libvirt_takes_are_the_user_s(name: str, ident: str) -> None:
+    argv = replaced(f"<interface type='user'><alias name='{name}'/></interface><interface type='user'/>")
+    assert argv[3] == f"rtl8139,netdev=host{ident},id={ident}"
+    assert argv[7].endswith(",id=net1" if ident == "net0" else ",id=net0")
+
+
+@pytest.mark.parametrize(
+    ("arch", "model", "driver"),
+    [("x86_64", "tpm-tis", "tpm-tis"), ("aarch64", "tpm-tis", "tpm-tis-device"), ("aarch64", "tpm-crb", "tpm-crb")],
+)
+@pytest.mark.parametrize("ident", ["tpm0", "ua-t"])
+def test_the_host_s_tpm(arch: str, model: str, driver: str, ident: str) -> None:
+    tpm = f"<tpm model='{model}'><backend type='passthrough'/><alias name='{ident}'/></tpm>"
+    root = domain(f"<os><type arch='{arch}'>hvm</type></os><devices>{tpm}</devices>")
+    argv = [w for o in domaindevices.replacements(root) for w in cmdline.option_argv(command_line.as_read(o))]
+    assert argv[1] == f"passthrough,id=tpm-{ident},path=/dev/tpm0"
+    assert argv[3] == f"{driver},tpmdev=tpm-{ident},id={ident}"
+
+
+@pytest.mark.parametrize(
+    ("queues", "netdev", "card"),
+    [
+        ("1", "", ""),
+        ("2", ",queues=2", ",mq=on,vectors=6"),
+        ("0", "", ""),
+        ("9" * 5000, "", ""),
+        ("\N{ARABIC-INDIC DIGIT FOUR}", "", ""),
+        ("x", "", ""),
+    ],
+)
+def test_queues_of_vhost_user(queues: str, netdev: str, card: str) -> None:
+    driver = f"<driver queues='{queues}'/>"
+    argv = replaced(f"<interface type='vhostuser'><source type='unix' path='/s'/>{driver}</interface>")
+    assert argv[3] == f"vhost-user,chardev=charnet0{netdev},id=hostnet0"
+    assert argv[5] == f"virtio-net-pci,netdev=hostnet0,id=net0{card}"
+
+
+@pytest.mark.parametrize(
+    ("ip", "netdev"),
+    [
+        ("<ip address='fec0::' prefix='64'/>", ",ipv6-prefix=fec0::,ipv6-prefixlen=64"),
+        ("<ip address='fec0::'/>", ",ipv6-prefix=fec0::"),
+        ("<ip address='10.0.0.0'/>", ",net=10.0.0.0"),
+        ("<ip/>", ""),
+        ("<ip family='ipv6' prefix='64'/>", ""),
+    ],
+)
+def test_addresses_of_the_guest(ip: str, netdev: str) -> None:
+    """Which family it is, can be seen where the XML does not say it."""
+    assert replaced(f"<interface type='user'>{ip}</interface>")[1] == f"user,id=hostnet0{netdev}"
+
+
+@pytest.mark.parametrize("kind", ["mcast", "udp", "client", "server"])
+@pytest.mark.parametrize("source", ["", "<source address='1.2.3.4'/>", "<source port='a b'/>"])
+def test_sockets_without_an_address(kind: str, source: str) -> None:
+    xml = f"<interface type='{kind}'>{source}</interface>"
+    assert replaced(xml)[1] == "user,id=hostnet0"
+    assert f"In libvirt: {kind}" in comments_on(xml)
+
+
+def test_a_socket_with_half_an_address() -> None:
+    assert replaced("<interface type='mcast'><source port='5'/></interface>")[1] == "user,id=hostnet0"
+    source = "<source address='127.0.0.1' port='5'><local port='6'/></source>"
+    assert replaced(f"<interface type='udp'>{source}</interface>")[1] == "socket,id=hostnet0,udp=127.0.0.1:5"
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "-1", "256", "zz", ""])
+@pytest.mark.parametrize("name", ["bus", "slot", "function"])
+def test_places_that_pci_does_not_have(name: str, number: str) -> None:
+    address = f"<address type='pci' {name}='{number}'/>"
+    argv = replaced(f"<interface type='hostdev'><source>{address}</source>{address}</interface>")
+    assert argv == ["-device", "vfio-pci,host=0000:00:00.0,id=hostdev0"]
+
+
+def test_all_overrides_of_a_device_count() -> None:
+    card = "<interface type='user'/><interface type='user'><alias name='ua-b'/></interface>"
+    said = (
+        override("net0", "x", "string", "1")
+        + override("ua-b", "y", "string", "2")
+        + override("net0", "z", "bool", "true")
+    )
+    argv = cmdline.qemu_argv(read(definition_of(f"<devices>{card}</devices>{said}")))
+    assert [word.partition(",id=")[2] for word in argv if word.startswith("rtl8139")] == ["net0,x=1,z=on", "ua-b,y=2"]
+
+
+def test_thousands_of_devices_and_overrides() -> None:
+    """Each is looked at once, and not all overrides for each device."""
+    count = 5000
+    usb = "<hostdev type='usb'><source><vendor id='1'/></source></hostdev><hostdev type='pci'/>" * count
+    said = "".join(f"<qemu:device alias='hostdev{index}'/>" for index in range(2 * count))
+    root = domain(f"<devices>{usb}</devices><qemu:override>{said}</qemu:override>")
+    before = time.process_time()
+    domainshown.prepared(root)
+    assert sum(1 for _option in domaindevices.replacements(root)) == count
+    assert time.process_time() - before < 3
 
 
 @pytest.mark.parametrize(

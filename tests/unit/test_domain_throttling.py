@@ -41,9 +41,33 @@ def group(ident: str, **limits: int) -> str:
 def test_a_filter_before_the_disk() -> None:
     assert throttled(disk("vda", "total_bytes_sec=1000"), device("virtio-disk0", "libvirt-CoR-vda")) == [
         group("throttle-vda", bps_total=1000),
-        "-blockdev throttle,node-name=throttled-vda,throttle-group=throttle-vda,file=libvirt-CoR-vda",
+        "-blockdev throttle,node-name=throttled-vda,throttle-group=throttle-vda,file=libvirt-CoR-vda,discard=unmap",
         "-device virtio-blk-pci,drive=throttled-vda,id=virtio-disk0",
     ]
+
+
+READ_ONLY = '{"driver":"raw","node-name":"libvirt-1-format","read-only":%s,"file":"s"}'
+DETECTED = '{"driver":"raw","node-name":"libvirt-1-format","read-only":%s,"x":[{}]}'  # stays JSON
+
+
+@pytest.mark.parametrize(
+    ("more", "blockdev", "end"),
+    [
+        ("<readonly/>", "", ",read-only=on"),
+        ("", READ_ONLY % "true", ",read-only=on"),
+        ("", DETECTED % "true", ",read-only=on"),
+        ("", READ_ONLY % "false", ""),
+        ("", DETECTED % "false", ""),
+        ("", READ_ONLY.replace("1-format", "2-format") % "true", ""),
+    ],
+)
+def test_what_is_not_to_be_written_stays_so(more: str, blockdev: str, end: str) -> None:
+    """QEMU refuses a filter to be written through, above what may only be read; a cdrom needs no <readonly/>."""
+    disks = disk("vda", "total_iops_sec=1", more)
+    line = LINE + (f" -blockdev '{blockdev}'" if blockdev else "") + f" -device '{device('virtio-disk0')}'"
+    argv = cmdline.qemu_argv(read(definition_of(f"<devices>{disks}</devices>", line)))
+    (found,) = [word for word in argv if word.startswith("throttle,")]
+    assert found.endswith(f",file=libvirt-1-format,discard=unmap{end}")
 
 
 ALL = [
@@ -77,19 +101,19 @@ def test_one_budget_for_a_group() -> None:
     disks = disk("vdb", "group_name=x") + disk("vda", "group_name=x total_iops_sec=5")
     assert throttled(disks, device("virtio-disk0", "a"), device("virtio-disk1", "b")) == [
         group("throttle-group-x", iops_total=5),
-        "-blockdev throttle,node-name=throttled-vda,throttle-group=throttle-group-x,file=a",
+        "-blockdev throttle,node-name=throttled-vda,throttle-group=throttle-group-x,file=a,discard=unmap",
         "-device virtio-blk-pci,drive=throttled-vda,id=virtio-disk0",
-        "-blockdev throttle,node-name=throttled-vdb,throttle-group=throttle-group-x,file=b",
+        "-blockdev throttle,node-name=throttled-vdb,throttle-group=throttle-group-x,file=b,discard=unmap",
         "-device virtio-blk-pci,drive=throttled-vdb,id=virtio-disk1",
     ]
 
 
 def test_groups_with_names_that_qemu_has_not() -> None:
     odd = "<disk><target dev='{}' bus='virtio'/><iotune><group_name>{}</group_name></iotune></disk>"
-    disks = odd.format("vda", "a b") + odd.format("vdb", "1/2") + odd.format("vdc", " a b")
-    found = throttled(disks, *(device(f"virtio-disk{index}") for index in range(3)))
+    disks = odd.format("vda", "a b") + odd.format("vdb", "1/2") + odd.format("vdc", " a b") + odd.format("vdd", ".1")
+    found = throttled(disks, *(device(f"virtio-disk{index}") for index in range(4)))
     groups = [word.partition("throttle-group=")[2].partition(",")[0] for word in found if "throttle-group=" in word]
-    assert groups == ["throttle-group-.1", "throttle-group-.2", "throttle-group-.1"]
+    assert groups == ["throttle-group-.1", "throttle-group-.2", "throttle-group-.1", "throttle-group-.3"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +133,7 @@ def test_groups_with_names_that_qemu_has_not() -> None:
         ("sdi", "scsi", "", "scsi1-0-1"),  # lsilogic has no targets
         ("sda", "scsi", "<address type='drive' controller='1' bus='0' target='3' unit='2'/>", "scsi1-0-3-2"),
         ("vda", "virtio", "<alias name='ua-mine'/>", "ua-mine"),
+        ("vda", "virtio", "<alias name='ua-a b,c'/>", "virtio-disk0"),  # libvirt takes no notice of it
         ("vda", "virtio", "<alias name='virtio-disk7'/>", "virtio-disk0"),  # of a run; not the XML's to say
     ],
 )

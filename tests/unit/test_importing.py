@@ -215,6 +215,8 @@ def test_no_option_is_both() -> None:
         ),
         (["nix-shell", "-p", "qemu", "--run", f"{QEMU} -m 2G"], f"'{QEMU} -m 2G' is one word here"),
         (["su", "kvm", "-c", "/usr/bin/kvm -S"], "'su' is a shell, and not QEMU"),
+        (["mywrap", "-m", "2G", "--run", f"{QEMU} -S"], f"'{QEMU} -S' is one word here"),
+        (["name", f"{QEMU} -S"], f"'{QEMU} -S' is one word here"),
         (["ssh", "host", f"exec {QEMU} -S"], f"'exec {QEMU} -S' is one word here"),
         ([QEMU, "-m 64M"], "'-m 64M' is one word here, and no option of QEMU's has a space in it"),
         ([QEMU, "-S", "-m 64M"], "'-m 64M' is one word here"),
@@ -278,6 +280,11 @@ def test_cset_has_its_counterpart() -> None:
     with pytest.raises(UsageError) as caught:
         imported("cset", "proc", "-s", "x", "-e", QEMU)
     assert caught.value.hint == "leave it out: vcpu_pinning makes a shield, see qemu-launcher-migration(7)"
+
+
+@pytest.mark.parametrize("words", [["-name", "test kvm - debian"], ["-append", "root=/dev/vda init=/x kvm -s"]])
+def test_a_value_of_a_wrapper_s_may_read_like_qemu(words: list[str]) -> None:
+    assert cmdline.qemu_argv(read(imported("mywrap", *words, "-m", "512"))) == ["mywrap", *words, "-m", "512"]
 
 
 def test_kvm_is_an_accelerator_too() -> None:
@@ -606,7 +613,6 @@ def test_output_file(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("foo", "a definition's file ends in .yml, and '{}' does not\n    write -o {}.yml\n"),
-        ("a b", "a definition's file ends in .yml, and '{}' does not\n    write -o '{}.yml'\n"),
         ("my vm2.yml", "'{}' gives 'my vm2', which is no name for a VM\n    use letters, digits, - and _, beginning "),
         (".yml", "'{}' gives '', which is no name for a VM\n"),
     ],
@@ -626,6 +632,9 @@ def test_output_that_no_command_takes(tmp_path: Path, name: str, said: str) -> N
         ("{}", "{}/NAME.yml"),
         ("{}/", "{}/NAME.yml"),
         ("", "NAME.yml"),
+        ("{}/.yaml", "{}/NAME.yml"),  # what is hinted at is not to be refused in turn
+        ("{}/a b", "{}/NAME.yml"),
+        ("{}/no/", "{}/no/NAME.yml"),
     ],
 )
 def test_output_of_another_ending(tmp_path: Path, output: str, better: str) -> None:
@@ -663,7 +672,11 @@ WITHOUT_SHELL = "give the command line that the shell is to run, without the she
             "'win11.yml' is a definition by its name, and not QEMU",
             "to start it: qemu-launcher win11.yml; to write it: qemu-launcher import -o win11.yml -- QEMU...",
         ),
-        (["./x.yaml", "-S"], "'./x.yaml' is a definition by its name, and not QEMU", None),
+        (
+            ["./x.yaml", "-S"],
+            "'./x.yaml' is a definition by its name, and not QEMU",
+            "to start it: qemu-launcher ./x.yaml; to write it: qemu-launcher import -o ./x.yml -- QEMU...",
+        ),
     ],
 )
 def test_what_is_not_qemu(words: list[str], message: str, hint: str | None) -> None:

@@ -318,10 +318,10 @@ def check_output(output: str | None) -> None:
     if output is None:
         return
     if not output.endswith(SUFFIX):
-        if not output or os.path.isdir(output):  # noqa: PTH112  Path would take nothing for the folder we are in
-            better = os.path.join(output, f"NAME{SUFFIX}")  # noqa: PTH118
-        else:
-            better = output.removesuffix(SUFFIXES[1]) + SUFFIX
+        # Path would take nothing for the folder we are in, and forget a final slash.
+        folder, name = (output, "") if os.path.isdir(output) else os.path.split(output)  # noqa: PTH112
+        stem = name.removesuffix(SUFFIXES[1])
+        better = os.path.join(folder, (stem if VM_NAME.fullmatch(stem) else "NAME") + SUFFIX)  # noqa: PTH118
         raise UsageError(
             f"a definition's file ends in {SUFFIX}, and {shortened(output, MOST_OF_A_PATH)!r} does not",
             f"write -o {shlex.quote(better)}",

@@ -5,10 +5,10 @@ virsh is not shown all of these, and counts those that it is shown; the numbers 
 """
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..options import Property
-from .domainplaces import attribute
+from .domainplaces import own_alias
 from .domainxml import QEMU_NAMESPACE
 from .drafting import Option
 
@@ -25,8 +25,7 @@ def aliases(root: ET.Element) -> dict[ET.Element, str]:
 def _numbered(prefix: str, elements: Iterable[ET.Element]) -> Iterator[tuple[ET.Element, str]]:
     number = 0
     for element in elements:
-        own = attribute(element, "alias", "name")
-        if own.startswith("ua-"):
+        if own := own_alias(element):
             yield element, own
         else:
             yield element, f"{prefix}{number}"
@@ -35,7 +34,8 @@ def _numbered(prefix: str, elements: Iterable[ET.Element]) -> Iterator[tuple[ET.
 
 def shown(root: ET.Element, hidden: Sequence[ET.Element]) -> dict[str, str]:
     """libvirt's ids of what virsh is shown -> the ids that virsh gives. `hidden` are elements of `root`."""
-    visible = [element for element in root.iterfind("devices/hostdev") if element not in hidden]
+    unseen = set(hidden)
+    visible = [element for element in root.iterfind("devices/hostdev") if element not in unseen]
     ids = aliases(root)
     return {ids[element]: ident for element, ident in _numbered("hostdev", visible)}
 
@@ -51,19 +51,25 @@ def renamed(options: Sequence[Option], names: dict[str, str]) -> Iterator[Option
             yield option._replace(value=tuple(value))
 
 
-def overridden(option: Option, root: ET.Element) -> Option:
-    """A device that virsh has not seen, with what <qemu:override> says of it."""
+def overrides(root: ET.Element) -> dict[str, list[ET.Element]]:
+    """What <qemu:override> says, by the ids of the devices."""
+    found: dict[str, list[ET.Element]] = {}
+    for device in root.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
+        properties = device.findall(f"{QEMU_NAMESPACE}frontend/{QEMU_NAMESPACE}property")
+        found.setdefault(device.get("alias", ""), []).extend(properties)
+    return found
+
+
+def overridden(option: Option, said: Mapping[str, Sequence[ET.Element]]) -> Option:
+    """A device that virsh has not seen, with what <qemu:override> says of it; `said` as `overrides` gives it."""
     if option.bare_name != "device" or not isinstance(option.value, tuple):
         return option
     driver, *given = option.value
     properties = {element.name: element.value for element in given if isinstance(element, Property)}
-    for device in root.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
-        if device.get("alias") != properties.get("id"):
-            continue
-        for element in device.iterfind(f"{QEMU_NAMESPACE}frontend/{QEMU_NAMESPACE}property"):
-            name, kind, value = (element.get(what, "") for what in ("name", "type", "value"))
-            if kind == "remove":
-                properties.pop(name, None)
-            else:
-                properties[name] = {"true": "on", "false": "off"}.get(value, value) if kind == "bool" else value
+    for element in said.get(properties.get("id", ""), ()):
+        name, kind, value = (element.get(what, "") for what in ("name", "type", "value"))
+        if kind == "remove":
+            properties.pop(name, None)
+        else:
+            properties[name] = {"true": "on", "false": "off"}.get(value, value) if kind == "bool" else value
     return option._replace(value=(driver, *(Property(*pair) for pair in properties.items())))

@@ -1,5 +1,6 @@
 """What libvirt's XML says of a virtio network card, in <driver>, as QEMU's properties (qemuBuildNicDevProps). Pure."""
 
+import re
 import xml.etree.ElementTree as ET
 
 from ..options import Property
@@ -37,11 +38,17 @@ def properties(element: ET.Element, *, is_vhost_user: bool) -> list[Property]:
     if element.find("teaming[@type='persistent']") is not None:
         found.append(("failover", "on"))
     if is_vhost_user:
-        queues = attributes.get("queues", "")
-        found += [("mq", "on"), ("vectors", str(2 * int(queues) + 2))] if queues.isdecimal() and queues != "1" else []
+        count = queues(element)
+        found += [("mq", "on"), ("vectors", str(2 * count + 2))] if count > 1 else []
         found += [("tx_queue_size", attributes.get("tx_queue_size", ""))]
         found += [("host_mtu", attribute(element, "mtu", "size"))]
     return [Property(name, value) for name, value in found if safe(value)]
+
+
+def queues(element: ET.Element) -> int:
+    """What is no number, libvirt has refused; 0 is 1 to it."""
+    text = attribute(element, "driver", "queues")
+    return int(text) if re.fullmatch("[0-9]{1,5}", text) else 1
 
 
 def lost(element: ET.Element, *, is_vhost_user: bool) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 
 from ..options import Property
-from . import domainplaces
-from .domainaliases import aliases, overridden, shown
+from . import domainplaces, domaintpm
+from .domainaliases import aliases, overridden, overrides, shown
 from .domainnetwork import interface
-from .domainplaces import attribute, safe
+from .domainplaces import attribute, disk_ids, safe
 from .drafting import Option
+from .members import member, without_member
 
 
 def is_replaced(element: ET.Element) -> bool:
@@ -31,9 +32,9 @@ def is_replaced(element: ET.Element) -> bool:
 
 def replacements(root: ET.Element) -> Iterator[Option]:
     """QEMU's options for what virsh is not shown, with what there is to choose."""
-    ids = aliases(root)
-    for option in _replacements(root, ids):
-        yield overridden(option, root)
+    said = overrides(root)
+    for option in _replacements(root, aliases(root)):
+        yield overridden(option, said)
 
 
 def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Option]:
@@ -45,27 +46,31 @@ def _replacements(root: ET.Element, ids: dict[ET.Element, str]) -> Iterator[Opti
             case "hostdev":
                 yield _usb(element, ids[element])
             case "tpm" if attribute(element, "backend", "type") == "passthrough":
-                yield from _host_tpm(element)
+                yield from domaintpm.of_the_host(root, element)
             case "tpm":
-                yield _tpm(root, element)
+                yield domaintpm.emulated(root, element)
             case _:
                 yield _virtiofs(root, element, folders)
                 folders += 1
 
 
 def without_default_boot(options: Sequence[Option], root: ET.Element) -> list[Option]:
-    """The options that virsh has printed: it boots from the disk by default, where it sees no device with a turn."""
+    """The options that virsh has printed: it boots from a disk by default, where it sees no device with a turn.
+
+    The first disk, as libvirt sorts them: that is one of these. All other turns are the user's own.
+    """
     turns = [is_replaced(element) for element in root.iterfind("devices/*") if element.find("boot") is not None]
     if not turns or not all(turns):
         return list(options)
-    return [_without_turn(option) if option.bare_name == "device" else option for option in options]
+    disks = [disk for disk in root.iterfind("devices/disk") if disk.get("device", "disk") in ("disk", "lun")]
+    said = overrides(root).items()
+    told = {ident for ident, properties in said if any(element.get("name") == "bootindex" for element in properties)}
+    ids = {ident for disk in disks for ident in disk_ids(disk)} - told
+    return [without_member(option, "bootindex") if _is_first(option, ids) else option for option in options]
 
 
-def _without_turn(option: Option) -> Option:
-    if not isinstance(option.value, tuple):
-        return option
-    rest = (e for e in option.value if not (isinstance(e, Property) and e.name == "bootindex"))
-    return option._replace(value=tuple(rest))
+def _is_first(option: Option, ids: set[str]) -> bool:
+    return option.bare_name == "device" and member(option, "bootindex") == "1" and member(option, "id") in ids
 
 
 def ids_shown(root: ET.Element) -> dict[str, str]:
@@ -93,41 +98,6 @@ def _usb(element: ET.Element, alias: str) -> Option:
     if source is not None and source.get("startupPolicy") in (None, "mandatory", "requisite"):
         remarks.append("libvirt does not start the VM without it. QEMU does, and takes it when it is plugged in.")
     return Option("device", ("usb-host", *properties), tuple(remarks))
-
-
-def _tpm(root: ET.Element, element: ET.Element) -> Option:
-    """swtpm is started by libvirt, and keeps what it knows in a folder of libvirt's."""
-    version = "1.2" if attribute(element, "backend", "version") == "1.2" else "2"
-    model = safe(element.get("model", ""), "tpm-tis")
-    if model == "tpm-tis" and attribute(root, "os/type", "arch") == "aarch64":
-        model = "tpm-tis-device"
-    uuid = safe((root.findtext("uuid") or "").strip(), "UUID")
-    secret = safe(attribute(element, "backend/encryption", "secret"))
-    how = "It is encrypted: write what virsh secret-get-value --plain {} prints into a file, and give swtpm"
-    key = (f"{how.format(secret)} --key pwdfile=FILE,mode=aes-256-cbc.",) if secret else ()
-    two = "--tpm2 " if version == "2" else ""
-    return Option(
-        "tpmdev",
-        None,
-        (
-            f"Left out: the emulated TPM. Start swtpm socket {two}--tpmstate dir=DIR --ctrl type=unixio,path=DIR/sock "
-            "yourself, and add - chardev: [socket, id: tpm, path: DIR/sock], - tpmdev: [emulator, id: tpm0, "
-            f"chardev: tpm] and - device: [{model}, tpmdev: tpm0]",
-            f"What the TPM knows, keys of the guest's disks too, is in /var/lib/libvirt/swtpm/{uuid}/tpm{version}, or "
-            f"if the VM is of your own libvirt, in ~/.config/libvirt/qemu/swtpm/{uuid}/tpm{version}: copy it to DIR.",
-            *key,
-        ),
-        left_out=True,
-    )
-
-
-def _host_tpm(element: ET.Element) -> Iterator[Option]:
-    """virsh itself opens it, and may not be allowed to."""
-    path = attribute(element, "backend/device", "path") or "/dev/tpm0"
-    why = "You must be allowed to write to it, and nothing else may have it open."
-    yield Option("tpmdev", ("passthrough", Property("id", "tpm-tpm0"), Property("path", path)), (why,))
-    model = safe(element.get("model", ""), "tpm-tis")
-    yield Option("device", (model, Property("tpmdev", "tpm-tpm0"), Property("id", "tpm0")))
 
 
 def _virtiofs(root: ET.Element, element: ET.Element, number: int) -> Option:

@@ -34,8 +34,8 @@ def interface(root: ET.Element, element: ET.Element, alias: str) -> Iterator[Opt
     if is_vhost_user:
         yield from _vhost_user(element, ident, alias)
         carried += ("mtu",)
-    elif kind in _SOCKETS:
-        yield Option("netdev", ("socket", Property("id", ident), *_sockets(element, _SOCKETS[kind])))
+    elif sockets := _sockets(element, kind):
+        yield Option("netdev", ("socket", Property("id", ident), *sockets))
     else:
         ranges = list(_ranges(element)) if kind == "user" else []
         carried += ("ip",) if ranges else ()
@@ -66,22 +66,31 @@ def _left(element: ET.Element, carried: tuple[str, ...], lost: tuple[str, ...] =
 # What it is connected to
 
 
-def _address(element: ET.Element | None) -> str:
-    where = safe(element.get("address", "")) if element is not None else ""
-    return f"{where}:{safe(element.get('port', '')) if element is not None else ''}"
+def _sockets(element: ET.Element, kind: str) -> list[Property]:
+    """Empty without an address, which libvirt refuses: virsh is not shown it."""
+    way = _SOCKETS.get(kind, "")
+    where = _address(element.find("source"), any_host=way == "listen")
+    if not way or not where:
+        return []
+    local = _address(element.find("source/local")) if way == "udp" else ""
+    return [Property(way, where)] + ([Property("localaddr", local)] if local else [])
 
 
-def _sockets(element: ET.Element, way: str) -> Iterator[Property]:
-    yield Property(way, _address(element.find("source")))
-    if way == "udp" and element.find("source/local") is not None:
-        yield Property("localaddr", _address(element.find("source/local")))
+def _address(element: ET.Element | None, *, any_host: bool = False) -> str:
+    """HOST:PORT; '' for less."""
+    if element is None:
+        return ""
+    host, port = (safe(element.get(name, "")) for name in ("address", "port"))
+    return f"{host}:{port}" if port and (host or any_host) else ""
 
 
 def _ranges(element: ET.Element) -> Iterator[Property]:
     """The guest's addresses."""
     for found in element.iterfind("ip"):
         address, prefix = safe(found.get("address", "")), safe(found.get("prefix", ""))
-        if found.get("family") == "ipv6":
+        if not address:
+            continue
+        if found.get("family") == "ipv6" or ":" in address:
             yield Property("ipv6-prefix", address)
             yield from [Property("ipv6-prefixlen", prefix)] if prefix else []
         else:
@@ -96,8 +105,8 @@ def _vhost_user(element: ET.Element, ident: str, alias: str) -> Iterator[Option]
     char = [Property("id", f"char{alias}"), Property("path", path)] + [Property("server", "on")] * is_server
     wait = safe(attribute(element, "source/reconnect[@enabled='yes']", "timeout"))
     yield Option("chardev", ("socket", *char, *([Property("reconnect", wait)] if wait else [])))
-    queues = safe(attribute(element, "driver", "queues"))
-    more = [Property("queues", queues)] if queues else []
+    queues = domaincard.queues(element)
+    more = [Property("queues", str(queues))] if queues > 1 else []
     yield Option("netdev", ("vhost-user", Property("chardev", f"char{alias}"), *more, Property("id", ident)))
 
 

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ET
 from ..options import Property
 
 _SAFE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_PCI = ("domain", "bus", "slot", "function")
+_OWN_ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
+_PCI = {"domain": 1 << 32, "bus": 256, "slot": 32, "function": 8}  # how many there are; a domain is Linux's number
 
 
 def attribute(element: ET.Element | None, path: str, name: str) -> str:
@@ -18,6 +19,12 @@ def attribute(element: ET.Element | None, path: str, name: str) -> str:
 def safe(text: str, default: str = "") -> str:
     """`text` if it is a plain word, as nearly all attributes are."""
     return text if _SAFE.fullmatch(text) else default
+
+
+def own_alias(element: ET.Element) -> str:
+    """The id that the user has given to it; '' if libvirt chooses one, as it does in place of odd ones."""
+    name = attribute(element, "alias", "name")
+    return name if _OWN_ALIAS.fullmatch(name) else ""
 
 
 def boot(element: ET.Element) -> list[Property]:
@@ -48,10 +55,10 @@ def pci(root: ET.Element, address: ET.Element | None) -> list[Property]:
     """bus and addr, as libvirt writes them. Nothing without an address: QEMU finds a place."""
     if address is None or address.get("type") != "pci":
         return []
-    try:
-        bus, slot, function = (int(address.get(name, "0"), 0) for name in ("bus", "slot", "function"))
-    except ValueError:
+    numbers = _numbers(address)
+    if numbers is None:
         return []
+    _domain, bus, slot, function = numbers
     machine = attribute(root, "os/type", "machine")
     is_express = "q35" in machine or root.find("devices/controller[@model='pcie-root']") is not None
     more = [Property("multifunction", "on")] if address.get("multifunction") == "on" else []
@@ -61,11 +68,16 @@ def pci(root: ET.Element, address: ET.Element | None) -> list[Property]:
 
 def pci_name(address: ET.Element | None) -> str:
     """A device of the host's, 0000:01:00.0."""
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*(_numbers(address) or (0, 0, 0, 0)))
+
+
+def _numbers(address: ET.Element | None) -> tuple[int, ...] | None:
+    """Domain, bus, slot and function; None for what PCI does not have."""
     try:
-        numbers = [int((address.attrib if address is not None else {}).get(name, "0"), 0) for name in _PCI]
+        found = tuple(int((address.attrib if address is not None else {}).get(name, "0"), 0) for name in _PCI)
     except ValueError:
-        return "0000:00:00.0"
-    return "{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
+        return None
+    return found if all(0 <= number < end for number, end in zip(found, _PCI.values(), strict=True)) else None
 
 
 def usb(address: ET.Element | None) -> list[Property]:
@@ -80,7 +92,7 @@ def usb(address: ET.Element | None) -> list[Property]:
 
 def disk_ids(disk: ET.Element) -> list[str]:
     """The ids, one of which libvirt gives to the device of this disk (qemuAssignDeviceDiskAlias, qemu_alias.c)."""
-    if (own := attribute(disk, "alias", "name")).startswith("ua-"):
+    if own := own_alias(disk):
         return [own]
     index = _disk_index(attribute(disk, "target", "dev"))
     bus = attribute(disk, "target", "bus") or _BUSES.get(attribute(disk, "target", "dev")[:2], "")

@@ -9,6 +9,7 @@ import copy
 import xml.etree.ElementTree as ET
 
 from ..errors import DefinitionError
+from .domainaliases import aliases
 from .domaindevices import ids_shown, is_replaced
 from .domainplaces import attribute, safe
 from .domainxml import QEMU_NAMESPACE
@@ -33,9 +34,7 @@ def prepared(root: ET.Element) -> bytes:
         for element in [] if parent is None else parent.findall(tag):
             parent.remove(element)  # type: ignore[union-attr]  # None has no elements
     _without_numad(whole)
-    names = ids_shown(whole)
-    for device in whole.iterfind(f"{QEMU_NAMESPACE}override/{QEMU_NAMESPACE}device"):
-        device.set("alias", names.get(device.get("alias", ""), device.get("alias", "")))
+    _with_ids_of_virsh(whole)
     devices = whole.find("devices")
     for element in [] if devices is None else list(devices):
         if is_replaced(element):
@@ -45,6 +44,19 @@ def prepared(root: ET.Element) -> bytes:
         elif element.tag == "hostdev" and element.get("type") == "pci" and element.find("driver") is None:
             element.append(ET.Element("driver", {"name": "vfio"}))  # what libvirt chooses when it starts it
     return ET.tostring(whole)
+
+
+def _with_ids_of_virsh(whole: ET.Element) -> None:
+    """<qemu:override> of what virsh is not shown is not for it: to virsh the same id is another device's."""
+    names = ids_shown(whole)
+    hidden = {ident for element, ident in aliases(whole).items() if is_replaced(element)}
+    for override in whole.iterfind(f"{QEMU_NAMESPACE}override"):
+        for device in override.findall(f"{QEMU_NAMESPACE}device"):
+            alias = device.get("alias", "")
+            if alias in hidden:
+                override.remove(device)
+            else:
+                device.set("alias", names.get(alias, alias))
 
 
 def _without_pagesize(device: ET.Element) -> None:

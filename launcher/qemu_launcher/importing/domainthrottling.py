@@ -9,12 +9,13 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..options import Property
 from .domainplaces import attribute, disk_ids
 from .domainxml import number
 from .drafting import Option
+from .members import member, with_member
 
 _MOST = (1 << 64) - 1  # libvirt's unsignedLong; QEMU has 10^15, and virsh knows
 _LIMITS = {  # QEMU's ThrottleLimits, by libvirt's element
@@ -23,7 +24,7 @@ _LIMITS = {  # QEMU's ThrottleLimits, by libvirt's element
     for what in ("total", "read", "write")
     for end in ("", "_max", "_max_length")
 } | {"size_iops_sec": "iops-size"}
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _TARGET = re.compile("[a-z]{1,16}")  # vda; and QEMU's names of nodes are short
 
 
@@ -33,18 +34,20 @@ class _Budget(NamedTuple):
     ident: str
     limits: dict[str, int]
     node: str
+    is_read_only: bool  # by the XML; a cdrom's node says it too
 
 
 def throttled(options: Sequence[Option], root: ET.Element) -> tuple[list[Option], list[str]]:
     """The same options with the filters; and for which disks there can be none. DefinitionError for wrong numbers."""
-    places = {ident: at for at, option in enumerate(options) if (ident := _member(option, "id"))}
+    devices = ((at, option) for at, option in enumerate(options) if option.bare_name == "device")
+    places = {ident: at for at, option in devices if (ident := member(option, "id"))}
     disks = root.findall("devices/disk[iotune]")
     budgets: dict[int, _Budget] = {}
     lost = [] if any(map(_is_filter, options)) else list(_shown_by_a_newer_virsh(root))
     for disk, budget in zip(disks, _budgets(disks), strict=True):
         at = next((places[ident] for ident in disk_ids(disk) if ident in places), None)
         # An empty drive has no filter, and what a lun's guest asks of the host's device does not go through one.
-        if at is None or budget is None or not _member(options[at], "drive") or disk.get("device") == "lun":
+        if at is None or budget is None or not member(options[at], "drive") or disk.get("device") == "lun":
             lost.append(_named("iotune", disk))
         else:
             budgets[at] = budget
@@ -53,6 +56,8 @@ def throttled(options: Sequence[Option], root: ET.Element) -> tuple[list[Option]
 
 def _with_filters(options: Sequence[Option], budgets: dict[int, _Budget]) -> Iterator[Option]:
     made: set[str] = set()
+    nodes = [option for option in options if option.bare_name == "blockdev" and member(option, "read-only") == "on"]
+    read_only = {member(option, "node-name") for option in nodes}
     for at, option in enumerate(options):
         budget = budgets.get(at)
         if budget is None:
@@ -61,8 +66,9 @@ def _with_filters(options: Sequence[Option], budgets: dict[int, _Budget]) -> Ite
         if budget.ident not in made:
             yield _group(budget)
         made.add(budget.ident)
-        yield _filter(budget, _member(option, "drive") or "")
-        yield _with_drive(option, budget.node)
+        drive = member(option, "drive") or ""
+        yield _filter(budget, drive, is_read_only=budget.is_read_only or drive in read_only)
+        yield with_member(option, "drive", budget.node)
 
 
 def _is_filter(option: Option) -> bool:
@@ -84,7 +90,7 @@ def _target(disk: ET.Element) -> str:
 
 
 def _budgets(disks: Sequence[ET.Element]) -> Iterator[_Budget | None]:
-    others: list[str] = []  # groups with names that QEMU has not
+    others: dict[str, int] = {}  # groups with names that QEMU has not, or that these get: .1
     shared: dict[str, dict[str, int]] = {}  # a member may have nothing but the name
     for disk in disks:
         shared[_group_name(disk)] = shared.get(_group_name(disk)) or _limits(disk)
@@ -92,10 +98,9 @@ def _budgets(disks: Sequence[ET.Element]) -> Iterator[_Budget | None]:
         name, group = _target(disk), _group_name(disk)
         limits = shared[group] if group else _limits(disk)
         if group and not _NAME.fullmatch(group):
-            others += [group] if group not in others else []
-            group = f".{others.index(group) + 1}"
+            group = f".{others.setdefault(group, len(others) + 1)}"
         ident = f"throttle-group-{group}" if group else f"throttle-{name}"
-        yield _Budget(ident, limits, f"throttled-{name}") if name else None
+        yield _Budget(ident, limits, f"throttled-{name}", disk.find("readonly") is not None) if name else None
 
 
 def _group_name(disk: ET.Element) -> str:
@@ -115,37 +120,8 @@ def _group(budget: _Budget) -> Option:
     return Option("object", json.dumps({"qom-type": "throttle-group", "id": budget.ident} | limits))
 
 
-def _filter(budget: _Budget, drive: str) -> Option:
-    names = {"node-name": budget.node, "throttle-group": budget.ident, "file": drive}
+def _filter(budget: _Budget, drive: str, *, is_read_only: bool) -> Option:
+    """What the guest frees goes through it, for the nodes below to decide. It may only be read if they may."""
+    names = {"node-name": budget.node, "throttle-group": budget.ident, "file": drive, "discard": "unmap"}
+    names |= {"read-only": "on"} if is_read_only else {}
     return Option("blockdev", ("throttle", *(Property(*pair) for pair in names.items())))
-
-
-# A device, as list or as JSON
-
-
-def _member(option: Option, name: str) -> str | None:
-    if option.bare_name != "device":
-        return None
-    if isinstance(option.value, str):
-        found = _json(option.value).get(name)
-        return found if isinstance(found, str) else None
-    properties = (element for element in option.value or () if isinstance(element, Property))
-    return next((element.value for element in properties if element.name == name), None)
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _with_drive(option: Option, node: str) -> Option:
-    if isinstance(option.value, str):
-        return option._replace(value=json.dumps(_json(option.value) | {"drive": node}))
-    elements = (
-        Property("drive", node) if isinstance(element, Property) and element.name == "drive" else element
-        for element in option.value or ()
-    )
-    return option._replace(value=tuple(elements))

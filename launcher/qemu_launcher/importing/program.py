@@ -37,8 +37,8 @@ def check_program(argv: Sequence[str]) -> None:
 
 def _qemu_in_one_word(argv: Sequence[str]) -> str | None:
     """A command line of QEMU's that is to be read by a shell, or elsewhere: nix-shell --run 'QEMU ...'."""
-    for line in argv[1:]:
-        words = line.split()
+    for before, line in pairwise(argv):
+        words = [] if _takes_value(before) else line.split()
         if any(map(noqemu.may_be_qemu, words[:-1])) and any(word.startswith("-") for word in words):
             return line
     return None
@@ -50,9 +50,14 @@ def _place_of_qemu(argv: Sequence[str]) -> int | None:
     other = (
         at
         for at, (before, word) in enumerate(pairwise(argv), 1)
-        if word.rpartition("/")[2] == "kvm" and before.lstrip("-") not in TAKE_VALUE
+        if word.rpartition("/")[2] == "kvm" and not _takes_value(before)
     )
     return next(named, next(other, None))
+
+
+def _takes_value(word: str) -> bool:
+    """Whether it is an option of QEMU's that the next word belongs to, for a wrapper as well."""
+    return word.startswith("-") and word.lstrip("-") in TAKE_VALUE
 
 
 def _first_known(argv: Sequence[str], end: int) -> int:
