@@ -34,8 +34,9 @@ class Recording:
     """Writes down what the real operations would be asked to do."""
 
     def __init__(self, bus: object) -> None:
-        self._file = os.open(FOLDER / "acts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.fchmod(self._file, 0o644)  # for clients to read, whatever the helper's umask
+        before = os.umask(0o022)  # for clients to read, and from the beginning, whatever the helper's umask
+        self._file = os.open(FOLDER / "acts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.umask(before)
 
     async def perform(self, caller: Caller, settings: object, member: str, arguments: dict[str, Any]) -> list[Any]:
         act = {"member": member, "uid": caller.uid, "pid": caller.pid, "vm": arguments.get("vm")}

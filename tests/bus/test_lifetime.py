@@ -62,13 +62,13 @@ def test_a22_calls_around_the_moment_of_leaving_are_not_lost(crowd: list[User]) 
 
 
 def test_a_call_in_flight_keeps_it_here(member: User) -> None:
-    with world(idle=2.0) as host:  # in which a helper that is started by the call has to come to it, on a busy host too
+    with world(idle=1.0) as host:  # in which a helper that is started by the call has to come to it, on a busy host too
 
         def calls() -> int:
             with Client(host.socket) as client:
                 client.send("SetMemlock", "ust", [4242, "slow", 1])
                 wait_until(lambda: host.recorded(member), "the call")
-                time.sleep(5.0)
+                time.sleep(2.5)
                 return host.helper_pid()
 
         pid = as_user(member, calls).result()
