@@ -64,13 +64,13 @@ def qemu(binary: str, env: Mapping[str, str]) -> tuple[str, str | None]:
 
 def _get_qemu(binary: str) -> str:
     _, called, architecture = binary.rpartition("/")[2].partition("qemu-system-")
-    if not called and "/" in binary:
+    if called:
+        package = "-".join(["qemu-system", *filter(None, [_PACKAGES.get(architecture)])])
+        other = "correct its path" if "/" in binary else "give its whole path"
+        return f"install it (on Debian: sudo apt install {package}), or {other}"
+    if "/" in binary:
         return "correct the path, or name QEMU as PATH has it: qemu-system-x86_64"
-    other = "correct its path" if "/" in binary else "give its whole path"
-    if not called:
-        return f"correct the name, or {other}; QEMU for PCs is qemu-system-x86_64"
-    package = "-".join(["qemu-system", *filter(None, [_PACKAGES.get(architecture)])])
-    return f"install it (on Debian: sudo apt install {package}), or {other}"
+    return "correct the name, or give its whole path; QEMU for PCs is qemu-system-x86_64"
 
 
 def in_container() -> str | None:

@@ -119,6 +119,11 @@ class VmDefinition(NamedTuple):
         """Whether any thread has a policy of its own."""
         return self.scheduler is not None or self.emulator_scheduler is not None
 
+    @property
+    def may_bring_binary(self) -> bool:
+        """Whether before_start may: as a link, or on what it mounts. A name along PATH is to be there before."""
+        return "/" in self.binary and bool(self.before_start)
+
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
         """That of QEMU and of the user's commands, where the launcher's own is `ours`."""
         return {**({} if self.clear_env else ours), **dict(self.env)}

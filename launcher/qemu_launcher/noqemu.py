@@ -64,9 +64,9 @@ def by_content(words: Sequence[str]) -> UsageError | None:
 
 
 def _is_script(program: str) -> bool:
-    is_file = Path.is_file  # opening a FIFO would wait
     try:
-        if (path := programs.which(program, os.environ, is_program=is_file)) is not None:
+        # Opening a FIFO would wait.
+        if (path := programs.which(program, os.environ, is_program=Path.is_file)) is not None:
             with path.open("rb") as file:
                 return file.read(2) == b"#!"
     except (OSError, ValueError):  # not ours to read, or no path: a NUL, or text that the locale has no bytes for

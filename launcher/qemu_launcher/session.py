@@ -385,8 +385,7 @@ def _check_command(definition: VmDefinition) -> None:
         hint = unexpanded.hint(str(folder), "make it, or correct the path")
         mark = definition.marks["working_directory"]
         raise DefinitionError(f"there is no folder {str(folder)!r}, or it is closed to you", hint, mark=mark)
-    may_come = "/" in binary and definition.before_start  # as a link, or on what is mounted
-    if not may_come and which(binary, env, folder or Path()) is None:
+    if not definition.may_bring_binary and which(binary, env, folder or Path()) is None:
         raise DefinitionError(*absence.qemu(binary, env), mark=definition.marks["binary"])
 
 

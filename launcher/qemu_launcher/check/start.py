@@ -162,8 +162,8 @@ class _Vm:
         path = self._path = files.binary(tree, name, self._env, self._folder)
         if path is None:
             text, fix = absence.qemu(name, self._env)
-            may_come = "/" in name and self._definition.before_start and not unexpanded.hint(name)
-            yield files.absent("binary", text, fix, may_come=bool(may_come))
+            may_come = self._definition.may_bring_binary and not unexpanded.hint(name)
+            yield files.absent("binary", text, fix, may_come=may_come)
             return
         said = versions.qemu(path, self._env, self._where_it_runs())
         self.qemu = f"{said or 'of unknown version'}, {path}"

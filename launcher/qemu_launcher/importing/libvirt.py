@@ -35,10 +35,8 @@ from .drafting import Draft, Option, env_key
 from .prefixes import peel
 
 _JSON_OPTIONS = {"device": "driver", "object": "qom-type", "netdev": "type", "blockdev": "driver", "audiodev": "driver"}
-_NESTED = (
-    "audiodev",
-    "blockdev",
-)  # QEMU takes a path for a name there, and in nothing else that libvirt writes as JSON
+# QEMU takes a path for a name there, and in nothing else that libvirt writes as JSON.
+_NESTED = ("audiodev", "blockdev")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LEFT_OUT = (
     "Left out, because they are libvirt's own means: -S, -no-shutdown, its monitor and the key for its secrets. "

@@ -27,10 +27,10 @@ def with_member(option: Option, name: str, value: str) -> Option:
 
 
 def without_member(option: Option, name: str) -> Option:
+    """The same option, if it has it or not."""
     if isinstance(option.value, str):
-        return option._replace(
-            value=json.dumps({own: value for own, value in _json(option.value).items() if own != name})
-        )
+        left = {own: value for own, value in _json(option.value).items() if own != name}
+        return option._replace(value=json.dumps(left))
     return option._replace(value=tuple(element for element in option.value or () if not _is(element, name)))
 
 
