@@ -27,6 +27,8 @@ from .voice import Voice
 _HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 # QEMU's monitor answers at once or hangs; only a hanging one is worth going on without it.
 _ANSWER_TIMEOUT = 5.0  # seconds
+# For QEMU to say that it has had the same signal, which does not reach it before us or after us by rule.
+_TOGETHER = 0.5  # seconds
 # The most that is left once the guest's time is over: `quit`, SIGTERM's grace, and giving back the CPUs.
 _LONGEST_END = 90.0  # seconds
 # RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button. Nor can one
@@ -89,6 +91,7 @@ class Shutdown:
         self._stage = _Stage.RUNNING
         self._deadline: float | None = None
         self._guest_is_down = asyncio.Event()
+        self._qemu_is_leaving = asyncio.Event()
         qmp.listen(self._hear)
 
     async def until_ended(self, signals: Signals) -> int:
@@ -142,9 +145,9 @@ class Shutdown:
             self._kill()
 
     async def _on_guest_down(self) -> None:
-        """The guest has powered down. If `-no-shutdown` keeps QEMU, then whoever asked us wants it to end.
+        """The guest has powered down and `-no-shutdown` keeps QEMU, but whoever asked us wants it to end.
 
-        Else it is ending: it writes its images back for as long as that takes, and answers nobody any more.
+        It writes its images back first, for as long as that takes, and answers nobody.
         """
         if self._stage is not _Stage.ASKED:
             return
@@ -163,6 +166,10 @@ class Shutdown:
         self._stage = _Stage.ASKED
         limit = self._timeout if number == signal.SIGTERM else None
         self._manager.stopping("asked to power down", None if limit is None else limit + _LONGEST_END)
+        if await self._is_leaving(number):
+            self._voice.step("QEMU is leaving already")
+            self._set_deadline(limit)
+            return
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 state = run_state(await self._qmp.execute("query-status"))
@@ -185,6 +192,18 @@ class Shutdown:
                 self._voice.say(f"{stillness(state)}, and hears that when it goes on: {resume}")
         self._set_deadline(limit)
 
+    async def _is_leaving(self, number: signal.Signals) -> bool:
+        """Whether QEMU is on its way out: a SIGTERM to the whole process group is for QEMU, too.
+
+        A command that meets it there can stop it for good: monitor_cleanup() of QEMU 7.2 waits for a dispatcher that
+        has gone. So nothing is asked then, and QEMU gets a moment to tell.
+        """
+        if number == signal.SIGTERM:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TOGETHER):
+                    await self._qemu_is_leaving.wait()
+        return self._qemu_is_leaving.is_set() or self._qemu.ended.done()
+
     async def _quit(self) -> None:
         self._stage = _Stage.QUITTING
         self._manager.status("cutting the power")
@@ -201,8 +220,14 @@ class Shutdown:
         self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
 
     def _hear(self, event: Event) -> None:
-        if event.get("event") == "SHUTDOWN":
-            self._guest_is_down.set()
+        match event.get("event"):
+            case "SHUTDOWN":
+                self._qemu_is_leaving.set()
+            case "STOP" if self._qemu_is_leaving.is_set():  # it stays: one that leaves does not say that it stops
+                self._qemu_is_leaving.clear()
+                self._guest_is_down.set()
+            case "RESUME":
+                self._qemu_is_leaving.clear()
 
 
 def stillness(state: str) -> str:

@@ -99,7 +99,8 @@ def test_shutdown_powers_guests_down_and_boot_starts_them(installed_lab: Vm, tmp
     for name in ("by-hand", "at-boot"):
         assert f"last words, {name}.serial: {GREETED}" in said, console
         assert f"last words, {name}.serial: {PARTED}" in said, said
-    assert "by-hand: asked the guest to power down within 600 s" in said, said
+    # SIGHUP and SIGTERM come at once, in any order; only SIGTERM sets the limit.
+    assert "by-hand: asked the guest to power down" in said, said
     assert "cutting the power" not in said
 
     # Now it runs again, shielded and real-time, and nobody has logged in.

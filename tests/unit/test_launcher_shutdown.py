@@ -17,6 +17,12 @@ from qemu_launcher.shutdown import STANDING, Shutdown, Signals
 from qemu_launcher.voice import Voice
 
 
+@pytest.fixture(autouse=True)
+def no_wait_for_qemu_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has to tell in these stories it tells at once."""
+    monkeypatch.setattr(shutdown, "_TOGETHER", 0.02)
+
+
 class Monitor:
     """Answers every command but those that `hang`, and tells what it was asked, and when for a power-down."""
 
@@ -158,6 +164,7 @@ async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str],
     monitor.asked.clear()
     monitor.state, monitor.hang = state, hang
     monitor.hear({"event": "SHUTDOWN"})
+    monitor.hear({"event": "STOP"})
     while not monitor.asked:
         await asyncio.sleep(0)
     await asyncio.sleep(4 * shutdown._ANSWER_TIMEOUT)
@@ -168,10 +175,7 @@ async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str],
 
 
 def test_qemu_that_writes_its_images_back_has_all_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers nobody, and nobody has asked for more than that the guest powers down. It is asked again, though:
-
-    under -no-shutdown it may write for long, too, before it stands still.
-    """
+    """Under -no-shutdown it answers nobody meanwhile, and nobody has asked for more than that the guest powers down."""
     monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
     asked, sent, limit = asyncio.run(after_guest_is_down("running", hang="query-status"))
     assert ({*asked}, sent, limit) == ({"query-status"}, [], None)
@@ -195,12 +199,15 @@ def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPa
         ending = asyncio.ensure_future(down.until_ended(signals))
         await asyncio.sleep(0)
         monitor.hear({"event": "SHUTDOWN"})
+        monitor.hear({"event": "STOP"})
         while down._guest_is_down.is_set():
             await asyncio.sleep(0)
+        monitor.hear({"event": "RESUME"})
         signals.put(signal.SIGINT)
         await monitor.pressed.wait()
         monitor.state = "shutdown"
         monitor.hear({"event": "SHUTDOWN"})
+        monitor.hear({"event": "STOP"})
         while "quit" not in monitor.asked:
             await asyncio.sleep(0)
         child.ended.set_result(Ending(0))
@@ -208,3 +215,61 @@ def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPa
         return monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status", "system_powerdown", "query-status", "quit"]
+
+
+async def asked_while_leaving(number: signal.Signals, *events: str) -> tuple[list[str], float | None]:
+    """What QEMU is asked when this signal comes after, or for SIGTERM just before, these events; and the limit set."""
+    child, monitor, signals = Child(), Monitor(), Signals()
+    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), 1000.0)
+    ending = asyncio.ensure_future(down.until_ended(signals))
+    if number == signal.SIGTERM:
+        signals.put(number)
+        while down._stage is shutdown._Stage.RUNNING:
+            await asyncio.sleep(0)
+    for event in events:
+        monitor.hear({"event": event})
+    if number != signal.SIGTERM:
+        signals.put(number)
+    while down._stage is shutdown._Stage.RUNNING or (number == signal.SIGTERM and down._deadline is None):
+        await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    limit = down._deadline
+    child.ended.set_result(Ending(0))
+    await ending
+    return monitor.asked, limit
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_qemu_that_leaves_is_asked_nothing(number: signal.Signals) -> None:
+    """QEMU 7.2 can hang for good in monitor_cleanup() if a command meets it there."""
+    asked, limit = asyncio.run(asyncio.wait_for(asked_while_leaving(number, "SHUTDOWN"), 60))
+    assert asked == []
+    assert (limit is not None) == (number == signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("events", [("SHUTDOWN", "STOP"), ("SHUTDOWN", "RESUME")])
+def test_qemu_that_stays_is_asked(number: signal.Signals, events: tuple[str, ...]) -> None:
+    asked, _ = asyncio.run(asyncio.wait_for(asked_while_leaving(number, *events), 60))
+    assert asked[:2] == ["query-status", "system_powerdown"]
+
+
+def test_qemu_that_leaves_by_itself_is_not_asked_whether_it_does() -> None:
+    """A guest that powers down: QEMU says SHUTDOWN and goes."""
+
+    async def story() -> list[str]:
+        child, monitor, signals = Child(), Monitor(), Signals()
+        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+        ending = asyncio.ensure_future(down.until_ended(signals))
+        signals.put(signal.SIGINT)
+        await monitor.pressed.wait()
+        monitor.asked.clear()
+        monitor.hear({"event": "SHUTDOWN"})
+        for _ in range(20):
+            await asyncio.sleep(0)
+        child.ended.set_result(Ending(0))
+        await ending
+        return monitor.asked
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == []
