@@ -9,6 +9,10 @@ command and everything else goes on. Events may arrive between any two lines; th
 confuse an answer. End of file means that QEMU is gone (or closed its monitor): ConnectionLost, at once, for
 every waiting caller.
 
+A QEMU on its way out is asked nothing: a command that meets it there can stop it for good, since monitor_cleanup() of
+QEMU 7.2 waits for a dispatcher that has gone. SHUTDOWN says that it leaves. Only if it stays after all, as -no-shutdown
+has it, STOP follows; that does not come when the guest stood still already, and then only some reasons are final.
+
     QmpError
     |-- QmpRefused       QEMU answered a command with an error
     |-- ConnectionLost   the other end is gone
@@ -29,6 +33,8 @@ from .patience import retrieved
 
 # query-cpus-fast takes about 250 bytes for a vCPU, and asyncio's own limit of 64 KiB a line would end at 260 vCPUs.
 MAX_LINE = 16 * 1024 * 1024
+# ShutdownCause, qapi/run-state.json: QEMU leaves, whatever -no-shutdown says.
+_FINAL = ("host-qmp-quit", "host-signal", "host-ui")
 
 Event = Mapping[str, Any]
 Trace = Callable[[str], None]
@@ -51,7 +57,7 @@ class ProtocolError(QmpError):
 
 
 class Qmp:
-    """One negotiated connection. Made by `Qmp.negotiated`, ended by `close`."""
+    """One negotiated connection. Made by `Qmp.negotiated`, ended by `close`. `leaving`: QEMU is on its way out."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, trace: Trace | None = None) -> None:
         self._reader = reader
@@ -63,6 +69,11 @@ class Qmp:
         self._listeners: list[Callable[[Event], None]] = []
         self._pump: asyncio.Task[None] | None = None
         self._broken: QmpError | None = None
+        self._stands = False
+        self.leaving = asyncio.Event()
+        # Not that, or the connection is broken: what is asked is sent, or refused.
+        self._open = asyncio.Event()
+        self._open.set()
 
     @classmethod
     async def negotiated(cls, sock: socket.socket, trace: Trace | None = None) -> "Qmp":
@@ -89,8 +100,12 @@ class Qmp:
         self._listeners.append(listener)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Send one command and return what it returns. Commands of several callers take turns."""
+        """Send one command and return what it returns. Commands of several callers take turns.
+
+        While QEMU leaves it is held back: until QEMU stays, or ConnectionLost says that it has gone.
+        """
         async with self._turn:
+            await self._open.wait()
             if self._broken is not None:
                 raise self._broken
             self._serial += 1
@@ -130,6 +145,7 @@ class Qmp:
             while True:
                 message = await self._read_object()
                 if "event" in message:
+                    self._note(message)
                     for listener in tuple(self._listeners):
                         listener(message)
                 elif "return" not in message and "error" not in message:
@@ -142,8 +158,19 @@ class Qmp:
         except QmpError as err:
             self._break(err)
 
+    def _note(self, event: Event) -> None:
+        match event:
+            case {"event": "SHUTDOWN", **rest} if not self._stands or _member(rest.get("data"), "reason") in _FINAL:
+                self.leaving.set()
+                self._open.clear()
+            case {"event": "STOP" | "RESUME" as what}:
+                self._stands = what == "STOP"
+                self.leaving.clear()
+                self._open.set()
+
     def _break(self, err: QmpError) -> None:
         self._broken = self._broken or err
+        self._open.set()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(err)
 

@@ -50,7 +50,7 @@ from .ram import guest_ram
 from .record import RUNNING, UNHELD
 from .relay import Relay
 from .runtime import Claim
-from .shutdown import Shutdown, Signals, quit_qemu
+from .shutdown import TOGETHER, Shutdown, Signals, quit_qemu
 from .sizes import format_size
 from .starter import Starter
 from .threads import Threads
@@ -308,6 +308,11 @@ async def _started(start: _Start, made: Monitors) -> Qmp | int:
         if not qemu.ended.done() and starting.done() and isinstance(starting.exception(), ConnectionLost):
             await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)  # its sockets close a moment before it ends
         if qemu.ended.done():
+            code = qemu.ended.result().code
+            if code in (0, -signal.SIGTERM):  # by the same signal as we, perhaps, which may come to us a moment later
+                await asyncio.wait([interrupted], timeout=TOGETHER if code else 0)
+                if interrupted.done():
+                    return 128 + interrupted.result()
             return _early_end(start)
         if starting.done():
             if interrupted.done():
@@ -315,6 +320,8 @@ async def _started(start: _Start, made: Monitors) -> Qmp | int:
             return await _result_or_quit(start, starting)
         starting.cancel()
         await asyncio.wait([starting])
+        if interrupted.result() == signal.SIGTERM:  # to the whole process group, perhaps
+            await asyncio.wait([qemu.ended], timeout=TOGETHER)
         await quit_qemu(qemu, start.qmp)
         await asyncio.wait([qemu.ended], timeout=QUIT_GRACE)
         await qemu.end()

@@ -27,8 +27,10 @@ from .voice import Voice
 _HANDLED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 # QEMU's monitor answers at once or hangs; only a hanging one is worth going on without it.
 _ANSWER_TIMEOUT = 5.0  # seconds
-# For QEMU to say that it has had the same signal, which does not reach it before us or after us by rule.
-_TOGETHER = 0.5  # seconds
+# For QEMU to say that it has had the same signal: one to the whole process group reaches it before us, or after us.
+TOGETHER = 0.5  # seconds
+# For a QEMU that is ending as its time runs out: it may still have images to write back.
+_WRITE_BACK = 60.0  # seconds
 # The most that is left once the guest's time is over: `quit`, SIGTERM's grace, and giving back the CPUs.
 _LONGEST_END = 90.0  # seconds
 # RunState of qapi/run-state.json: the guest has not run an instruction, so it cannot hear a power button. Nor can one
@@ -90,18 +92,17 @@ class Shutdown:
         self._timeout = timeout
         self._stage = _Stage.RUNNING
         self._deadline: float | None = None
-        self._guest_is_down = asyncio.Event()
-        self._qemu_is_leaving = asyncio.Event()
+        self._guest_stands = asyncio.Event()
         qmp.listen(self._hear)
 
     async def until_ended(self, signals: Signals) -> int:
         """Wait until QEMU has ended, acting on every signal until then. Returns its exit status, 128+N for signal N."""
         loop = asyncio.get_running_loop()
         heard = asyncio.ensure_future(signals.next())
-        down = asyncio.ensure_future(self._guest_is_down.wait())
+        stands = asyncio.ensure_future(self._guest_stands.wait())
         try:
             while not self._qemu.ended.done():
-                waited: set[asyncio.Future[Any]] = {self._qemu.ended, heard, down}
+                waited: set[asyncio.Future[Any]] = {self._qemu.ended, heard, stands}
                 left = None if self._deadline is None else max(0.0, self._deadline - loop.time())
                 await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if heard.done():
@@ -109,13 +110,13 @@ class Shutdown:
                     await self._on_signal(number)
                 elif self._deadline is not None and loop.time() >= self._deadline:
                     await self._on_deadline()
-                elif down.done():
-                    self._guest_is_down.clear()  # it may be reset, and go down once more
-                    await self._on_guest_down()
-                    down = asyncio.ensure_future(self._guest_is_down.wait())
+                elif stands.done():
+                    self._guest_stands.clear()  # it may go on, and stand once more
+                    await self._on_standing()
+                    stands = asyncio.ensure_future(self._guest_stands.wait())
             return self._told(self._qemu.ended.result()).exit_status
         finally:
-            for task in (heard, down):
+            for task in (heard, stands):
                 task.cancel()
 
     def _told(self, ending: Ending) -> Ending:
@@ -138,14 +139,18 @@ class Shutdown:
                 self._kill()
 
     async def _on_deadline(self) -> None:
-        if self._stage is _Stage.ASKED:
+        if self._stage is _Stage.ASKED and self._leaves():
+            self._voice.say(f"QEMU is ending, and is killed if that takes more than another {_WRITE_BACK:.0f} s")
+            self._stage = _Stage.QUITTING
+            self._set_deadline(_WRITE_BACK)
+        elif self._stage is _Stage.ASKED:
             self._voice.say(f"the guest did not power down within {self._timeout:.0f} s: cutting the power")
             await self._quit()
         elif self._stage is _Stage.QUITTING:
             self._kill()
 
-    async def _on_guest_down(self) -> None:
-        """The guest has powered down and `-no-shutdown` keeps QEMU, but whoever asked us wants it to end.
+    async def _on_standing(self) -> None:
+        """If the guest has gone and QEMU stays, as `-no-shutdown` has it: whoever asked us wants that to end, too.
 
         It writes its images back first, for as long as that takes, and answers nobody.
         """
@@ -153,21 +158,24 @@ class Shutdown:
             return
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                stays = run_state(await self._qmp.execute("query-status")) == "shutdown"
+                gone = run_state(await self._qmp.execute("query-status")) in GONE
         except TimeoutError:
-            self._guest_is_down.set()  # it may answer once that is done
+            self._guest_stands.set()  # it may answer once that is done
         except QmpError:
             pass
         else:
-            if stays:
+            if gone:
                 await self._quit()
 
     async def _ask(self, number: signal.Signals) -> None:
         self._stage = _Stage.ASKED
         limit = self._timeout if number == signal.SIGTERM else None
         self._manager.stopping("asked to power down", None if limit is None else limit + _LONGEST_END)
+        cut = "Ctrl-C again cuts the power"
+        if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
+            cut = f"to cut its power: qemu-launcher kill {self._voice.name}"
         if await self._is_leaving(number):
-            self._voice.step("QEMU is leaving already")
+            self._say_leaving(cut)
             self._set_deadline(limit)
             return
         try:
@@ -177,15 +185,15 @@ class Shutdown:
                 if hears:
                     await self._qmp.execute("system_powerdown")
         except (QmpError, TimeoutError) as err:
-            self._voice.say(f"the guest cannot be asked to power down: {str(err) or 'QEMU does not answer'}")
+            if self._leaves():
+                self._say_leaving(cut)
+            else:
+                self._voice.say(f"the guest cannot be asked to power down: {str(err) or 'QEMU does not answer'}")
         else:
             if not hears:
                 await self._quit()  # a power button that nobody can hear would be waited for without end
                 return
             within = "" if limit is None else f" within {limit:.0f} s"
-            cut = "Ctrl-C again cuts the power"
-            if number != signal.SIGINT:  # it comes from elsewhere, and there may be no terminal
-                cut = f"to cut its power: qemu-launcher kill {self._voice.name}"
             self._voice.say(f"asked the guest to power down{within}; {cut}")
             if state in STANDING:  # for a reason that we do not know
                 resume = f"qemu-launcher resume {self._voice.name}"
@@ -193,16 +201,19 @@ class Shutdown:
         self._set_deadline(limit)
 
     async def _is_leaving(self, number: signal.Signals) -> bool:
-        """Whether QEMU is on its way out: a SIGTERM to the whole process group is for QEMU, too.
-
-        A command that meets it there can stop it for good: monitor_cleanup() of QEMU 7.2 waits for a dispatcher that
-        has gone. So nothing is asked then, and QEMU gets a moment to tell.
-        """
-        if number == signal.SIGTERM:
+        """Whether QEMU is on its way out, perhaps by the same signal; SIGINT never reaches it."""
+        if number != signal.SIGINT:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TOGETHER):
-                    await self._qemu_is_leaving.wait()
-        return self._qemu_is_leaving.is_set() or self._qemu.ended.done()
+                async with asyncio.timeout(TOGETHER):
+                    await self._qmp.leaving.wait()
+        return self._leaves()
+
+    def _leaves(self) -> bool:
+        return self._qmp.leaving.is_set() or self._qemu.ended.done()
+
+    def _say_leaving(self, cut: str) -> None:
+        if not self._qemu.ended.done():
+            self._voice.say(f"QEMU is ending already; {cut}")
 
     async def _quit(self) -> None:
         self._stage = _Stage.QUITTING
@@ -220,14 +231,8 @@ class Shutdown:
         self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
 
     def _hear(self, event: Event) -> None:
-        match event.get("event"):
-            case "SHUTDOWN":
-                self._qemu_is_leaving.set()
-            case "STOP" if self._qemu_is_leaving.is_set():  # it stays: one that leaves does not say that it stops
-                self._qemu_is_leaving.clear()
-                self._guest_is_down.set()
-            case "RESUME":
-                self._qemu_is_leaving.clear()
+        if event.get("event") == "STOP":
+            self._guest_stands.set()
 
 
 def stillness(state: str) -> str:
@@ -237,7 +242,7 @@ def stillness(state: str) -> str:
 
 async def quit_qemu(qemu: Qemu, qmp: Qmp | None) -> None:
     """Tell QEMU to leave: by `quit`, or by SIGTERM, which it takes for the same but comments on."""
-    if qmp is not None:
+    if qmp is not None and not qmp.leaving.is_set():
         with contextlib.suppress(QmpError, TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 await qmp.execute("quit")

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,13 @@ def test_untuned_vm_whose_launcher_died_while_it_started_may_run(home: Home) -> 
     assert f"vm-under-test: running, PID {pid}\n" in home.ask("status").stdout
 
 
-def test_signal_while_qemu_starts(home: Home) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the launcher", "the whole group"])
+def test_signal_while_qemu_starts(home: Home, send: Callable[[int, int], None]) -> None:
+    """Whichever of the two ends first, it is the signal that has ended the start."""
     run, _ = start_held(home, **TUNED)
-    run.signal(signal.SIGTERM)
+    send(run.process.pid, signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM
+    assert "before the guest ran" not in run.output
     assert home.leftovers() == []
 
 

@@ -139,6 +139,9 @@ def test_guest_that_is_down_is_neither_paused_nor_resumed(home: Home) -> None:
     assert f"it stands still (shutdown); reset it with: qemu-launcher qmp {VM} system_reset\n" in done.stderr
     assert home.ask("qmp", VM, "system_reset").returncode == 0
     assert listed(home)[VM]["state"] == "shutdown"
+    run.signal(signal.SIGINT)  # QEMU has said SHUTDOWN twice, and stays
+    assert run.end() == 0
+    assert "QEMU is ending" not in run.output
 
 
 def test_vms_that_do_not_answer(home: Home) -> None:

@@ -189,3 +189,69 @@ def test_no_greeting() -> None:
                 await Qmp.negotiated(ours)
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def shutdown_for(reason: str) -> dict[str, Any]:
+    return {"event": "SHUTDOWN", "data": {"guest": reason.startswith("guest"), "reason": reason}}
+
+
+RESUME, STOP = {"event": "RESUME"}, {"event": "STOP"}
+# What QEMU 7.2 sends, and whether it leaves then.
+ENDS = {
+    "powered down": ([RESUME, shutdown_for("guest-shutdown")], True),
+    "signalled": ([RESUME, shutdown_for("host-signal")], True),
+    "signalled while paused": ([RESUME, STOP, shutdown_for("host-signal")], True),
+    "told to quit while paused": ([RESUME, STOP, shutdown_for("host-qmp-quit")], True),
+    "its window closed while paused": ([RESUME, STOP, shutdown_for("host-ui")], True),
+    "it says less than we know": ([RESUME, {"event": "SHUTDOWN"}], True),
+    "-no-shutdown": ([RESUME, shutdown_for("guest-shutdown"), STOP], False),
+    "-no-shutdown, let go on": ([RESUME, shutdown_for("guest-shutdown"), STOP, RESUME], False),
+    "-no-shutdown, signalled then": ([RESUME, shutdown_for("guest-shutdown"), STOP, shutdown_for("host-signal")], True),
+    "-no-shutdown -no-reboot, reset while it is down": (
+        [RESUME, shutdown_for("guest-shutdown"), STOP, shutdown_for("host-qmp-system-reset")],
+        False,
+    ),
+    "nothing": ([RESUME, STOP, RESUME], False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_qemu_that_leaves_is_asked_nothing(end: str) -> None:
+    """In monitor_cleanup() of QEMU 7.2 a command can stop it for good."""
+    events, leaves = ENDS[end]
+
+    async def body(qmp: Qmp, far: Far) -> None:
+        last = asyncio.Event()
+        qmp.listen(lambda event: last.set() if event == {"event": "LAST"} else None)
+        await far.send(*events, {"event": "LAST"})
+        await last.wait()
+        assert qmp.leaving.is_set() == leaves
+        asking = asyncio.ensure_future(qmp.execute("query-status"))
+        if leaves:
+            await asyncio.sleep(0.05)
+            far.sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                far.sock.recv(1)
+            far.sock.close()
+            with pytest.raises(ConnectionLost):
+                await asking
+        else:
+            command = await far.command()
+            await far.send({"return": {}, "id": command["id"]})
+            assert await asking == {}
+
+    run(body)
+
+
+def test_what_was_held_back_is_asked_of_a_qemu_that_stays() -> None:
+    async def body(qmp: Qmp, far: Far) -> None:
+        await far.send(RESUME, shutdown_for("guest-shutdown"))
+        await qmp.leaving.wait()
+        asking = asyncio.ensure_future(qmp.execute("query-status"))
+        await asyncio.sleep(0)
+        await far.send(STOP)
+        command = await far.command()
+        await far.send({"return": {"status": "shutdown"}, "id": command["id"]})
+        assert await asking == {"status": "shutdown"}
+
+    run(body)

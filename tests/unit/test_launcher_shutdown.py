@@ -20,7 +20,7 @@ from qemu_launcher.voice import Voice
 @pytest.fixture(autouse=True)
 def no_wait_for_qemu_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has to tell in these stories it tells at once."""
-    monkeypatch.setattr(shutdown, "_TOGETHER", 0.02)
+    monkeypatch.setattr(shutdown, "TOGETHER", 0.02)
 
 
 class Monitor:
@@ -31,10 +31,15 @@ class Monitor:
         self.asked: list[str] = []
         self.state = state
         self.hang = hang
-        self.hear: Any = None
+        self.leaving = asyncio.Event()
 
     def listen(self, listener: Any) -> None:
-        self.hear = listener
+        self._hear = listener
+
+    def happens(self, event: str) -> None:
+        """QEMU tells; what it says of itself is understood by then, as by the real one (test_launcher_qmp.py)."""
+        (self.leaving.set if event == "SHUTDOWN" else self.leaving.clear)()
+        self._hear({"event": event})
 
     async def execute(self, command: str) -> dict[str, str]:
         self.asked.append(command)
@@ -163,8 +168,8 @@ async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str],
     await monitor.pressed.wait()
     monitor.asked.clear()
     monitor.state, monitor.hang = state, hang
-    monitor.hear({"event": "SHUTDOWN"})
-    monitor.hear({"event": "STOP"})
+    monitor.happens("SHUTDOWN")
+    monitor.happens("STOP")
     while not monitor.asked:
         await asyncio.sleep(0)
     await asyncio.sleep(4 * shutdown._ANSWER_TIMEOUT)
@@ -189,6 +194,50 @@ def test_qemu_that_stays_without_its_guest_is_told_to_quit(monkeypatch: pytest.M
     assert limit is not None
 
 
+@pytest.mark.parametrize("state", ["guest-panicked", "internal-error", "postmigrate"])
+def test_guest_that_goes_otherwise_than_asked(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """-action panic=pause, an error of KVM's, a migration: nobody would hear the power button any more."""
+
+    async def story() -> list[str]:
+        child, monitor, signals = Child(), Monitor(), Signals()
+        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+        ending = asyncio.ensure_future(down.until_ended(signals))
+        signals.put(signal.SIGINT)
+        await monitor.pressed.wait()
+        monitor.state = state
+        monitor.happens("STOP")
+        while "quit" not in monitor.asked:
+            await asyncio.sleep(0)
+        child.ended.set_result(Ending(0))
+        await ending
+        return monitor.asked
+
+    assert asyncio.run(asyncio.wait_for(story(), 60))[-2:] == ["query-status", "quit"]
+
+
+def test_guest_that_its_user_pauses_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
+
+    async def story() -> list[str]:
+        child, monitor, signals = Child(), Monitor(), Signals()
+        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+        ending = asyncio.ensure_future(down.until_ended(signals))
+        signals.put(signal.SIGINT)
+        await monitor.pressed.wait()
+        monitor.asked.clear()
+        monitor.state = "paused"
+        monitor.happens("STOP")
+        while not monitor.asked:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        child.ended.set_result(Ending(0))
+        await ending
+        return monitor.asked
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status"]
+
+
 def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """-no-shutdown: down by itself, reset and let go on, and only then asked by us."""
     monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
@@ -198,16 +247,16 @@ def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPa
         down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
         ending = asyncio.ensure_future(down.until_ended(signals))
         await asyncio.sleep(0)
-        monitor.hear({"event": "SHUTDOWN"})
-        monitor.hear({"event": "STOP"})
-        while down._guest_is_down.is_set():
+        monitor.happens("SHUTDOWN")
+        monitor.happens("STOP")
+        while down._guest_stands.is_set():
             await asyncio.sleep(0)
-        monitor.hear({"event": "RESUME"})
+        monitor.happens("RESUME")
         signals.put(signal.SIGINT)
         await monitor.pressed.wait()
         monitor.state = "shutdown"
-        monitor.hear({"event": "SHUTDOWN"})
-        monitor.hear({"event": "STOP"})
+        monitor.happens("SHUTDOWN")
+        monitor.happens("STOP")
         while "quit" not in monitor.asked:
             await asyncio.sleep(0)
         child.ended.set_result(Ending(0))
@@ -218,22 +267,24 @@ def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPa
 
 
 async def asked_while_leaving(number: signal.Signals, *events: str) -> tuple[list[str], float | None]:
-    """What QEMU is asked when this signal comes after, or for SIGTERM just before, these events; and the limit set."""
+    """What QEMU is asked when this signal comes after, or for others than SIGINT just before, these events; the limit.
+
+    SIGINT never reaches QEMU; others can be for the whole process group.
+    """
     child, monitor, signals = Child(), Monitor(), Signals()
     down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), 1000.0)
     ending = asyncio.ensure_future(down.until_ended(signals))
-    if number == signal.SIGTERM:
-        signals.put(number)
-        while down._stage is shutdown._Stage.RUNNING:
-            await asyncio.sleep(0)
-    for event in events:
-        monitor.hear({"event": event})
-    if number != signal.SIGTERM:
-        signals.put(number)
-    while down._stage is shutdown._Stage.RUNNING or (number == signal.SIGTERM and down._deadline is None):
+    if number == signal.SIGINT:
         await asyncio.sleep(0)
-    for _ in range(5):
+        for event in events:
+            monitor.happens(event)
+    signals.put(number)
+    while down._stage is shutdown._Stage.RUNNING:
         await asyncio.sleep(0)
+    if number != signal.SIGINT:
+        for event in events:
+            monitor.happens(event)
+    await asyncio.sleep(2 * shutdown.TOGETHER)
     limit = down._deadline
     child.ended.set_result(Ending(0))
     await ending
@@ -265,7 +316,7 @@ def test_qemu_that_leaves_by_itself_is_not_asked_whether_it_does() -> None:
         signals.put(signal.SIGINT)
         await monitor.pressed.wait()
         monitor.asked.clear()
-        monitor.hear({"event": "SHUTDOWN"})
+        monitor.happens("SHUTDOWN")
         for _ in range(20):
             await asyncio.sleep(0)
         child.ended.set_result(Ending(0))
@@ -273,3 +324,43 @@ def test_qemu_that_leaves_by_itself_is_not_asked_whether_it_does() -> None:
         return monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == []
+
+
+async def while_leaving(
+    timeout: float | None, *numbers: signal.Signals
+) -> tuple[list[str], list[signal.Signals], float | None]:
+    """The guest has powered down, QEMU is ending, and these come: what it is asked, what it is sent, and the limit."""
+    child, monitor, signals = Child(), Monitor(), Signals()
+    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), timeout)
+    ending = asyncio.ensure_future(down.until_ended(signals))
+    await asyncio.sleep(0)
+    monitor.happens("SHUTDOWN")
+    for number in numbers:
+        signals.put(number)
+    while not signals._queue.empty():
+        await asyncio.sleep(0)
+    await asyncio.sleep(3 * shutdown.TOGETHER)
+    limit = None if down._deadline is None else down._deadline - asyncio.get_running_loop().time()
+    child.ended.set_result(Ending(0))
+    await ending
+    return monitor.asked, child.sent, limit
+
+
+def test_second_ctrl_c_while_qemu_leaves_sends_what_quit_would_have_been(capfd: pytest.CaptureFixture[str]) -> None:
+    asked, sent, limit = asyncio.run(while_leaving(None, signal.SIGINT, signal.SIGINT))
+    assert (asked, sent) == ([], [signal.SIGTERM])
+    assert limit is not None
+    assert limit <= QUIT_GRACE
+    assert capfd.readouterr().err == "vm: QEMU is ending already; Ctrl-C again cuts the power\n"
+
+
+def test_time_that_runs_out_while_qemu_leaves_does_not_end_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """It may be writing its images back; and that the guest did not power down would be untrue."""
+    asked, sent, limit = asyncio.run(while_leaving(0.0, signal.SIGTERM))
+    assert (asked, sent) == ([], [])
+    assert limit is not None
+    assert QUIT_GRACE < limit <= shutdown._WRITE_BACK
+    assert capfd.readouterr().err == (
+        "vm: QEMU is ending already; to cut its power: qemu-launcher kill vm\n"
+        "vm: QEMU is ending, and is killed if that takes more than another 60 s\n"
+    )
