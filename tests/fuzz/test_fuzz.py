@@ -21,6 +21,7 @@ from fuzz.targets import TARGETS
 from qemu_launcher_helper.bus import Call, SystemBus
 from qemu_launcher_helper.contract import Failed, InvalidArguments
 from qemu_launcher_helper.limits import load
+from unit.alone import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 # A fixed number, and no time: a slow machine runs the same test. A few seconds each.
@@ -150,13 +151,16 @@ def test_signatures_are_not_kept() -> None:
     """Else any member of the group fills the helper's 128 MiB in a second, with calls that are all refused."""
     letters = "ybnqiuxtds"
     calls = [wire.call("Ping", "y" * 250 + "".join(letters[int(digit)] for digit in f"{n:05}")) for n in range(200)]
-    tracemalloc.start()
-    asyncio.run(read(b"".join(calls[:20])))
-    before = tracemalloc.get_traced_memory()[0]
-    asyncio.run(read(b"".join(calls[20:])))
-    after = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert after - before < 2 * 2**20, "kept, the 180 would be 8 MiB"
+
+    def measure() -> None:
+        tracemalloc.start()
+        asyncio.run(read(b"".join(calls[:20])))
+        before = tracemalloc.get_traced_memory()[0]
+        asyncio.run(read(b"".join(calls[20:])))
+        after = tracemalloc.get_traced_memory()[0]
+        assert after - before < 2 * 2**20, "kept, the 180 would be 8 MiB"
+
+    alone(measure)  # labs may be kept by other threads of this process, and what those hold counts as well
 
 
 @pytest.mark.parametrize("odd", [wire.call("Ping", serial=0), wire.call("Ping", sender="")], ids=["serial", "sender"])

@@ -120,6 +120,10 @@ def test_not_asked_for(home: Home, logind: Service) -> None:
     assert logind.asked == []
 
 
+# The stand-in is a program of its own, which the bus has to start.
+PATIENT = "from qemu_launcher import desktop; desktop._NOTICE_TIMEOUT = 60.0"
+
+
 @pytest.fixture
 def notifications() -> Iterator[Service]:
     for prepared in service(NOTIFICATIONS):
@@ -132,7 +136,7 @@ def test_error_without_a_terminal_is_shown(home: Home, notifications: Service, c
     """The whole message, once, whoever of the two has found the error; it is no markup."""
     home.environment["XDG_STATE_HOME"] = str(home.configuration)
     home.define(binary="<b>no-such-qemu & co</b>")
-    done = home.ask(command, "vm-under-test", env=notifications.env)
+    done = home.ask(command, "vm-under-test", env=notifications.env, change=PATIENT)
     assert done.returncode == 2
     [asked] = notifications.asked
     program, replaces, _icon, title, text, actions, hints, expires = asked["body"]
@@ -153,7 +157,7 @@ def test_error_without_a_terminal_is_shown(home: Home, notifications: Service, c
 def test_wrong_definition_is_shown(home: Home, notifications: Service) -> None:
     home.define(nonsense=True)
     for command in ("run", "start"):
-        assert home.ask(command, "vm-under-test", env=notifications.env).returncode == 2
+        assert home.ask(command, "vm-under-test", env=notifications.env, change=PATIENT).returncode == 2
     assert [":3:3: unknown key" in asked["body"][4] for asked in notifications.asked] == [True, True]
 
 

@@ -18,7 +18,7 @@ import pytest
 from dbus_next import BusType, Message, MessageType
 from dbus_next.aio import MessageBus
 
-from qemu.launched import PATIENCE, Home, Run
+from qemu.launched import PATIENCE, Home, Run, wait_until
 from qemu.private_bus import PrivateBus, private_bus
 from qemu.test_imports import guarded
 
@@ -88,10 +88,10 @@ def peers(bus: PrivateBus, count: int) -> Iterator[list[Peer]]:
             client.disconnect()
 
 
-def started(home: Home, bus: PrivateBus, **launcher: Any) -> tuple[Run, str]:
+def started(home: Home, bus: PrivateBus, *options: str, **launcher: Any) -> tuple[Run, str]:
     """A running VM, and the unique name of its launcher on the bus."""
     home.define(vcpu_pinning=[CPU], **launcher)
-    run = home.start(env=bus.environment)
+    run = home.start("vm-under-test", *options, env=bus.environment)
     run.wait_running()
     return run, bus.calls()[0]["sender"]
 
@@ -126,7 +126,7 @@ def test_guest_that_does_not_listen_is_cut_off_after_the_timeout(home: Home, bus
 
 def test_new_owner_of_the_name_is_obeyed(home: Home, bus: PrivateBus) -> None:
     """systemd that was re-executed has a new connection; the old one has lost its say."""
-    run, launcher = started(home, bus, shutdown_timeout=1)
+    run, launcher = started(home, bus, "--debug", shutdown_timeout=1)
     with peers(bus, 2) as (before, after):
         before.own(SYSTEMD)
         before.disown(SYSTEMD)
@@ -135,6 +135,7 @@ def test_new_owner_of_the_name_is_obeyed(home: Home, bus: PrivateBus) -> None:
         after.request_stop(launcher)
         run.wait_line("asked the guest")
         assert run.end() == 0
+    assert run.output.count("heard SIGTERM") == 1
 
 
 @pytest.mark.parametrize("owned", [True, False])
@@ -178,6 +179,7 @@ def test_stop_before_cont_ends_the_start(home: Home, bus: PrivateBus) -> None:
     home.define(vcpu_pinning=[CPU])
     run = home.start(env=bus.environment)
     run.wait_line("waiting for qemu-launcher-helper")
+    wait_until(lambda: bus.members() == ["PinThreads"])  # the bus has to start the stand-in
     with peers(bus, 1) as (systemd,):
         systemd.own(SYSTEMD)
         systemd.request_stop(bus.calls()[0]["sender"])

@@ -91,7 +91,8 @@ def test_ready_when_its_user_wants_it_to_stand_still(home: Home, manager: Manage
 
 def test_never_ready_when_the_guest_does_not_run(home: Home, manager: Manager) -> None:
     home.define(qemu=({"device": "no-such-device"},))
-    run = home.start(env=manager.env)
+    change = "from qemu_launcher import patience; patience.FIRST_WORD = 600.0"  # else it says more of a slow QEMU
+    run = home.start(argv=home.with_changed(change), env=manager.env)
     assert run.end() == 1
     assert manager.next() == {"STATUS": "starting"}
     assert manager.has_heard_nothing_more()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qemu.launched import AS_A_USER, Home, Run, is_alive, wait_gone
+from qemu.launched import AS_A_USER, Home, Run, is_alive, wait_gone, wait_until
 from qemu.private_bus import PrivateBus, private_bus
 
 CPU = max(os.sched_getaffinity(0))
@@ -75,7 +75,7 @@ def test_guest_is_paused_until_the_helper_has_answered(home: Home, bus: PrivateB
     home.define(**SHIELDED)
     run = home.start(env=bus.environment)
     run.wait_line("waiting for qemu-launcher-helper")
-    assert bus.members() == ["PinThreads"]
+    wait_until(lambda: bus.members() == ["PinThreads"])  # the bus has to start it
     qmp = run.qmp()
     assert qmp("query-status")["status"] == "prelaunch"
     assert "vm-under-test: starting" in home.ask("status").stdout

@@ -4,6 +4,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# An example that this machine had no time for tells nothing.
+settings.register_profile("unit", settings.default, deadline=None)
+settings.load_profile("unit")
 
 
 @pytest.fixture
