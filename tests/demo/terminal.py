@@ -11,7 +11,7 @@ from typing import Any
 import lab
 
 OBSERVE = Path(__file__).with_name("observe.py")
-TERMINAL_SECONDS = 900  # then the login is cut, and whoever waits for its words sees the end of them
+TERMINAL_SECONDS = 3600  # then the login is cut, and whoever waits for its words sees the end of them
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1bc|\r")
 
 

@@ -105,7 +105,9 @@ def effective(group: Path) -> frozenset[int]:
         if not group.exists():
             return frozenset()
         group = group.parent
-    return parse(_content(f"{group}/cpuset.cpus.effective"))
+    with suppress(OSError):  # it ended meanwhile
+        return parse(_content(f"{group}/cpuset.cpus.effective"))
+    return frozenset()
 
 
 def groups() -> list[Path]:
@@ -115,7 +117,7 @@ def groups() -> list[Path]:
     """
     found = []
     for path in CGROUP.iterdir():
-        with suppress(FileNotFoundError, NotADirectoryError):  # it ended meanwhile, or is a file of the root's
+        with suppress(OSError):  # it ended meanwhile, or is a file of the root's
             if path != VMS and "populated 1" in _content(f"{path}/cgroup.events"):
                 found.append(path)
     return found

@@ -46,8 +46,9 @@ def reached(step: str) -> None:
     ORDER.unlink()
     if order[0] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    HALTED.write_text("halted\n")
-    GO.read_text()
+    with GO.open() as go:  # before it says so: the answer may come at once, and would be lost with its only end
+        HALTED.write_text("halted\n")
+        go.read()
 
 
 def stepping(owner: Any, name: str, step: str, least: int = 0) -> None:

@@ -45,6 +45,7 @@ def test_start_and_last_logout(in_background: User) -> None:
     alice.log_out()
     host.wait_for("QEMU is gone", lambda: not host.is_alive(qemu))
     host.wait_until_as_before()
+    subprocess.run(["journalctl", "--sync"], check=True)
     said = subprocess.run(
         ["journalctl", f"_SYSTEMD_USER_UNIT={unit}", "--output=cat"], capture_output=True, text=True, check=True
     )

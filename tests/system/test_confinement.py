@@ -55,14 +55,15 @@ def test_it_is_not_dumpable(helper: int) -> None:
         command = ["setpriv", f"--bounding-set={three}", "readlink", f"/proc/{pid}/exe"]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
+    refused = look_into(helper)
+    assert refused.returncode != 0, refused.stdout
+    assert host.is_alive(helper), "else there was nothing to look into"
     with subprocess.Popen(["setpriv", f"--bounding-set={three}", "sleep", "600"]) as control:
         try:
             host.wait_for("the control sleeps", lambda: host.status(control.pid)["Name"] == "sleep")
             assert look_into(control.pid).returncode == 0, "this would be possible with a dumpable process"
         finally:
             control.kill()
-    refused = look_into(helper)
-    assert refused.returncode != 0, refused.stdout
 
 
 def test_its_mounts_are_its_own_and_read_only(helper: int) -> None:

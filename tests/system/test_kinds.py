@@ -142,6 +142,7 @@ def test_four_calls_whatever_the_number_of_vcpus(
     define(alice, "counted", tuning, cpus=cpus)
     with watch.helper_calls() as calls:
         running = vm(alice, "counted").until_settled()
+        host.wait_for("the last call is written down", lambda: len(calls.members()) >= 4)
         assert calls.members() == ["SetMemlock", "PinThreads", "SetScheduler", "PinThreads"]
     assert [host.cpus_of(running.qemu, tid) for tid in running.vcpu_tids] == [{cpu} for cpu in topology]
     assert running.quit() == 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import termios
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +82,17 @@ def root_password() -> Iterator[str]:
     subprocess.run(["usermod", "--password", "*", "root"], check=True)
 
 
+def _shows_what_is_typed(script: int) -> bool:
+    """Whether the terminal that this script(1) has made echoes."""
+    [child] = Path(f"/proc/{script}/task/{script}/children").read_text().split()
+    number = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[7 - 3])  # proc_pid_stat(5): tty_nr
+    terminal = os.open(f"/dev/pts/{os.minor(number)}", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+    finally:
+        os.close(terminal)
+
+
 def typed(user: User, command: str, answer: str) -> tuple[int, str]:
     """Run a command on a terminal of its own, and answer its one question; its exit status, and what was to be seen."""
     folder = folder_of(user.name)
@@ -91,6 +104,8 @@ def typed(user: User, command: str, answer: str) -> tuple[int, str]:
     try:
         pid = user.login.spawn(f"exec script -qec '{command}' /dev/null <{keys}", log)
         host.wait_for("the question", lambda: "Password:" in log.read_text() or not host.is_alive(pid))
+        # The agent asks, and only then has the terminal show and keep nothing of what is typed.
+        host.wait_for("it hears", lambda: not host.is_alive(pid) or not _shows_what_is_typed(pid))
         os.write(keyboard, f"{answer}\n".encode())
         host.wait_for("the end of the command", lambda: not host.is_alive(pid))
         return user.login.wait(pid), log.read_text()
