@@ -11,7 +11,8 @@ every waiting caller.
 
 A QEMU on its way out is asked nothing: a command that meets it there can stop it for good, since monitor_cleanup() of
 QEMU 7.2 waits for a dispatcher that has gone. SHUTDOWN says that it leaves. Only if it stays after all, as -no-shutdown
-has it, STOP follows; that does not come when the guest stood still already, and then only some reasons are final.
+has it, STOP follows. That does not come when the guest stood still already: then it is taken to stay, unless the reason
+is a final one. Other connections, as those of `status`, have not heard it, and may meet it there.
 
     QmpError
     |-- QmpRefused       QEMU answered a command with an error
@@ -105,7 +106,8 @@ class Qmp:
         While QEMU leaves it is held back: until QEMU stays, or ConnectionLost says that it has gone.
         """
         async with self._turn:
-            await self._open.wait()
+            while not self._open.is_set():  # it may be open for a moment only
+                await self._open.wait()
             if self._broken is not None:
                 raise self._broken
             self._serial += 1

@@ -2,7 +2,8 @@
 
     Ctrl-C, SIGHUP    ask the guest to power down, and wait without limit
     Ctrl-C again      cut the power: `quit`; a third time: SIGKILL
-    SIGTERM           ask the guest; `quit` after shutdown_timeout, SIGKILL if QEMU does not take that either
+    SIGTERM           ask the guest; `quit` after shutdown_timeout, SIGKILL if QEMU does not take that either; but one
+                      that is ending by then has another minute
     RequestStop       of systemd, when it ends the VM's scope: as SIGTERM
 
 SIGHUP never cuts: a login that ends sends SIGTERM and SIGHUP in one go (SendSIGHUP= of systemd.kill(5)), and a closing
@@ -38,6 +39,9 @@ _LONGEST_END = 90.0  # seconds
 NOT_STARTED = ("prelaunch", "inmigrate", "preconfig")
 GONE = ("shutdown", "postmigrate", "guest-panicked", "internal-error")
 DEAF = (*NOT_STARTED, *GONE)
+# Its migration to another host is about to succeed or fail; QEMU has no event for `postmigrate`.
+_DEPARTING = "finish-migrate"
+_LOOK = 1.0  # seconds
 # It stands still, and hears it when it goes on.
 STANDING = ("paused", "io-error", "watchdog", "debug")
 
@@ -77,6 +81,7 @@ class Signals:
 class _Stage(enum.Enum):
     RUNNING = enum.auto()
     ASKED = enum.auto()
+    ENDING = enum.auto()
     QUITTING = enum.auto()
     KILLED = enum.auto()
 
@@ -131,7 +136,7 @@ class Shutdown:
         match self._stage, number:
             case _Stage.RUNNING, _:
                 await self._ask(number)
-            case _Stage.ASKED, signal.SIGINT:
+            case _Stage.ASKED | _Stage.ENDING, signal.SIGINT:
                 await self._quit()
             case _Stage.ASKED, signal.SIGTERM if self._deadline is None:
                 self._set_deadline(self._timeout)
@@ -141,31 +146,35 @@ class Shutdown:
     async def _on_deadline(self) -> None:
         if self._stage is _Stage.ASKED and self._leaves():
             self._voice.say(f"QEMU is ending, and is killed if that takes more than another {_WRITE_BACK:.0f} s")
-            self._stage = _Stage.QUITTING
+            self._stage = _Stage.ENDING
+            self._manager.stopping("QEMU is ending", _WRITE_BACK + _LONGEST_END)
             self._set_deadline(_WRITE_BACK)
+            self._qemu.send(signal.SIGTERM)  # nothing to one that leaves; one that would stay after all leaves by it
         elif self._stage is _Stage.ASKED:
             self._voice.say(f"the guest did not power down within {self._timeout:.0f} s: cutting the power")
             await self._quit()
-        elif self._stage is _Stage.QUITTING:
+        elif self._stage in (_Stage.ENDING, _Stage.QUITTING):
             self._kill()
 
     async def _on_standing(self) -> None:
         """If the guest has gone and QEMU stays, as `-no-shutdown` has it: whoever asked us wants that to end, too.
 
-        It writes its images back first, for as long as that takes, and answers nobody.
+        It may write its images back first, for as long as that takes, and answers nobody then.
         """
-        if self._stage is not _Stage.ASKED:
+        if self._stage is not _Stage.ASKED or self._leaves():
             return
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                gone = run_state(await self._qmp.execute("query-status")) in GONE
+                state = run_state(await self._qmp.execute("query-status"))
         except TimeoutError:
             self._guest_stands.set()  # it may answer once that is done
         except QmpError:
             pass
         else:
-            if gone:
+            if state in GONE:
                 await self._quit()
+            elif state == _DEPARTING:
+                asyncio.get_running_loop().call_later(_LOOK, self._guest_stands.set)
 
     async def _ask(self, number: signal.Signals) -> None:
         self._stage = _Stage.ASKED
@@ -198,6 +207,8 @@ class Shutdown:
             if state in STANDING:  # for a reason that we do not know
                 resume = f"qemu-launcher resume {self._voice.name}"
                 self._voice.say(f"{stillness(state)}, and hears that when it goes on: {resume}")
+            elif state == _DEPARTING:
+                self._guest_stands.set()
         self._set_deadline(limit)
 
     async def _is_leaving(self, number: signal.Signals) -> bool:

@@ -87,18 +87,20 @@ class Run:
 
     def wait_line(self, pattern: str) -> str:
         """The first line on stderr that matches."""
+        return self.wait_lines(pattern, 1)[0]
+
+    def wait_lines(self, pattern: str, number: int) -> list[str]:
+        """So many lines on stderr that match."""
         assert self.process.stderr is not None
         deadline = time.monotonic() + PATIENCE
-        while True:
-            for line in self.output.splitlines():
-                if re.search(pattern, line):
-                    return line
+        while len(found := [line for line in self.output.splitlines() if re.search(pattern, line)]) < number:
             left = deadline - time.monotonic()
             assert left > 0, f"no line like {pattern!r} in:\n{self.output}"
             if select.select([self.process.stderr], [], [], left)[0]:
                 data = os.read(self.process.stderr.fileno(), 65536)
                 assert data, f"ended with {self.process.wait()} without a line like {pattern!r}:\n{self.output}"
                 self.output += data.decode()
+        return found
 
     def wait_running(self) -> str:
         return self.wait_line(rf"^{self.name}: running, ")

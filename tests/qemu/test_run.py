@@ -150,7 +150,9 @@ def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> N
     run.signal(signal.SIGHUP)
     run.wait_line("heard SIGHUP")
     run.signal(signal.SIGHUP)
+    run.wait_lines("heard SIGHUP", 2)
     run.signal(signal.SIGTERM)
+    run.wait_lines("heard SIGTERM", 2)
     assert qmp("query-status")["status"] == "running"
     qmp("quit")
     assert run.end() == 0

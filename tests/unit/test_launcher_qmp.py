@@ -248,10 +248,31 @@ def test_what_was_held_back_is_asked_of_a_qemu_that_stays() -> None:
         await far.send(RESUME, shutdown_for("guest-shutdown"))
         await qmp.leaving.wait()
         asking = asyncio.ensure_future(qmp.execute("query-status"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        with pytest.raises(BlockingIOError):
+            far.sock.recv(1)
         await far.send(STOP)
         command = await far.command()
         await far.send({"return": {"status": "shutdown"}, "id": command["id"]})
         assert await asking == {"status": "shutdown"}
+
+    run(body)
+
+
+def test_what_is_held_back_stays_so_if_qemu_would_stay_for_a_moment_only() -> None:
+    """-no-shutdown, and somebody sends it SIGTERM: both events come in one read."""
+
+    async def body(qmp: Qmp, far: Far) -> None:
+        await far.send(RESUME, shutdown_for("guest-shutdown"))
+        await qmp.leaving.wait()
+        asking = asyncio.ensure_future(qmp.execute("query-status"))
+        await asyncio.sleep(0)
+        await far.send(STOP, shutdown_for("host-signal"), {"event": "LAST"})
+        await asyncio.sleep(0.05)
+        with pytest.raises(BlockingIOError):
+            far.sock.recv(1)
+        far.sock.close()
+        with pytest.raises(ConnectionLost):
+            await asking
 
     run(body)

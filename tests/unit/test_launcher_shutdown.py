@@ -194,9 +194,10 @@ def test_qemu_that_stays_without_its_guest_is_told_to_quit(monkeypatch: pytest.M
     assert limit is not None
 
 
-@pytest.mark.parametrize("state", ["guest-panicked", "internal-error", "postmigrate"])
-def test_guest_that_goes_otherwise_than_asked(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+@pytest.mark.parametrize("states", [["guest-panicked"], ["internal-error"], ["finish-migrate", "postmigrate"]])
+def test_guest_that_goes_otherwise_than_asked(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:
     """-action panic=pause, an error of KVM's, a migration: nobody would hear the power button any more."""
+    monkeypatch.setattr(shutdown, "_LOOK", 0.02)
 
     async def story() -> list[str]:
         child, monitor, signals = Child(), Monitor(), Signals()
@@ -204,15 +205,19 @@ def test_guest_that_goes_otherwise_than_asked(monkeypatch: pytest.MonkeyPatch, s
         ending = asyncio.ensure_future(down.until_ended(signals))
         signals.put(signal.SIGINT)
         await monitor.pressed.wait()
-        monitor.state = state
+        monitor.asked.clear()
+        monitor.state = states[0]
         monitor.happens("STOP")
+        while not monitor.asked:
+            await asyncio.sleep(0)
+        monitor.state = states[-1]  # no event tells of this one
         while "quit" not in monitor.asked:
             await asyncio.sleep(0)
         child.ended.set_result(Ending(0))
         await ending
         return monitor.asked
 
-    assert asyncio.run(asyncio.wait_for(story(), 60))[-2:] == ["query-status", "quit"]
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status"] * len(states) + ["quit"]
 
 
 def test_guest_that_its_user_pauses_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,9 +342,9 @@ async def while_leaving(
     monitor.happens("SHUTDOWN")
     for number in numbers:
         signals.put(number)
-    while not signals._queue.empty():
-        await asyncio.sleep(0)
-    await asyncio.sleep(3 * shutdown.TOGETHER)
+        while not signals._queue.empty():
+            await asyncio.sleep(0)
+        await asyncio.sleep(3 * shutdown.TOGETHER)
     limit = None if down._deadline is None else down._deadline - asyncio.get_running_loop().time()
     child.ended.set_result(Ending(0))
     await ending
@@ -354,13 +359,41 @@ def test_second_ctrl_c_while_qemu_leaves_sends_what_quit_would_have_been(capfd: 
     assert capfd.readouterr().err == "vm: QEMU is ending already; Ctrl-C again cuts the power\n"
 
 
+def test_ctrl_c_in_the_time_it_is_given_to_end_does_not_kill_it_yet() -> None:
+    asked, sent, limit = asyncio.run(while_leaving(0.0, signal.SIGTERM, signal.SIGINT))
+    assert (asked, sent) == ([], [signal.SIGTERM, signal.SIGTERM])
+    assert limit is not None
+    assert limit <= QUIT_GRACE
+
+
 def test_time_that_runs_out_while_qemu_leaves_does_not_end_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     """It may be writing its images back; and that the guest did not power down would be untrue."""
     asked, sent, limit = asyncio.run(while_leaving(0.0, signal.SIGTERM))
-    assert (asked, sent) == ([], [])
+    assert (asked, sent) == ([], [signal.SIGTERM]), "which is nothing to one that leaves"
     assert limit is not None
     assert QUIT_GRACE < limit <= shutdown._WRITE_BACK
     assert capfd.readouterr().err == (
         "vm: QEMU is ending already; to cut its power: qemu-launcher kill vm\n"
         "vm: QEMU is ending, and is killed if that takes more than another 60 s\n"
     )
+
+
+def test_migration_that_is_about_to_end_when_the_guest_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutdown, "_LOOK", 0.02)
+
+    async def story() -> list[str]:
+        child, monitor, signals = Child(), Monitor("finish-migrate"), Signals()
+        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
+        ending = asyncio.ensure_future(down.until_ended(signals))
+        signals.put(signal.SIGINT)
+        await monitor.pressed.wait()
+        while len(monitor.asked) < 4:
+            await asyncio.sleep(0)
+        monitor.state = "postmigrate"
+        while "quit" not in monitor.asked:
+            await asyncio.sleep(0)
+        child.ended.set_result(Ending(0))
+        await ending
+        return monitor.asked
+
+    assert asyncio.run(asyncio.wait_for(story(), 60))[:4] == ["query-status", "system_powerdown"] + ["query-status"] * 2
