@@ -159,6 +159,18 @@ def test_first_ctrl_c_waits_without_limit_and_hangup_never_cuts(home: Home) -> N
     assert '"execute": "quit"' not in run.output
 
 
+def test_guest_that_is_migrated_away_after_it_was_asked(home: Home) -> None:
+    home.define()
+    run = home.start()
+    run.wait_running()
+    qmp = run.qmp()
+    run.signal(signal.SIGINT)
+    qmp.wait_event("POWERDOWN")
+    qmp("migrate", uri="exec:cat >/dev/null")
+    assert run.end() == 0
+    assert "killing" not in run.output
+
+
 def test_long_timeout_is_told_in_whole_seconds(home: Home) -> None:
     home.define(shutdown_timeout=1234567)
     run = home.start()
