@@ -35,6 +35,12 @@ class Far:
         value: dict[str, Any] = json.loads(line)
         return value
 
+    async def assert_asked_nothing(self) -> None:
+        """Nothing has come, nor comes in a moment."""
+        await asyncio.sleep(0.05)
+        with pytest.raises(BlockingIOError):
+            self.sock.recv(1)
+
     async def negotiate(self) -> None:
         await self.send(GREETING)
         command = await self.command()
@@ -228,10 +234,7 @@ def test_qemu_that_leaves_is_asked_nothing(end: str) -> None:
         assert qmp.leaving.is_set() == leaves
         asking = asyncio.ensure_future(qmp.execute("query-status"))
         if leaves:
-            await asyncio.sleep(0.05)
-            far.sock.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                far.sock.recv(1)
+            await far.assert_asked_nothing()
             far.sock.close()
             with pytest.raises(ConnectionLost):
                 await asking
@@ -248,9 +251,7 @@ def test_what_was_held_back_is_asked_of_a_qemu_that_stays() -> None:
         await far.send(RESUME, shutdown_for("guest-shutdown"))
         await qmp.leaving.wait()
         asking = asyncio.ensure_future(qmp.execute("query-status"))
-        await asyncio.sleep(0.05)
-        with pytest.raises(BlockingIOError):
-            far.sock.recv(1)
+        await far.assert_asked_nothing()
         await far.send(STOP)
         command = await far.command()
         await far.send({"return": {"status": "shutdown"}, "id": command["id"]})
@@ -268,9 +269,7 @@ def test_what_is_held_back_stays_so_if_qemu_would_stay_for_a_moment_only() -> No
         asking = asyncio.ensure_future(qmp.execute("query-status"))
         await asyncio.sleep(0)
         await far.send(STOP, shutdown_for("host-signal"), {"event": "LAST"})
-        await asyncio.sleep(0.05)
-        with pytest.raises(BlockingIOError):
-            far.sock.recv(1)
+        await far.assert_asked_nothing()
         far.sock.close()
         with pytest.raises(ConnectionLost):
             await asking

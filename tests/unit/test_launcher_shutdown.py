@@ -4,8 +4,10 @@ QEMU and its monitor are played here, since only the launcher's own decisions ma
 """
 
 import asyncio
+import contextlib
 import signal
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -59,6 +61,37 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         self.sent.append(number)
+
+
+class Scene(NamedTuple):
+    """A VM that runs, and a launcher that waits for its end."""
+
+    child: Child
+    monitor: Monitor
+    signals: Signals
+    down: Shutdown
+
+    async def ask(self) -> None:
+        """Ctrl-C, until the power button is pressed; what was asked up to then is forgotten."""
+        self.signals.put(signal.SIGINT)
+        await self.monitor.pressed.wait()
+        self.monitor.asked.clear()
+
+    async def until_told_to_quit(self) -> None:
+        while "quit" not in self.monitor.asked:
+            await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def running(timeout: float | None = None, state: str = "running") -> AsyncIterator[Scene]:
+    """In the end QEMU ends well, and the launcher with it."""
+    child, monitor, signals = Child(), Monitor(state), Signals()
+    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), timeout)
+    ending = asyncio.ensure_future(down.until_ended(signals))
+    await asyncio.sleep(0)
+    yield Scene(child, monitor, signals, down)
+    child.ended.set_result(Ending(0))
+    assert await asyncio.wait_for(ending, 60) == 0
 
 
 async def limit_after(timeout: float | None, *numbers: signal.Signals) -> tuple[float | None, int]:
@@ -161,22 +194,15 @@ def test_guest_that_stands_still_is_asked_and_its_user_told(capfd: pytest.Captur
 
 async def after_guest_is_down(state: str, *, hang: str = "") -> tuple[list[str], list[signal.Signals], float | None]:
     """The guest powers down when asked: what QEMU, in this state now, is asked and sent, and the limit that is set."""
-    child, monitor, signals = Child(), Monitor(), Signals()
-    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-    ending = asyncio.ensure_future(down.until_ended(signals))
-    signals.put(signal.SIGINT)
-    await monitor.pressed.wait()
-    monitor.asked.clear()
-    monitor.state, monitor.hang = state, hang
-    monitor.happens("SHUTDOWN")
-    monitor.happens("STOP")
-    while not monitor.asked:
-        await asyncio.sleep(0)
-    await asyncio.sleep(4 * shutdown._ANSWER_TIMEOUT)
-    limit = down._deadline
-    child.ended.set_result(Ending(0))
-    await ending
-    return monitor.asked, child.sent, limit
+    async with running() as vm:
+        await vm.ask()
+        vm.monitor.state, vm.monitor.hang = state, hang
+        vm.monitor.happens("SHUTDOWN")
+        vm.monitor.happens("STOP")
+        while not vm.monitor.asked:
+            await asyncio.sleep(0)
+        await asyncio.sleep(4 * shutdown._ANSWER_TIMEOUT)
+        return vm.monitor.asked, vm.child.sent, vm.down._deadline
 
 
 def test_qemu_that_writes_its_images_back_has_all_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,22 +226,15 @@ def test_guest_that_goes_otherwise_than_asked(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(shutdown, "_LOOK", 0.02)
 
     async def story() -> list[str]:
-        child, monitor, signals = Child(), Monitor(), Signals()
-        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-        ending = asyncio.ensure_future(down.until_ended(signals))
-        signals.put(signal.SIGINT)
-        await monitor.pressed.wait()
-        monitor.asked.clear()
-        monitor.state = states[0]
-        monitor.happens("STOP")
-        while not monitor.asked:
-            await asyncio.sleep(0)
-        monitor.state = states[-1]  # no event tells of this one
-        while "quit" not in monitor.asked:
-            await asyncio.sleep(0)
-        child.ended.set_result(Ending(0))
-        await ending
-        return monitor.asked
+        async with running() as vm:
+            await vm.ask()
+            vm.monitor.state = states[0]
+            vm.monitor.happens("STOP")
+            while not vm.monitor.asked:
+                await asyncio.sleep(0)
+            vm.monitor.state = states[-1]  # no event tells of this one
+            await vm.until_told_to_quit()
+            return vm.monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status"] * len(states) + ["quit"]
 
@@ -224,21 +243,15 @@ def test_guest_that_its_user_pauses_is_waited_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
 
     async def story() -> list[str]:
-        child, monitor, signals = Child(), Monitor(), Signals()
-        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-        ending = asyncio.ensure_future(down.until_ended(signals))
-        signals.put(signal.SIGINT)
-        await monitor.pressed.wait()
-        monitor.asked.clear()
-        monitor.state = "paused"
-        monitor.happens("STOP")
-        while not monitor.asked:
-            await asyncio.sleep(0)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        child.ended.set_result(Ending(0))
-        await ending
-        return monitor.asked
+        async with running() as vm:
+            await vm.ask()
+            vm.monitor.state = "paused"
+            vm.monitor.happens("STOP")
+            while not vm.monitor.asked:
+                await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return vm.monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status"]
 
@@ -248,25 +261,19 @@ def test_guest_that_was_reset_can_go_down_once_more(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shutdown, "_ANSWER_TIMEOUT", 0.05)
 
     async def story() -> list[str]:
-        child, monitor, signals = Child(), Monitor(), Signals()
-        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-        ending = asyncio.ensure_future(down.until_ended(signals))
-        await asyncio.sleep(0)
-        monitor.happens("SHUTDOWN")
-        monitor.happens("STOP")
-        while down._guest_stands.is_set():
-            await asyncio.sleep(0)
-        monitor.happens("RESUME")
-        signals.put(signal.SIGINT)
-        await monitor.pressed.wait()
-        monitor.state = "shutdown"
-        monitor.happens("SHUTDOWN")
-        monitor.happens("STOP")
-        while "quit" not in monitor.asked:
-            await asyncio.sleep(0)
-        child.ended.set_result(Ending(0))
-        await ending
-        return monitor.asked
+        async with running() as vm:
+            vm.monitor.happens("SHUTDOWN")
+            vm.monitor.happens("STOP")
+            while vm.down._guest_stands.is_set():
+                await asyncio.sleep(0)
+            vm.monitor.happens("RESUME")
+            vm.signals.put(signal.SIGINT)
+            await vm.monitor.pressed.wait()
+            vm.monitor.state = "shutdown"
+            vm.monitor.happens("SHUTDOWN")
+            vm.monitor.happens("STOP")
+            await vm.until_told_to_quit()
+            return vm.monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == ["query-status", "system_powerdown", "query-status", "quit"]
 
@@ -276,24 +283,18 @@ async def asked_while_leaving(number: signal.Signals, *events: str) -> tuple[lis
 
     SIGINT never reaches QEMU; others can be for the whole process group.
     """
-    child, monitor, signals = Child(), Monitor(), Signals()
-    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), 1000.0)
-    ending = asyncio.ensure_future(down.until_ended(signals))
-    if number == signal.SIGINT:
-        await asyncio.sleep(0)
-        for event in events:
-            monitor.happens(event)
-    signals.put(number)
-    while down._stage is shutdown._Stage.RUNNING:
-        await asyncio.sleep(0)
-    if number != signal.SIGINT:
-        for event in events:
-            monitor.happens(event)
-    await asyncio.sleep(2 * shutdown.TOGETHER)
-    limit = down._deadline
-    child.ended.set_result(Ending(0))
-    await ending
-    return monitor.asked, limit
+    async with running(1000.0) as vm:
+        if number == signal.SIGINT:
+            for event in events:
+                vm.monitor.happens(event)
+        vm.signals.put(number)
+        while vm.down._stage is shutdown._Stage.RUNNING:
+            await asyncio.sleep(0)
+        if number != signal.SIGINT:
+            for event in events:
+                vm.monitor.happens(event)
+        await asyncio.sleep(2 * shutdown.TOGETHER)
+        return vm.monitor.asked, vm.down._deadline
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -315,18 +316,12 @@ def test_qemu_that_leaves_by_itself_is_not_asked_whether_it_does() -> None:
     """A guest that powers down: QEMU says SHUTDOWN and goes."""
 
     async def story() -> list[str]:
-        child, monitor, signals = Child(), Monitor(), Signals()
-        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-        ending = asyncio.ensure_future(down.until_ended(signals))
-        signals.put(signal.SIGINT)
-        await monitor.pressed.wait()
-        monitor.asked.clear()
-        monitor.happens("SHUTDOWN")
-        for _ in range(20):
-            await asyncio.sleep(0)
-        child.ended.set_result(Ending(0))
-        await ending
-        return monitor.asked
+        async with running() as vm:
+            await vm.ask()
+            vm.monitor.happens("SHUTDOWN")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return vm.monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == []
 
@@ -335,20 +330,15 @@ async def while_leaving(
     timeout: float | None, *numbers: signal.Signals
 ) -> tuple[list[str], list[signal.Signals], float | None]:
     """The guest has powered down, QEMU is ending, and these come: what it is asked, what it is sent, and the limit."""
-    child, monitor, signals = Child(), Monitor(), Signals()
-    down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), timeout)
-    ending = asyncio.ensure_future(down.until_ended(signals))
-    await asyncio.sleep(0)
-    monitor.happens("SHUTDOWN")
-    for number in numbers:
-        signals.put(number)
-        while not signals._queue.empty():
-            await asyncio.sleep(0)
-        await asyncio.sleep(3 * shutdown.TOGETHER)
-    limit = None if down._deadline is None else down._deadline - asyncio.get_running_loop().time()
-    child.ended.set_result(Ending(0))
-    await ending
-    return monitor.asked, child.sent, limit
+    async with running(timeout) as vm:
+        vm.monitor.happens("SHUTDOWN")
+        for number in numbers:
+            vm.signals.put(number)
+            while not vm.signals._queue.empty():
+                await asyncio.sleep(0)
+            await asyncio.sleep(3 * shutdown.TOGETHER)
+        end = vm.down._deadline
+        return vm.monitor.asked, vm.child.sent, None if end is None else end - asyncio.get_running_loop().time()
 
 
 def test_second_ctrl_c_while_qemu_leaves_sends_what_quit_would_have_been(capfd: pytest.CaptureFixture[str]) -> None:
@@ -382,18 +372,13 @@ def test_migration_that_is_about_to_end_when_the_guest_is_asked(monkeypatch: pyt
     monkeypatch.setattr(shutdown, "_LOOK", 0.02)
 
     async def story() -> list[str]:
-        child, monitor, signals = Child(), Monitor("finish-migrate"), Signals()
-        down = Shutdown(cast(Qemu, child), cast(Qmp, monitor), Voice("vm", quiet=False), Manager(), None)
-        ending = asyncio.ensure_future(down.until_ended(signals))
-        signals.put(signal.SIGINT)
-        await monitor.pressed.wait()
-        while len(monitor.asked) < 4:
-            await asyncio.sleep(0)
-        monitor.state = "postmigrate"
-        while "quit" not in monitor.asked:
-            await asyncio.sleep(0)
-        child.ended.set_result(Ending(0))
-        await ending
-        return monitor.asked
+        async with running(state="finish-migrate") as vm:
+            vm.signals.put(signal.SIGINT)
+            await vm.monitor.pressed.wait()
+            while len(vm.monitor.asked) < 4:
+                await asyncio.sleep(0)
+            vm.monitor.state = "postmigrate"
+            await vm.until_told_to_quit()
+            return vm.monitor.asked
 
     assert asyncio.run(asyncio.wait_for(story(), 60))[:4] == ["query-status", "system_powerdown"] + ["query-status"] * 2
