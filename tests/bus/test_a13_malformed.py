@@ -106,7 +106,7 @@ def test_a13_malformed_messages_end_at_the_bus(host: World, member: User, other:
 
 def test_a13_mutated_messages(host: World, other: User) -> None:
     """Bytes of good calls are changed at random, the same ones in each run; the helper judges what comes through."""
-    users, each = CROWD[-20:], 30  # each within his quota, which would answer otherwise
+    users, each = CROWD[-20:], 40  # each within his quota, which would answer otherwise
 
     def calls(user: User) -> list[str]:
         chance, answers = random.Random(user.uid), []
@@ -125,9 +125,9 @@ def test_a13_mutated_messages(host: World, other: User) -> None:
         children = [as_user(user, partial(calls, user)) for user in users]
         answers = [got for child in children for got in child.result()]
     assert len(answers) == len(users) * each
-    # Both happened: the bus stopped many, and many came through and were judged: 57 where no reply is slow to come.
+    # Both happened: the bus stopped many, and many came through and were judged.
     assert answers.count(HUNG_UP) > 50
-    assert len(answers) - answers.count(HUNG_UP) - answers.count("nothing") > 25
+    assert len(answers) - answers.count(HUNG_UP) - answers.count("nothing") > 50
     assert "Failed" not in answers
     assert not [line for line in host.logged() if line.startswith("failed")]
 
