@@ -11,15 +11,12 @@ import signal
 import socket
 import sys
 
-from . import bus, contract, limits, privileges, service
-from .operations import Operations
-from .records import logged, reconcile
-from .target import SYSTEMD
+from . import bus, contract, cpuset, limits, operations, privileges, records, service, target
 
 # How long calls may go on that slipped in while we were leaving. systemd's patience (TimeoutStopSec=) is longer.
 # How long the journal may take to accept a record.
 _STOP_SECONDS, _JOURNAL_SECONDS = 20.0, 1.0
-_LOG = "/run/systemd/journal/socket" if SYSTEMD else "/dev/log"
+_LOG = "/run/systemd/journal/socket" if target.SYSTEMD else "/dev/log"
 
 
 class Journal(logging.handlers.DatagramHandler):
@@ -42,25 +39,25 @@ class Journal(logging.handlers.DatagramHandler):
         return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
 
 
-async def serve(path: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, acting: type = Operations) -> int:
+async def serve(path: str = bus.SOCKET, idle: float = contract.IDLE_SECONDS, act: type = operations.Operations) -> int:
     """Serve until idle; return the exit status. The arguments are for tests; `main` passes none."""
     connection = await bus.SystemBus.connect(path)
-    serving = service.Service(connection, acting(connection), idle)
+    serving = service.Service(connection, act(connection), idle)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.idle.set)
-    reconcile()
+    records.reconcile()
     connection.on_call = serving.receive
     # 4 is DBUS_NAME_FLAG_DO_NOT_QUEUE, 1 is DBUS_REQUEST_NAME_REPLY_PRIMARY_OWNER.
     if await connection.call(bus.DAEMON, "RequestName", "su", [contract.BUS_NAME, 4], "u") != [1]:
         raise contract.Failed(f"{contract.BUS_NAME} has another owner")
     idling = asyncio.create_task(serving.idle.wait())
     while not (await asyncio.wait({idling, connection.reading}, timeout=idle, return_when="FIRST_COMPLETED"))[0]:
-        with logged("looking after VMs"):  # where nobody would start us again, we stay
-            reconcile()  # a scope that ended could not start us while calls keep us here, be they refused ones
+        with records.logged("looking after VMs"):  # where nobody would start us again, we stay
+            records.reconcile()  # a scope that ended could not start us while calls keep us here, be they refused ones
     # Whatever came before the answer to this is ours to serve; what comes after it starts the next helper.
     await connection.daemon("ReleaseName", contract.BUS_NAME, answer="u")
     await asyncio.wait({*serving.tasks, idling}, timeout=_STOP_SECONDS)
     # A scope that ended while we were there could not start us: systemd starts nothing that runs already.
-    reconcile()
+    records.reconcile()
     await connection.close()
     return 0
 
@@ -75,6 +72,9 @@ def main() -> int:
         match sys.argv[1:]:
             case ["--serve"]:
                 os.chdir("/")
+                if isinstance(cpuset.MECHANISM, cpuset.RawV1):
+                    with records.logged("mounting cpusets"):
+                        cpuset.MECHANISM.mount(limits.load().cpuset_mount)
                 privileges.drop()
                 return asyncio.run(serve())
             case ["--check", *path] if len(path) <= 1:

@@ -69,12 +69,14 @@ class Limits(NamedTuple):
 
 class Settings(NamedTuple):
     """The whole file. comm: patterns of process names that may be tuned (fnmatch; it catches mistakes and is no
-    boundary). services: system services whose processes may be targets, for example "my-vm.service".
+    boundary). services: system services whose processes may be targets, for example "my-vm.service". cpuset_mount:
+    where to mount cpusets of cgroup v1 on a host without systemd that has none; "" for nowhere.
     """
 
     entries: tuple[Limits, ...] = ()
     comm: tuple[str, ...] = ("qemu-system-*", "qemu-kvm", "kvm", ".qemu-system-*")
     services: tuple[str, ...] = ()
+    cpuset_mount: str = ""
 
     def limits_for(self, uid: int) -> Limits:
         """Return the first entry that names the user or one of his groups, or everybody; else the defaults.
@@ -114,13 +116,11 @@ def check(path: str | None = None) -> int:
     return 1
 
 
-def user_name(uid: int) -> str:
-    """Return the account's name; "uid 1000" when there is none, or one that would not be plain text for a person."""
-    return account(uid)[0]
-
-
 def account(uid: int) -> tuple[str, int]:
-    """Return the same, and the account's uid; OVERFLOW_UID when there is none."""
+    """Return the account's name and uid; "uid 1000" when it has none, or one that would not be plain text for a person.
+
+    The uid is OVERFLOW_UID when there is no account.
+    """
     name, known = "", OVERFLOW_UID
     with suppress(KeyError):
         name, _, known, *_ = pwd.getpwuid(uid)
@@ -155,6 +155,7 @@ def load(path: str | None = None) -> Settings:
 _FORMS: dict[str, tuple[type, str, str]] = {
     "comm": (list, r"[A-Za-z0-9 ._*?-]{1,64}", 'a list of patterns, as ["qemu-system-*"]'),
     "services": (list, r"[A-Za-z0-9:_.@-]{1,200}\.service", 'a list, as ["my-vm.service"]'),
+    "cpuset_mount": (str, r"/(run|sys/fs/cgroup)/[A-Za-z0-9_-]{1,64}", 'a folder in /run, as "/run/cpuset"'),
     "users": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["alice"]'),
     "groups": (list, r"[^\s:,\0]{1,64}", 'a list of names, as ["students"]'),
     "cpus": (str, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", 'a text, as "8-15,24"'),
@@ -235,7 +236,7 @@ def check_cpus(claim: Record, emulator: Cpus, limits: Limits, cores: Cores, reco
     live = [record for record in others if not record.stray]
     for record in live:
         if overlap := shield & record.cpus | shared & record.shielded:
-            raise Conflict(f"CPUs {cpulist(overlap)} are held by VM {record.vm} of {user_name(record.uid)}{free}")
+            raise Conflict(f"CPUs {cpulist(overlap)} are held by VM {record.vm} of {account(record.uid)[0]}{free}")
     gone = shield.union(*(record.shielded for record in live))
     if shield and not _usable(cores, gone):
         raise LimitExceeded(f"CPUs {cpulist(gone)}: at least one whole core must stay with the host{free}")

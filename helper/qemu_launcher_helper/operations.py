@@ -122,7 +122,7 @@ class Operation(NamedTuple):
     async def list_vms(self, *, everybody: bool) -> list[Any]:
         """Return a row for each VM that holds a grant: the caller's own, or everybody's."""
         mine = [vm for vm in self.live if everybody or vm.uid == self.caller.uid]
-        rows = [(vm.vm, vm.uid, limits.user_name(vm.uid), vm.pid, vm.start_time, cpulist(vm.cpus)) for vm in mine]
+        rows = [(vm.vm, vm.uid, limits.account(vm.uid)[0], vm.pid, vm.start_time, cpulist(vm.cpus)) for vm in mine]
         return [[*row, MECHANISM.name if row[-1] else "none"] for row in rows]
 
     async def get_limits(self, **_: int) -> dict[str, Variant]:

@@ -204,7 +204,7 @@ def _details(caller: Caller, arguments: dict[str, Any]) -> dict[str, str]:
 
     cpus: all that would be held or used, in whole cores where shielded; "many" for what is too long to be told.
     """
-    facts = {"user": caller.user} | ({"owner": limits.user_name(arguments["uid"])} if "uid" in arguments else {})
+    facts = {"user": caller.user} | ({"owner": limits.account(arguments["uid"])[0]} if "uid" in arguments else {})
     facts |= {key: str(arguments[key]) for key in ("vm", "policy", "priority", "bytes") if key in arguments}
     if "others" in arguments:
         pins, cores = arguments["pins"], limits.read_cores()

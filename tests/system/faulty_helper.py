@@ -197,7 +197,7 @@ def patch(counter: Counter) -> None:
 
     bus.SystemBus.call = call_counted  # type: ignore[method-assign]
     operations.Operations.perform = perform_counted  # type: ignore[method-assign]
-    helper.reconcile = reconcile_at_start  # type: ignore[assignment,attr-defined]
+    records.reconcile = reconcile_at_start  # type: ignore[assignment]  # __main__ alone looks it up in there
 
 
 def serve(order: dict[str, Any], test: socket.socket) -> int:

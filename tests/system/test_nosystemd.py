@@ -25,6 +25,7 @@ pytestmark = pytest.mark.hosts("openrc", more=("openrc-v1",), why="it is about h
 
 TUNING = {"vcpu_pinning": [4, 5], "scheduler": "fifo", "priority": 1, "rlimit_memlock": "400M"}
 SYSLOG = Path("/dev/log")
+ELSEWHERE = Path("/run/cpuset")
 # CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE
 THREE = 1 << 21 | 1 << 23 | 1 << 24
 
@@ -188,26 +189,88 @@ def test_check_has_nothing_to_say_against_it(alice: User) -> None:
     assert subprocess.run(["pgrep", "-x", "systemd"], check=False, stdout=subprocess.DEVNULL).returncode == 1
 
 
-@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
-def test_where_nothing_mounts_cpusets(alice: User, vm: Callable[..., Launch]) -> None:
-    """`check` says what is missing, and the commands that it gives are enough, wherever they mount them."""
-    mounts = ["mount", "-t", "cgroup", "-o", legacy.CPUSETS.name, legacy.CPUSETS.name, str(legacy.CPUSETS)]
+def helper_has_left() -> None:
+    """The next call starts another."""
     host.wait_for("the last helper has left", lambda: host.helper() is None)
+
+
+@pytest.fixture
+def no_cpusets() -> Iterator[None]:
+    """Nothing has mounted them; nor is anything left of where the test has."""
+    helper_has_left()
     subprocess.run(["umount", str(legacy.CPUSETS)], check=True)
-    try:
-        told = re.search("Shielding needs cgroup v2, or: (mkdir .*)", alice.command("check").stdout)
-        assert told
-        host.wait_for("the helper that has seen none has left", lambda: host.helper() is None)
-        subprocess.run(["sh", "-ec", told[1]], check=True)
+    yield
+    helper_has_left()
+    if ELSEWHERE.is_mount():
+        subprocess.run(["umount", str(ELSEWHERE)], check=True)
+    if ELSEWHERE.exists():
+        ELSEWHERE.rmdir()
+    name = legacy.CPUSETS.name
+    subprocess.run(["mount", "-t", "cgroup", "-o", name, name, str(legacy.CPUSETS)], check=True)
+
+
+def assert_shielded_elsewhere(launch: Launch) -> None:
+    """In the cpusets that the test has had mounted."""
+    assert [host.cpus_of(launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
+    assert (ELSEWHERE / "qemu-launcher/4/tasks").read_text().split() == [str(launch.vcpu_tids[0])]
+    assert host.cpus_of(1) == host.online() - {4, 5}
+
+
+@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
+def test_where_nothing_mounts_cpusets(alice: User, vm: Callable[..., Launch], no_cpusets: None) -> None:
+    """`check` says what is missing, and the commands that it gives are enough, wherever they mount them."""
+    told = re.search("Shielding needs cgroup v2; .*: (mkdir .*)", alice.command("check").stdout)
+    assert told
+    helper_has_left()  # it has seen none
+    subprocess.run(["sh", "-ec", told[1]], check=True)
+    launch = start(alice, vm)
+    assert_shielded_elsewhere(launch)
+    assert launch.quit() == 0
+
+
+@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
+def test_the_helper_mounts_cpusets(
+    alice: User, vm: Callable[..., Launch], no_cpusets: None, helper_toml: Callable[..., None]
+) -> None:
+    """Where helper.toml says so, once; and it has no more rights afterwards than it has elsewhere."""
+    helper_toml(f'cpuset_mount = "{ELSEWHERE}"\n')
+    for _ in range(2):  # the second helper finds them
         launch = start(alice, vm)
-        assert [host.cpus_of(launch.qemu, tid) for tid in launch.vcpu_tids] == [{4}, {5}]
-        assert host.cpus_of(1) == host.online() - {4, 5}
+        assert_shielded_elsewhere(launch)
+        host.wait_for("the helper is at rest", lambda: int(host.status(helper())["CapEff"], 16) == 0)
+        assert int(host.status(helper())["CapPrm"], 16) == THREE
+        mounted = subprocess.check_output(
+            ["findmnt", "-rno", "TARGET,OPTIONS", "-t", "cgroup", "-O", "cpuset"], text=True
+        )
+        assert re.fullmatch(rf"{ELSEWHERE} rw,nosuid,nodev,noexec,\S*\n", mounted), mounted
         assert launch.quit() == 0
-        host.wait_for("the last helper has left", lambda: host.helper() is None)
+        helper_has_left()
+    assert host.cpus_of(1) == host.online()
+
+
+@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
+def test_cpusets_that_cannot_be_mounted(
+    alice: User, no_cpusets: None, helper_toml: Callable[..., None], syslog: Callable[[], list[str]]
+) -> None:
+    """The helper serves all the same, and says what is missing."""
+    helper_toml(f'cpuset_mount = "{ELSEWHERE}"\n')
+    ELSEWHERE.write_text("")
+    try:
+        assert "Shielding needs cgroup v2; " in alice.command("check").stdout
+        assert any("mounting cpusets failed: " in line and str(ELSEWHERE) in line for line in syslog()), syslog()
+        helper_has_left()
     finally:
-        if Path("/run/cpuset").is_mount():
-            subprocess.run(["umount", "/run/cpuset"], check=True)
-        subprocess.run(mounts, check=True)
+        ELSEWHERE.unlink()
+
+
+@pytest.mark.hosts(more=("openrc-v1",), why="it is about cpusets of v1")
+def test_cpusets_are_used_where_they_are(
+    alice: User, vm: Callable[..., Launch], helper_toml: Callable[..., None]
+) -> None:
+    """Also by a helper that is told to mount some."""
+    helper_toml(f'cpuset_mount = "{ELSEWHERE}"\n')
+    stop_helper()
     launch = start(alice, vm)
     assert_tuned(launch)
     assert launch.quit() == 0
+    assert not ELSEWHERE.exists()

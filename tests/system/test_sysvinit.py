@@ -42,3 +42,10 @@ def test_one_line_of_fstab(installed_lab: Vm, tmp_path: Path) -> None:
     vm.run("qemu-launcher kill vm", user="alice")
     vm.run("while [ -e /run/cpuset/qemu-launcher ]; do sleep 0.5; done")  # the launcher tells the helper, or it looks
     assert vm.run(OF_INIT).stdout.split() == ["0-7"]
+
+    # The same without it, by the helper. cgroup v2 is where a host without v1 has it.
+    vm.run("umount /run/cpuset && rmdir /run/cpuset")
+    vm.run("mkdir -p /etc/qemu-launcher && echo 'cpuset_mount = \"/run/cpuset\"' >/etc/qemu-launcher/helper.toml")
+    vm.run("while pgrep -f '[q]emu-launcher-helper' >/dev/null; do sleep 0.5; done")
+    assert "cpuset-v1" in vm.run("qemu-launcher limits", user="alice").stdout
+    assert vm.run(MOUNTED).stdout.split() == ["/run/cpuset"]

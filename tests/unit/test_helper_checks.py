@@ -25,7 +25,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Four cores of two siblings, 16 GiB, a kernel that can shield, and a place where nothing may be written."""
     monkeypatch.setattr(limits, "read_cores", lambda: CORES)
     monkeypatch.setattr(limits, "lockable_bytes", lambda: 14 * GIB)
-    monkeypatch.setattr(limits, "user_name", {ALICE: "alice", BOB: "bob"}.__getitem__)
+    monkeypatch.setattr(limits, "account", {ALICE: ("alice", ALICE), BOB: ("bob", BOB)}.__getitem__)
     monkeypatch.setattr(records.MECHANISM, "lacks", lambda: "")
     monkeypatch.setattr(records, "GRANTS", tmp_path / "grants")
     monkeypatch.setattr(limits, "RT_RUNTIME", tmp_path / "sched_rt_runtime_us")

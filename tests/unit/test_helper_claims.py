@@ -24,9 +24,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Names of users, and a host without isolcpus=."""
     monkeypatch.setattr("qemu_launcher_helper.limits.CPU", tmp_path)
     (tmp_path / "isolated").write_text("\n")
-    monkeypatch.setattr(
-        "qemu_launcher_helper.limits.user_name", {ALICE: "alice", BOB: "bob", CAROL: "carol"}.__getitem__
-    )
+    accounts = {ALICE: ("alice", ALICE), BOB: ("bob", BOB), CAROL: ("carol", CAROL)}
+    monkeypatch.setattr("qemu_launcher_helper.limits.account", accounts.__getitem__)
     return tmp_path
 
 

@@ -51,6 +51,7 @@ def test_every_key(toml: Path) -> None:
         """
         comm = ["qemu-*"]
         services = ["my-vm.service"]
+        cpuset_mount = "/run/cpuset"
         [[limits]]
         users = ["root", "alice"]
         groups = ["students"]
@@ -65,6 +66,7 @@ def test_every_key(toml: Path) -> None:
     )
     assert load().comm == ("qemu-*",)
     assert load().services == ("my-vm.service",)
+    assert load().cpuset_mount == "/run/cpuset"
     assert load().limits_for(0) == Limits(
         cpus=frozenset({8, 9, 10, 11, 15}),
         max_cpus=4,
@@ -189,6 +191,12 @@ def test_no_match_is_the_built_in_defaults(toml: Path) -> None:
         "comm = ['a/b']",
         "services = ['x']",
         "services = ['../x.service']",
+        "cpuset_mount = ''",
+        "cpuset_mount = '/run'",
+        "cpuset_mount = '/run/..'",
+        "cpuset_mount = '/run/user/1000'",
+        "cpuset_mount = '/home/cpuset'",
+        "[[limits]]\ncpuset_mount = '/run/cpuset'",
         "comm = 'qemu'",
         "not toml",
         "\xff",

@@ -186,7 +186,7 @@ def test_what_was_killed_may_take_a_moment_to_end(tree: Tree) -> None:
 def test_what_is_missing_for_partitions(tree: Tree) -> None:
     mechanism = tree.mechanism()
     mechanism.linux = [6, 11]
-    assert mechanism.lacks().startswith("Without systemd, shielding needs Linux 6.11 or newer, or cpusets")
+    assert mechanism.lacks().endswith("Linux 6.11 or newer")
     (tree.root / "cpuset.cpus.isolated").write_text("\n")
     assert mechanism.lacks() == ""
 
@@ -210,7 +210,24 @@ def test_what_is_missing_for_cpusets_of_v1(tmp_path: Path) -> None:
     assert mechanism().lacks() == ""
     assert mechanism().root == unified
     (cpusets / "cpuset.cpus").unlink()
-    assert "mount -t cgroup -o cpuset" in mechanism().lacks()
+    assert "without systemd, before Linux 6.11: mkdir -p /run/cpuset; mount -t cgroup -o cpuset" in mechanism().lacks()
+
+
+def test_nothing_is_mounted_where_cpusets_are(tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text(f"31 1 0:27 / {tmp_path} rw - cgroup cgroup rw,cpuset\n")
+    (tmp_path / "cpuset.cpus").write_text("0-7\n")
+    (tmp_path / "online").write_text("0-7\n")
+    RawV1(tmp_path / "mounts", tmp_path / "memory", tmp_path / "online").mount(str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
+
+
+def test_nothing_is_mounted_for_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text("")
+    (tmp_path / "online").write_text("0-7\n")
+    mechanism = RawV1(tmp_path / "mounts", tmp_path / "memory", tmp_path / "online")
+    before = Path("/proc/self/mountinfo").read_text()
+    mechanism.mount("")
+    assert Path("/proc/self/mountinfo").read_text() == before
 
 
 @pytest.mark.parametrize("systemd", [True, False])

@@ -687,7 +687,8 @@ def test_where_it_is_mounted_and_what_it_needs(kernel: Kernel, tmp_path: Path) -
     assert kernel.v1.root == kernel.units
     (tmp_path / "none").write_text("31 22 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
     bare = V1(tmp_path / "none", kernel.memory, tmp_path / "online")
-    wanted = "Shielding needs cgroup v2, or: mkdir -p /run/cpuset; mount -t cgroup -o cpuset cpuset /run/cpuset"
+    mounted = "mkdir -p /run/cpuset; mount -t cgroup -o cpuset cpuset /run/cpuset"
+    wanted = f"Shielding needs cgroup v2; without systemd, before Linux 6.11: {mounted}"
     if not Path("/sys/fs/cgroup/cpuset/cpuset.cpus").exists():
         assert bare.lacks() == wanted
         bare.settle({})

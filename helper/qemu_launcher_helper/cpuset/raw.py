@@ -12,6 +12,7 @@ hierarchy. cgroup v2 can be mounted beside v1 with every kernel, there without a
 There is no pool: most tasks of a host without systemd are in the root's group, which cannot leave any CPU.
 """
 
+import os
 from pathlib import Path
 
 from ..contract import Unsupported
@@ -31,8 +32,7 @@ class Raw(Partition):
 
     def home(self, unit: str, uid: int) -> str:
         """Return the user's slice, or the top."""
-        above = super().home(unit, uid)
-        return above if above.startswith("/user.slice/") else ""
+        return above if (above := super().home(unit, uid)).startswith("/user.slice/") else ""
 
     def enclose(self, scope: str, target: Target) -> bool:
         """Make the VM's group, and move the process into it. Raises Unsupported where there is no cgroup v2."""
@@ -58,13 +58,6 @@ class RawPartition(Raw):
         found = [Path(at) for at, kind, _ in hierarchies(mounts) if kind == "cgroup2"]
         super().__init__([*found, CGROUP][0])
 
-    def lacks(self) -> str:
-        """Tell what this host lacks for it; "" when it can be used."""
-        why = "most tasks are in the root of cgroup v2, which has all CPUs"
-        return (
-            super().lacks() and f"Without systemd, shielding needs Linux 6.11 or newer, or cpusets of cgroup v1: {why}"
-        )
-
 
 class RawV1(Raw, V1):
     """cpusets of v1, and beside them groups of the helper's own."""
@@ -75,3 +68,17 @@ class RawV1(Raw, V1):
         """Tell what this host lacks for it; "" when it can be used."""
         beside = (self.root / "cgroup.procs").exists()
         return super().lacks() or ("" if beside else f"Without systemd, cgroup v1 needs v2 beside it: {BESIDE}")
+
+    def mount(self, where: str) -> None:
+        """Mount cpusets there, if they are nowhere, and use them; "" for no place. Raises OSError.
+
+        Before privileges.drop(): afterwards nobody has the right to. mount(2).
+        """
+        if where and super().lacks():
+            from ctypes import CDLL, get_errno  # noqa: PLC0415  no other host needs the means to call what it likes
+
+            Path(where).mkdir(exist_ok=True)
+            # MS_NOSUID, MS_NODEV and MS_NOEXEC of linux/mount.h.
+            if CDLL(None, use_errno=True).mount(b"cpuset", where.encode(), b"cgroup", 0b1110, b"cpuset"):
+                raise OSError(get_errno(), os.strerror(get_errno()), where)
+            RawV1.__init__(self)  # look again

@@ -39,7 +39,7 @@ from .pool import MEMORY, change, remember, remembered
 ONLINE, MOUNTS = Path("/sys/devices/system/cpu/online"), Path("/proc/self/mountinfo")
 PREFIX = "qemu-launcher"
 # How cpusets get there. In /sys/fs/cgroup nobody can make a folder unless something is mounted there.
-MOUNTED = "mkdir -p /run/cpuset; mount -t cgroup -o cpuset cpuset /run/cpuset"
+MOUNTED = "without systemd, before Linux 6.11: mkdir -p /run/cpuset; mount -t cgroup -o cpuset cpuset /run/cpuset"
 # Cpusets of others that are looked after. Whoever may make some could make too many, and too long names of them.
 MOST_CPUSETS = 2000
 
@@ -66,7 +66,7 @@ class V1(Partition):
 
     def lacks(self) -> str:
         """Tell what this host lacks for it; "" when it can be used."""
-        return "" if (self._tree / "cpuset.cpus").exists() else f"Shielding needs cgroup v2, or: {MOUNTED}"
+        return "" if (self._tree / "cpuset.cpus").exists() else f"Shielding needs cgroup v2; {MOUNTED}"
 
     def processes(self, scope: str) -> list[int]:
         """Return the PIDs of all processes that have a thread in a cpuset of the scope's."""

@@ -154,9 +154,7 @@ def access_findings(limits: "Limits", version: str) -> Iterator[Finding]:
     if limits.mechanism == "none":
         fix = "use a host with cpusets"
         if not absence.has_systemd():
-            fix = (
-                f"boot with {_switched('hybrid')}, or have fstab mount v1's cpusets (man qemu-launcher-helper, SHIELDS)"
-            )
+            fix = f"boot with {_switched('hybrid')}, or let the helper mount v1's cpusets: cpuset_mount in helper.toml"
         fix += "; isolation: affinity pins without a shield, and without the helper"
         yield Finding("warning", "shielding", f"no CPUs can be shielded on this host: {limits.reason}", fix)
     elif limits.mechanism in ("pool", "cpuset-v1"):
