@@ -9,9 +9,9 @@ of the kernel's or systemd's, or the death of the helper, of the VM or of its ca
 - the next VM of the same name is pinned and shielded, and gets its memory. The next point begins with just that, so it
   is looked at closely after some of them only.
 
-Each run on Debian 13 kills the helper at each of its steps, and tries all where real time is taken back; of all else
-`QEMU_LAUNCHER_ROUNDS=N` tries N points of each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N
-chooses others, QEMU_LAUNCHER_SHARE=2/3 the second third of them.
+Each run on Debian 13 kills the helper at each of its steps, tries all where real time is taken back, and a tenth of
+each other kind; elsewhere it tries a few of each. QEMU_LAUNCHER_ROUNDS=N has it try N of each kind, `make
+test-exhaustive` all; QEMU_LAUNCHER_SEED=N chooses others, QEMU_LAUNCHER_SHARE=2/3 the second third of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 
 from system import host
 from system.claims import Answer, Apprentice, Child, Claimant
-from system.faults import ROUNDS, Faults, NotComeBy, Point, answer_or_halt, say, tellable, try_all
+from system.faults import Faults, NotComeBy, Point, answer_or_halt, often, say, some, tellable, try_all
 from system.test_crash_only import expect_sound, leave_scope, limits_of
 
 WHY = "each mechanism has steps of its own"
@@ -164,20 +164,16 @@ def expect_whole(child: Child, before: dict[str, tuple[int, int]], last: Answer)
         assert host.cpus_of(child.pid, tid) <= host.isolated()
 
 
-def often(points: list[Point]) -> int:
-    """How many of these are tried in every run: all, on Debian 13."""
-    return len(points) if host.has_systemd() and host.mechanism() == "partition" else ROUNDS
-
-
 def try_with(
     program: Claimant,
     faults: Faults,
     points: list[Point],
     what: str,
     tried: Callable[[Point], None],
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
 ) -> None:
     """Try those that are this run's."""
+    rounds = some(points) if rounds is None else rounds
     try_all(points, what, tried, rounds, now_and_then=lambda: expect_next_start(program, faults))
 
 
