@@ -139,7 +139,7 @@ test-all: setup deb ## the same, with each system test on every host that it is 
 # QEMU_LAUNCHER_SEED=N tries others. Each mechanism has its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all
 # are days. And a host of 64 CPUs, large VMs of all sizes, and crowds for a hundred rounds.
 EXHAUSTIVE := tests/qemu/test_crash_points.py \
-	$(addprefix tests/system/test_,crash_points.py crash_launcher.py scale.py crowd.py)
+	$(addprefix tests/system/test_,crash_points.py crash_deaths.py crash_launcher.py scale.py crowd.py)
 test-exhaustive: setup deb ## test-all, then let each step of helper and launcher fail, kill who may die there; crowds; takes days
 	env -u QEMU_LAUNCHER_ROUNDS -u QEMU_LAUNCHER_SHARE $(MAKE) --no-print-directory test-all
 	QEMU_LAUNCHER_ROUNDS=$${QEMU_LAUNCHER_ROUNDS:-100000} QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} \

@@ -261,3 +261,37 @@ def answer_or_halt(program: Any, faults: Faults) -> bool:
     ready = select.select([faults.descriptor, program.descriptor], [], [], host.PATIENCE)[0]
     assert ready, "neither an answer nor a halt"
     return faults.descriptor in ready and faults.reached()
+
+
+class Affinities:
+    """Where each task of the host may run, while there is no VM."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def expect_back(self) -> None:
+        """No task has fewer CPUs than before, nor has a new one. (The kernel lets some of its own have more.)
+
+        Those that the kernel alone may move are left out: it sends the rescuers of its work queues, rcu_gp say, to the
+        CPU where they are needed, and leaves them there.
+        """
+        # The kernel gives its own workers their CPUs back in a work item of its own: not at once on a busy host.
+        end = time.monotonic() + host.PATIENCE
+        while (lost := self._lost()) and time.monotonic() < end:
+            time.sleep(0.3)
+        assert lost == {}, "tasks that have lost CPUs"
+        assert host.born_of_us() == host.online()
+
+    def _lost(self) -> dict[tuple[int, int, int], list[int]]:
+        return {key: sorted(cpus) for key, cpus in self._now().items() if not cpus >= self._before.get(key, cpus)}
+
+    @staticmethod
+    def _now() -> dict[tuple[int, int, int], frozenset[int]]:
+        ours_to_move = [thread for thread in host.threads() if not thread.belongs_to_its_cpu]
+        return {(thread.pid, thread.tid, thread.born): thread.cpus for thread in ours_to_move}
+
+
+@pytest.fixture
+def affinities() -> Affinities:
+    """Taken before the test."""
+    return Affinities()
