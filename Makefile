@@ -135,7 +135,7 @@ test: setup deb ## every test: lint, unit, contract, packaging, bus, qemu, and t
 test-all: setup deb ## the same, with each system test on every host that it is meant for; takes two thirds longer
 	QEMU_LAUNCHER_HOSTS=$${QEMU_LAUNCHER_HOSTS:-all} $(MAKE) --no-print-directory test
 
-# `make test` tries, with partitions, all deaths of the helper, and a tenth of each other kind, the same points each time;
+# `make test` tries, with partitions, all deaths of the helper, and of each other kind some points, the same ones each time;
 # QEMU_LAUNCHER_SEED=N tries others. Each mechanism has its points: QEMU_LAUNCHER_HOSTS=trixie is a night without KVM, all
 # are days. And a host of 64 CPUs, large VMs of all sizes, and crowds for a hundred rounds.
 EXHAUSTIVE := tests/qemu/test_crash_points.py \

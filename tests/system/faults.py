@@ -24,8 +24,8 @@ from system.fixtures import start_helper, stop_helper
 from system.people import OUT_OF_SESSION
 from system.stepping import FOLDER, replaced_helper
 
-# How many points of each kind are tried, 100000 for every one; and whether that is said, for each host alike.
-ROUNDS, IS_SAID = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4")), "QEMU_LAUNCHER_ROUNDS" in os.environ
+# How many points of each kind are tried: enough to see them all within some runs; 100000 for every one.
+ROUNDS = int(os.environ.get("QEMU_LAUNCHER_ROUNDS", "4"))
 LONGEST_TURN, MOST_TURNS = 6, 3  # steps of one turn of a loop; turns that are all tried
 CLOSE_LOOK = 8  # points, after which a VM is started that nothing happens to
 MOST_WRONG = 5  # points, after which a row ends
@@ -144,21 +144,12 @@ def tellable(names: Sequence[str]) -> list[int]:
     return kept
 
 
-def some(points: Sequence[Point]) -> int:
-    """How many of these are tried in every run, if nothing else is said: a tenth on Debian 13, elsewhere a few."""
-    return max(ROUNDS, len(points) // 10) if _is_thorough() and not IS_SAID else ROUNDS
-
-
 def often(points: Sequence[Point]) -> int:
-    """How many of those that matter most: all on Debian 13."""
-    return len(points) if _is_thorough() else ROUNDS
+    """How many of these are tried in every run: all, on Debian 13."""
+    return len(points) if host.has_systemd() and host.mechanism() == "partition" else ROUNDS
 
 
-def _is_thorough() -> bool:
-    return host.has_systemd() and host.mechanism() == "partition"
-
-
-def sampled(points: Sequence[Point], what: str, rounds: int) -> list[Point]:
+def sampled(points: Sequence[Point], what: str, rounds: int = ROUNDS) -> list[Point]:
     """As many of them as this run is to try, chosen by the seed; and a line on standard output that says so.
 
     Chosen by what they are called, not by where they stand: how often systemd is asked for a job varies.
@@ -185,7 +176,7 @@ def try_all(
     points: Sequence[Point],
     what: str,
     tried: Callable[[Point], None],
-    rounds: int,
+    rounds: int = ROUNDS,
     now_and_then: Callable[[], None] = lambda: None,
     may_miss: float = 0.25,
 ) -> None:

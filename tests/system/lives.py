@@ -9,9 +9,9 @@ of the kernel's or systemd's, or the death of the helper, of the VM or of its ca
 - the next VM of the same name is pinned and shielded, and gets its memory. The next point begins with just that, so it
   is looked at closely after some of them only.
 
-Each run on Debian 13 kills the helper at each of its steps, tries all where real time is taken back, and a tenth of
-each other kind; elsewhere it tries a few of each. QEMU_LAUNCHER_ROUNDS=N has it try N of each kind, `make
-test-exhaustive` all; QEMU_LAUNCHER_SEED=N chooses others, QEMU_LAUNCHER_SHARE=2/3 the second third of them.
+Each run on Debian 13 kills the helper at each of its steps, and tries all where real time is taken back; of all else
+`QEMU_LAUNCHER_ROUNDS=N` tries N points of each kind instead of a few, `make test-exhaustive` all. QEMU_LAUNCHER_SEED=N
+chooses others, QEMU_LAUNCHER_SHARE=2/3 the second third of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from system import host
 from system.claims import Answer, Child, Claimant
-from system.faults import Affinities, Faults, Point, say, some, tellable, try_all
+from system.faults import ROUNDS, Affinities, Faults, Point, say, tellable, try_all
 from system.test_crash_only import expect_sound, limits_of
 
 VM = "vm"
@@ -137,8 +137,7 @@ def try_with(
     points: list[Point],
     what: str,
     tried: Callable[[Point], None],
-    rounds: int | None = None,
+    rounds: int = ROUNDS,
 ) -> None:
     """Try those that are this run's."""
-    rounds = some(points) if rounds is None else rounds
     try_all(points, what, tried, rounds, now_and_then=lambda: expect_next_start(program, faults))

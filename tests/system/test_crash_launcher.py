@@ -14,7 +14,7 @@ import signal
 
 from system import host
 from system.claims import copied
-from system.faults import SHARES, NotComeBy, Point, some, try_all
+from system.faults import ROUNDS, SHARES, NotComeBy, Point, try_all
 from system.fixtures import call_helper
 from system.people import User, folder_of
 from system.vms import Launch, define, expect_tuned
@@ -126,5 +126,5 @@ def test_a17_killed_at_some_steps_of_a_start(alice: User) -> None:
             raise NotComeBy
 
     # Some steps are turns of loops that wait, for QEMU's threads say: there are as many as there have to be.
-    what, rounds = "SIGKILL of launcher or QEMU at a step of a start", max(2 * SHARES, some(points) // 2)
+    what, rounds = "SIGKILL of launcher or QEMU at a step of a start", max(2 * SHARES, ROUNDS // 2)
     try_all(points, what, one, rounds, may_miss=0.75)
