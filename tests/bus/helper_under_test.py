@@ -21,7 +21,7 @@ from qemu_launcher_helper import target
 
 target.SYSTEMD = True  # whatever this machine has: a stand-in for systemd is on the bus (systemd1.py)
 
-from qemu_launcher_helper import __main__ as helper, limits, privileges  # noqa: E402
+from qemu_launcher_helper import __main__ as helper, limits, privileges, records  # noqa: E402
 from qemu_launcher_helper.bus import Variant  # noqa: E402
 from qemu_launcher_helper.contract import Caller, Conflict  # noqa: E402
 from qemu_launcher_helper.operations import Operations  # noqa: E402
@@ -94,7 +94,7 @@ def main() -> int:
         without_sys_resource()
     acting = Operations if MODE == "real" else Recording
     if acting is Recording:
-        vars(helper)["reconcile"] = look
+        vars(records)["reconcile"] = look  # __main__ alone looks it up in there
     helper.serve = functools.partial(helper.serve, f"{FOLDER}/bus", IDLE, acting)
     return helper.main()
 
