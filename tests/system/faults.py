@@ -178,12 +178,8 @@ def try_all(
     tried: Callable[[Point], None],
     rounds: int = ROUNDS,
     now_and_then: Callable[[], None] = lambda: None,
-    may_miss: float = 0.25,
 ) -> None:
-    """Try those that are this run's; all that is wrong is told, not only the first.
-
-    `may_miss`: which part of them may not be come by.
-    """
+    """Try those that are this run's; all that is wrong is told, not only the first."""
     wrong, passed_by = list[str](), 0
     began = time.monotonic()
     chosen = sampled(points, what, rounds)
@@ -203,7 +199,7 @@ def try_all(
     seconds = (time.monotonic() - began) / max(1, len(chosen))
     say(f"{what}: {len(chosen) - len(wrong) - passed_by} passed, {passed_by} not come by, {seconds:.1f} s each")
     assert not wrong, "\n".join(wrong)
-    assert passed_by <= max(1, may_miss * len(chosen)), "the steps are no longer the same ones"
+    assert passed_by <= max(1, len(chosen) // 4), "the steps are no longer the same ones"
     assert passed_by < len(chosen) or not chosen, "nothing was tried"
 
 

@@ -186,7 +186,7 @@ def test_what_was_killed_may_take_a_moment_to_end(tree: Tree) -> None:
 def test_what_is_missing_for_partitions(tree: Tree) -> None:
     mechanism = tree.mechanism()
     mechanism.linux = [6, 11]
-    assert mechanism.lacks().endswith("Linux 6.11 or newer")
+    assert mechanism.lacks() == "Shielding needs the cgroup v2 hierarchy and Linux 6.11 or newer"
     (tree.root / "cpuset.cpus.isolated").write_text("\n")
     assert mechanism.lacks() == ""
 
